@@ -1,0 +1,3 @@
+"""Fine-tune pretrained models under differential privacy, in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,113 @@
+"""Every field of a run, with its default and its meaning. Values only; `loop.py` makes objects.
+
+A config file is a module with `get_config(arg=None)` that starts from `default()` and sets values:
+
+>>> config = default()
+>>> config.dp.epsilon = 1.0
+>>> unknown_field(config, "dp.epsilom")
+"config.dp has no field 'epsilom': did you mean 'epsilon'?"
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+__all__ = ["default", "differences", "unknown_field"]
+
+
+def default() -> ConfigDict:
+    """Returns the default of every field, locked: assigning to an unknown field is an error."""
+    config = ConfigDict(
+        {
+            # Public randomness: initialisation, augmentation, subsets.
+            "seed": 0,
+            # Secret randomness: batches and noise. None draws it from the operating system, once
+            # per run. A number makes the run repeatable and is for study, not for release.
+            "private_seed": placeholder(int),
+            "data": {
+                "name": "mnist5k",
+                "data_dir": placeholder(str),  # None: the user's cache
+                "train_split": "train",
+                "test_split": "test",  # evaluated, never trained on
+                "subset": placeholder(object),  # fraction (float) or shots per class (int)
+                "resample": "bilinear",  # resizing of images to the model's input
+                "shift": 0,  # augmentation: random shifts by up to so many pixels
+                "flip": False,  # augmentation: random horizontal flips
+                "crop": 0,  # augmentation: random crops after padding by so many pixels
+                "pixel_noise": 0.0,  # augmentation: Gaussian noise on normalised pixels
+                "multiplicity": 1,  # augmented views of an example, averaged before clipping
+            },
+            "model": {
+                "name": "vit",
+                "size": "mini",  # mini, ti16, s16, b16 for vit
+                "options": {},  # overrides of the size's fields, such as depth or image_size
+                "weights": placeholder(str),  # file, or name of published weights; None: random
+                "head_init": "zero",  # zero, near_zero or random
+                "dtype": "float32",  # of activations; parameters, sums and noise are float32
+            },
+            "finetune": "full",  # full, head, film, bias, blocks:first:K, blocks:last:K, regex:R; "+"
+            # None trains without privacy.
+            "dp": {
+                "epsilon": 2.0,
+                "delta": 1e-5,
+                "sampler": "poisson",  # poisson, full_batch, fixed_size, truncated_poisson
+                "max_batch_size": placeholder(int),  # for truncated_poisson
+                "clipping": "flat",  # flat, per_layer, automatic, global
+                "bound": 1.0,  # C, in units of gradient norm
+                "normalised": True,  # divide by C: sensitivity 1, learning rate independent of C
+                "gamma": 0.01,  # of automatic clipping
+                "method": "auto",  # auto, bookkeeping, vmap
+            },
+            "batch_size": 256,  # expected (logical) batch size B
+            "epochs": 15.0,  # E; steps are round(E N / B)
+            "physical_batch": 64,  # examples sent to the devices at once
+            "microbatch": placeholder(int),  # examples per device in memory at once
+            "optimizer": {
+                "name": "adam",  # adam, sgd, lamb, adam_corrected
+                "learning_rate": 1e-3,
+                "schedule": "constant",  # constant, cosine, linear
+                "warmup": 0,  # steps of linear warm-up
+                "options": {},  # of the optax optimiser, such as b1 or momentum
+            },
+            "log_every": 1,
+            "eval_every": placeholder(int),  # steps; None: ten times a run
+            "checkpoint_every": 50,
+            "keep_checkpoints": 2,
+        },
+        convert_dict=True,
+        allow_dotted_keys=False,
+    )
+    config.lock()
+    return config
+
+
+def unknown_field(config: ConfigDict, path: str) -> str | None:
+    """Says what is wrong with a dotted field path, naming the nearest field; None if it exists."""
+    node: Any = config
+    above = "config"
+    for name in path.split("."):
+        if not isinstance(node, ConfigDict):
+            return f"{above} has no fields (it is {node!r}), got {path!r}."
+        if name not in node:
+            near = difflib.get_close_matches(name, list(node), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(node)}."
+            return f"{above} has no field {name!r}: {hint}"
+        node, above = node[name], f"{above}.{name}"
+    return None
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "config") -> list[str]:
+    """Lists the fields in which two configs differ, as "config.dp.epsilon: 1.0 != 2.0"."""
+    found = []
+    for name in sorted(set(one) | set(other)):
+        a, b, path = one.get(name), other.get(name), f"{above}.{name}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, path)
+        elif a != b:
+            found.append(f"{path}: {a!r} != {b!r}")
+    return found

@@ -1,0 +1,73 @@
+"""Differentially private gradients as optax transforms.
+
+Needs jax, numpy, optax and dp_accounting alone. Clip with `clipped_sum`, noise with `gaussian`
+or a ready optimiser, and take the numbers from a `Mechanism`:
+
+>>> import functools, operator, jax, jax.numpy as jnp, optax
+>>> from dpjax import dp
+>>> mechanism = dp.calibrated(
+...     epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=100, epochs=5)
+>>> loss = lambda params, example: jnp.sum((params - example) ** 2)
+>>> grad = jax.jit(dp.clipped_sum(loss, dp.flat(1.0)))
+>>> data, params = jnp.ones((1000, 2)), jnp.zeros(2)
+>>> tx = optax.chain(mechanism.transform(key=jax.random.key(0)), optax.adam(1e-3))
+>>> state = tx.init(params)
+>>> for step in range(2):  # mechanism.steps
+...     chunks = dp.chunks(mechanism.indices(seed=0, step=step), 64)
+...     parts = [grad(params, data[chunk], jnp.asarray(chunk >= 0))[0] for chunk in chunks]
+...     clipped = functools.reduce(operator.add, parts)
+...     updates, state = tx.update(clipped, state, params)
+...     params = optax.apply_updates(params, updates)
+"""
+
+from dpjax.dp import accounting, sampling
+from dpjax.dp.clipping import (
+    ClippedSum,
+    ClipRule,
+    automatic,
+    by_leaf,
+    by_prefix,
+    flat,
+    global_,
+    one_group,
+    per_layer,
+)
+from dpjax.dp.ledger import BudgetExceeded, Ledger, Phase, statement, to_markdown
+from dpjax.dp.mechanism import Mechanism, calibrated, num_steps
+from dpjax.dp.noise import aggregate, gaussian
+from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
+from dpjax.dp.per_example import PerExample, clipped_sum
+from dpjax.dp.sampling import PADDING, chunks
+
+__all__ = [
+    "PADDING",
+    "BudgetExceeded",
+    "ClipRule",
+    "ClippedSum",
+    "Ledger",
+    "Mechanism",
+    "PerExample",
+    "Phase",
+    "accounting",
+    "adam",
+    "adam_corrected",
+    "aggregate",
+    "automatic",
+    "by_leaf",
+    "by_prefix",
+    "calibrated",
+    "chunks",
+    "clipped_sum",
+    "flat",
+    "gaussian",
+    "global_",
+    "lamb",
+    "num_steps",
+    "one_group",
+    "per_layer",
+    "sampling",
+    "scale_by_adam_corrected",
+    "sgd",
+    "statement",
+    "to_markdown",
+]

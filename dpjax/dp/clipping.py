@@ -1,0 +1,306 @@
+"""Clipping rules: from the gradient norms of one example to its scale factors.
+
+A rule never touches a gradient. It names groups of leaves, maps ONE example's group norms to one
+factor per group, and promises `factor * norm <= bound` for every group, whatever the norm. The
+L2 sensitivity of a sum of gradients scaled this way, under adding or removing one example, is
+therefore `sqrt(sum(bounds**2))`. Every engine (vmap, book-keeping) shares the rules.
+
+Bounds are arrays: a jitted function that takes a rule as an argument does not recompile when the
+bound changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "ClipRule",
+    "ClippedSum",
+    "automatic",
+    "by_leaf",
+    "by_prefix",
+    "flat",
+    "global_",
+    "one_group",
+    "per_layer",
+]
+
+PyTree = Any
+Grouping = Callable[[PyTree], tuple[int, ...]]
+
+# A float32 factor is the rounded quotient bound/norm, and the norm itself is a rounded sum of
+# squares, so factor * norm can exceed the bound by a few units in the last place. Shrinking every
+# factor by this much keeps the promise in exact arithmetic; it changes updates by 2e-6 relative.
+_ROUNDING = 1.0 - 2.0**-19
+
+# Entries below 1e-19 have squares that underflow, so a norm can be measured too small by up to
+# 1e-19 * sqrt(parameters). No gradient is scaled up as if its norm were below this value, which
+# keeps the part that was not measured below 1e-5 of the bound for up to 1e10 parameters.
+_SMALLEST_NORM = 1e-9
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class ClippedSum:
+    """A sum of clipped per-example gradients, with the sensitivity that clipping gave it.
+
+    The only input the noise transforms accept. Sums over disjoint chunks of one batch add.
+
+    Attributes:
+        value: pytree of float32 arrays, the sum (never a mean).
+        sensitivity: float32 scalar, the L2 sensitivity of `value` to adding or removing one
+            example.
+    """
+
+    value: PyTree
+    sensitivity: jax.Array
+
+    def __add__(self, other: ClippedSum) -> ClippedSum:
+        """Sum over the union of two disjoint chunks; an example is in one of them only."""
+        if not isinstance(other, ClippedSum):
+            return NotImplemented
+        value = jax.tree.map(jnp.add, self.value, other.value)
+        return ClippedSum(value, jnp.maximum(self.sensitivity, other.sensitivity))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("threshold", "gamma"),
+    meta_fields=("grouping", "kind", "normalised"),
+)
+@dataclasses.dataclass(frozen=True)
+class ClipRule:
+    """How one example's gradient is scaled, from its group norms alone.
+
+    Build one with `flat`, `per_layer`, `automatic` or `global_`.
+
+    Attributes:
+        threshold: clip bound C, scalar or `[groups]`, in units of gradient norm. Traced.
+        gamma: stability constant of AUTO-S, 0 elsewhere. Traced.
+        grouping: maps a tree to the group index of each of its leaves, in `jax.tree.leaves` order.
+        kind: "flat", "automatic" or "global"; per-layer clipping is "flat" over several groups.
+        normalised: factors are divided by the bound, so that the sensitivity is 1 whatever C is
+            and the learning rate does not depend on C (arXiv 2204.13650, section 3.2).
+
+    Guarantees:
+        `factors(norms) * norms <= bounds(len(norms))` for all norms, in every group; all factors
+        are 0 if any norm is not finite.
+    """
+
+    threshold: Any
+    gamma: Any
+    grouping: Grouping
+    kind: str
+    normalised: bool
+
+    def groups(self, tree: PyTree) -> tuple[int, ...]:
+        """Returns the group index (0..G-1) of each leaf of `tree`."""
+        groups = self.grouping(tree)
+        if sorted(set(groups)) != list(range(max(groups, default=-1) + 1)):
+            raise ValueError(f"groups={groups} must use every index from 0 without gaps.")
+        return groups
+
+    def num_groups(self, tree: PyTree) -> int:
+        """Returns the number of groups the leaves of `tree` fall into."""
+        return max(self.groups(tree), default=-1) + 1
+
+    def thresholds(self, num_groups: int) -> jax.Array:
+        """Returns the norm at which each group is clipped, `[groups]` float32.
+
+        A scalar C is shared as C/sqrt(groups), so that the total is C.
+        """
+        threshold = jnp.asarray(self.threshold, jnp.float32)
+        if threshold.ndim == 0:
+            return jnp.full((num_groups,), 1 / math.sqrt(max(num_groups, 1))) * threshold[None]
+        if threshold.shape != (num_groups,):
+            raise ValueError(
+                f"bound has {threshold.shape[0]} entries, but the parameters form {num_groups} "
+                "groups."
+            )
+        return threshold
+
+    def bounds(self, num_groups: int) -> jax.Array:
+        """Returns the promised upper bound on each group's scaled norm, `[groups]` float32."""
+        thresholds = self.thresholds(num_groups)
+        if not self.normalised:
+            return thresholds
+        return thresholds / jnp.linalg.norm(thresholds, keepdims=True)
+
+    def sensitivity(self) -> jax.Array:
+        """Returns sqrt(sum(bounds**2)), the clipped sum's L2 sensitivity to one example.
+
+        A float32 scalar: it does not depend on the number of groups that share a scalar bound.
+        """
+        if self.normalised:
+            return jnp.ones((), jnp.float32)
+        return jnp.linalg.norm(jnp.atleast_1d(jnp.asarray(self.threshold, jnp.float32)))
+
+    def factors(self, norms: jax.Array) -> jax.Array:
+        """Returns the scale factors of ONE example.
+
+        Args:
+            norms: `[groups]` L2 norms of the example's gradient.
+
+        Returns:
+            `[groups]` float32 factors, 0 in every group if any norm is not finite.
+        """
+        norms = norms.astype(jnp.float32)
+        thresholds = self.thresholds(norms.shape[0])
+        bounds = self.bounds(norms.shape[0])
+        finite = jnp.isfinite(norms)
+        safe = jnp.where(finite & (norms > 0), norms, 1.0)
+        if self.kind == "flat":
+            factors = jnp.where(norms > thresholds, bounds / safe, bounds / thresholds)
+        elif self.kind == "automatic":
+            factors = jnp.where(norms > 0, bounds / (safe + self.gamma), 0.0)
+        elif self.kind == "global":
+            factors = jnp.where(norms <= thresholds, bounds / thresholds, 0.0)
+        else:
+            raise ValueError(f"kind={self.kind!r} must be 'flat', 'automatic' or 'global'.")
+        factors = jnp.minimum(factors, bounds / _SMALLEST_NORM)
+        return jnp.where(jnp.all(finite, keepdims=True), factors * _ROUNDING, 0.0)
+
+
+def one_group(tree: PyTree) -> tuple[int, ...]:
+    """Puts every leaf into one group: the norm is that of the whole gradient."""
+    return (0,) * len(jax.tree.leaves(tree))
+
+
+def by_leaf(tree: PyTree) -> tuple[int, ...]:
+    """Puts every leaf into a group of its own."""
+    return tuple(range(len(jax.tree.leaves(tree))))
+
+
+def by_prefix(depth: int) -> Grouping:
+    """Groups leaves that share the first `depth` keys of their path (say, per block).
+
+    Args:
+        depth: number of leading path keys, at least 1.
+
+    Returns:
+        A grouping; equal depths give the same object, so that jit caches hit.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be >= 1.")
+    return _by_prefix(depth)
+
+
+@functools.cache
+def _by_prefix(depth: int) -> Grouping:
+    def by_prefix(tree: PyTree) -> tuple[int, ...]:
+        order: dict[Any, int] = {}
+        paths = [path[:depth] for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        return tuple(order.setdefault(path, len(order)) for path in paths)
+
+    return by_prefix
+
+
+def flat(bound: jax.typing.ArrayLike, *, normalised: bool = False) -> ClipRule:
+    """Clips the norm of the whole gradient: factor min(1, C/|g|).
+
+    Args:
+        bound: clip bound C > 0, scalar.
+        normalised: use min(1/C, 1/|g|) instead, with sensitivity 1 (arXiv 2510.20616).
+
+    Returns:
+        The rule, of sensitivity `bound`, or 1 if `normalised`.
+
+    Source: Abadi et al. 2016, arXiv 1607.00133, algorithm 1.
+
+    >>> flat(2.0).factors(jax.numpy.array([4.0])).round(3)
+    Array([0.5], dtype=float32)
+    """
+    _check_positive("bound", bound, scalar=True)
+    return ClipRule(bound, 0.0, one_group, "flat", normalised)
+
+
+def per_layer(
+    bounds: jax.typing.ArrayLike,
+    *,
+    grouping: Grouping = by_leaf,
+    normalised: bool = False,
+) -> ClipRule:
+    """Clips each group of leaves on its own.
+
+    Args:
+        bounds: total bound C > 0, shared as C/sqrt(groups), or one bound per group `[groups]`.
+        grouping: `by_leaf`, `by_prefix(depth)` or any function from a tree to group indices.
+        normalised: divide all factors by sqrt(sum(bounds**2)), for sensitivity 1.
+
+    Returns:
+        The rule, of sensitivity sqrt(sum(bounds**2)), or 1 if `normalised`.
+
+    Source: McMahan et al. 2018, arXiv 1710.06963; Bu et al., arXiv 2106.07830, layerwise clipping.
+    """
+    _check_positive("bounds", bounds)
+    return ClipRule(bounds, 0.0, grouping, "flat", normalised)
+
+
+def automatic(
+    bound: jax.typing.ArrayLike = 1.0,
+    *,
+    gamma: jax.typing.ArrayLike = 0.01,
+    normalised: bool = False,
+    grouping: Grouping = one_group,
+) -> ClipRule:
+    """Normalises every gradient: factor C/(|g| + gamma), without a bound to tune.
+
+    Args:
+        bound: C > 0; it only scales the update, so 1 is usual.
+        gamma: stability constant, 0.01 for AUTO-S; 0 gives AUTO-V.
+        normalised: use 1/(|g| + gamma), for sensitivity 1.
+        grouping: normalise per group instead of over the whole gradient.
+
+    Returns:
+        The rule, of sensitivity `bound`, or 1 if `normalised`.
+
+    Source: Bu et al. 2022, arXiv 2206.07136, equations 4.1 (AUTO-V) and 4.2 (AUTO-S).
+    """
+    _check_positive("bound", bound)
+    _check_positive("gamma", gamma, scalar=True, zero=True)
+    return ClipRule(bound, gamma, grouping, "automatic", normalised)
+
+
+def global_(
+    bound: jax.typing.ArrayLike, *, normalised: bool = False, grouping: Grouping = one_group
+) -> ClipRule:
+    """Keeps a gradient whose norm is at most the bound and drops it otherwise.
+
+    Args:
+        bound: R > 0.
+        normalised: kept gradients are divided by R, for sensitivity 1.
+        grouping: keep or drop per group ("global, layerwise").
+
+    Returns:
+        The rule, of sensitivity `bound`, or 1 if `normalised`.
+
+    Source: Bu et al., arXiv 2106.07830, global clipping: factor 1{|g| <= R}.
+    """
+    _check_positive("bound", bound)
+    return ClipRule(bound, 0.0, grouping, "global", normalised)
+
+
+def _check_positive(
+    name: str, value: jax.typing.ArrayLike, *, scalar: bool = False, zero: bool = False
+) -> None:
+    """Raises unless `value` is finite and positive; a traced value is checked by its caller."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, Sequence, jax.Array)):
+        if not hasattr(value, "dtype"):
+            raise TypeError(f"{name}={value!r} must be a number.")
+    flat_value = [float(v) for v in jnp.asarray(value, jnp.float32).ravel()]
+    if scalar and (jnp.ndim(value) != 0):
+        raise ValueError(f"{name}={value!r} must be a scalar.")
+    for v in flat_value:
+        if not math.isfinite(v) or v < 0 or (v == 0 and not zero):
+            raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")
+        if not zero and v < _SMALLEST_NORM:
+            raise ValueError(f"{name}={value} must be >= {_SMALLEST_NORM}: see _SMALLEST_NORM.")

@@ -1,0 +1,219 @@
+"""What was really executed, and the privacy statement made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from dp_accounting import DpEvent
+
+from dpjax.dp import accounting
+from dpjax.dp.mechanism import Mechanism
+
+__all__ = ["BudgetExceeded", "Ledger", "Phase", "statement", "to_markdown"]
+
+SEED_POLICIES = {
+    "os_entropy": "OS entropy: drawn once for this run and kept secret with its checkpoints",
+    "fixed": "fixed seed: for study, not for release",
+}
+
+
+class BudgetExceeded(RuntimeError):  # noqa: N818
+    """Raised instead of executing a step that the budget does not cover."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One mechanism of a run, its name, and how many of its steps were executed."""
+
+    name: str
+    mechanism: Mechanism
+    steps_done: int = 0
+
+    def event(self) -> DpEvent | None:
+        """Returns the event of the executed steps; None if there are none."""
+        return self.mechanism.event(self.steps_done) if self.steps_done else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """The executed steps of a run, phase after phase. Immutable; `charge` returns a new one.
+
+    Attributes:
+        phases: the phases in the order they run.
+        epsilon: the budget in nats.
+        delta: the budget's delta.
+
+    Guarantees:
+        No ledger exists whose executed steps exceed a phase's planned steps, or whose planned
+        composition exceeds the budget.
+    """
+
+    phases: tuple[Phase, ...]
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        num_examples = min(p.mechanism.num_examples for p in self.phases)
+        accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
+        if len({(p.mechanism.relation, p.mechanism.accountant) for p in self.phases}) != 1:
+            raise ValueError("all phases must share one neighbouring relation and accountant.")
+        planned = self._epsilon([p.mechanism.event() for p in self.phases])
+        if not planned <= self.epsilon * (1 + 1e-9):
+            raise ValueError(
+                f"the planned steps cost epsilon={planned:.6g}, more than the budget "
+                f"epsilon={self.epsilon:.6g} at delta={self.delta:g}."
+            )
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        for phase in self.phases:
+            if not 0 <= phase.steps_done <= phase.mechanism.steps:
+                raise BudgetExceeded(
+                    f"phase {phase.name!r} would execute step {phase.steps_done} of "
+                    f"{phase.mechanism.steps}: the privacy budget is spent."
+                )
+
+    @property
+    def steps_done(self) -> int:
+        """Executed steps over all phases."""
+        return sum(p.steps_done for p in self.phases)
+
+    @property
+    def steps_planned(self) -> int:
+        """Steps paid for over all phases."""
+        return sum(p.mechanism.steps for p in self.phases)
+
+    def charge(self, phase: int, steps: int = 1) -> Ledger:
+        """Returns the ledger after `steps` more steps of a phase, to be called BEFORE they run.
+
+        Raises:
+            BudgetExceeded: the phase has fewer steps left.
+        """
+        charged = list(self.phases)
+        done = charged[phase].steps_done + steps
+        charged[phase] = dataclasses.replace(charged[phase], steps_done=done)
+        # The plan was checked at construction and has not changed: only the counts are checked.
+        ledger = object.__new__(Ledger)
+        for name, value in (
+            ("phases", tuple(charged)), ("epsilon", self.epsilon), ("delta", self.delta),
+        ):  # fmt: skip
+            object.__setattr__(ledger, name, value)
+        ledger._check_steps()
+        return ledger
+
+    def spent(self) -> float:
+        """Returns epsilon (nats) of the executed steps at the budget's delta."""
+        events = [e for e in (p.event() for p in self.phases) if e is not None]
+        return self._epsilon(events) if events else 0.0
+
+    def _epsilon(self, events: Sequence[DpEvent]) -> float:
+        mechanism = self.phases[0].mechanism
+        return accounting.epsilon(
+            events, self.delta, accountant=mechanism.accountant, relation=mechanism.relation
+        )
+
+
+def statement(
+    ledger: Ledger,
+    *,
+    clipping: str,
+    seed_policy: str,
+    released: Sequence[str],
+    not_charged: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the privacy statement of a run as JSON-able values.
+
+    Args:
+        ledger: what was executed.
+        clipping: the clipping rule in words.
+        seed_policy: "os_entropy" or "fixed".
+        released: what the guarantee covers.
+        not_charged: what used private data outside the budget.
+
+    Returns:
+        The contents of `privacy.json`. `epsilon` is that of the executed steps; with one phase,
+        `noise_multiplier` and the like are numbers, with several, lists in phase order.
+    """
+    if seed_policy not in SEED_POLICIES:
+        raise ValueError(f"seed_policy={seed_policy!r} must be one of {sorted(SEED_POLICIES)}.")
+    mechanisms = [p.mechanism for p in ledger.phases]
+
+    def each(name: str) -> Any:
+        values = [getattr(m, name) for m in mechanisms]
+        return values[0] if len(set(values)) == 1 else values
+
+    return {
+        "epsilon": ledger.spent(),
+        "delta": ledger.delta,
+        "epsilon_budget": ledger.epsilon,
+        "unit_of_privacy": "one training example",
+        "neighboring_relation": mechanisms[0].relation,
+        "sampler": each("sampler"),
+        "accountant": mechanisms[0].accountant,
+        "noise_multiplier": each("noise_multiplier"),
+        "sampling_prob": each("sampling_prob"),
+        "expected_batch_size": each("expected_batch_size"),
+        "num_examples": each("num_examples"),
+        "steps_done": ledger.steps_done,
+        "steps_planned": ledger.steps_planned,
+        "phases": [
+            {
+                "name": p.name,
+                "steps_done": p.steps_done,
+                "steps_planned": p.mechanism.steps,
+                **{
+                    k: getattr(p.mechanism, k)
+                    for k in ("sampler", "noise_multiplier", "sampling_prob", "max_batch_size")
+                },
+            }
+            for p in ledger.phases
+        ],
+        "clipping": clipping,
+        "noise": "Gaussian, float32, JAX threefry2x32 (not a cryptographic generator)",
+        "seed_policy": SEED_POLICIES[seed_policy],
+        "released": list(released),
+        "not_charged": list(not_charged),
+    }
+
+
+_RELATIONS = {
+    "add_or_remove_one": "adding or removing one training example",
+    "replace_one": "replacing one training example by another",
+}
+
+
+def to_markdown(facts: dict[str, Any]) -> str:
+    """Renders a `statement` for people."""
+    relation = _RELATIONS[facts["neighboring_relation"]]
+    lines = [
+        "# Privacy statement",
+        "",
+        f"The released results are **({facts['epsilon']:.4g}, {facts['delta']:g})-differentially "
+        f"private** with respect to {relation}.",
+        "",
+        f"> {facts['seed_policy']}",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    rows = {
+        "budget (epsilon, delta)": f"({facts['epsilon_budget']:g}, {facts['delta']:g})",
+        "unit of privacy": facts["unit_of_privacy"],
+        "sampler": facts["sampler"],
+        "accountant": facts["accountant"],
+        "training examples N (public constant)": facts["num_examples"],
+        "sampling probability q": facts["sampling_prob"],
+        "expected batch size q N": facts["expected_batch_size"],
+        "noise multiplier sigma": facts["noise_multiplier"],
+        "steps executed of planned": f"{facts['steps_done']} of {facts['steps_planned']}",
+        "clipping": facts["clipping"],
+        "noise": facts["noise"],
+    }
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "## Released under this guarantee", ""]
+    lines += [f"- {item}" for item in facts["released"]]
+    lines += ["", "## Not charged: outside this guarantee", ""]
+    lines += [f"- {item}" for item in facts["not_charged"]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,179 @@
+"""Optax transforms from a clipped sum to a private mean: the only place that adds noise.
+
+Sum, never mean; one noise draw per step, in float32; one division, by the expected batch size,
+after the noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpjax.dp.clipping import ClippedSum, ClipRule, flat
+
+__all__ = ["GaussianState", "aggregate", "gaussian", "gaussian_noise"]
+
+PyTree = Any
+
+
+class GaussianState(NamedTuple):
+    """State of the noise transforms.
+
+    Attributes:
+        step: int32 scalar, the number of noise draws so far. Together with the key it determines
+            the next draw, so a resumed run draws the noise of the run that was cut.
+    """
+
+    step: jax.Array
+
+
+def gaussian_noise(key: jax.Array, tree: PyTree) -> PyTree:
+    """Draws standard normal float32 noise in the shapes of `tree`, one key per leaf.
+
+    Under `jax.jit` with sharded operands the values depend on the key alone, not on the number
+    of devices (JAX's partitionable threefry).
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        return tree
+    keys = jax.random.split(key, len(leaves))
+    noise = [jax.random.normal(k, leaf.shape, jnp.float32) for k, leaf in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, noise)
+
+
+def gaussian(
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+) -> optax.GradientTransformation:
+    """Adds Gaussian noise to a clipped sum and divides by the expected batch size.
+
+    Args:
+        noise_multiplier: sigma >= 0, the noise's standard deviation over the sum's sensitivity.
+            0 is not private.
+        expected_batch_size: B = q N > 0, a public constant; never the realised size.
+        key: typed PRNG key of the whole run; step t uses `fold_in(key, t)`. It must be secret
+            and used for nothing else.
+
+    Returns:
+        A transform whose `update` takes a `ClippedSum` and gives float32 updates in the tree of
+        its value. Chain optax optimisers after it.
+
+    Guarantees:
+        Given a `ClippedSum` of sensitivity S, one update is the Gaussian mechanism with standard
+        deviation `noise_multiplier * S` on the sum. Noise is float32 whatever the parameters are.
+
+    Raises:
+        TypeError: `update` got anything but a `ClippedSum`, or the key is not a typed key.
+        ValueError: a negative or non-finite argument.
+
+    >>> import jax, optax
+    >>> from dpjax import dp
+    >>> tx = optax.chain(dp.gaussian(1.0, 256, key=jax.random.key(0)), optax.adam(1e-3))
+    >>> state = tx.init({"w": jax.numpy.zeros(3)})
+    >>> tx.update({"w": jax.numpy.ones(3)}, state)
+    Traceback (most recent call last):
+      ...
+    TypeError: the noise transform takes a ClippedSum, got dict: clip per-example gradients first.
+    """
+    _check("noise_multiplier", noise_multiplier, zero=True)
+    _check("expected_batch_size", expected_batch_size)
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key={key!r} must be a typed key, such as jax.random.key(seed).")
+    if key.shape != ():
+        raise TypeError(f"key of shape {key.shape} must be a single key.")
+
+    def init(params: PyTree) -> GaussianState:
+        del params
+        return GaussianState(step=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: ClippedSum, state: GaussianState, params: PyTree | None = None
+    ) -> tuple[PyTree, GaussianState]:
+        del params
+        if not isinstance(updates, ClippedSum):
+            raise TypeError(
+                f"the noise transform takes a ClippedSum, got {type(updates).__name__}: "
+                "clip per-example gradients first."
+            )
+        noise = gaussian_noise(jax.random.fold_in(key, state.step), updates.value)
+        stddev = jnp.asarray(noise_multiplier * updates.sensitivity, jnp.float32)
+        private = jax.tree.map(
+            lambda s, z: (s.astype(jnp.float32) + stddev * z) / expected_batch_size,
+            updates.value,
+            noise,
+        )
+        return private, GaussianState(step=state.step + 1)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def aggregate(
+    l2_norm_clip: jax.typing.ArrayLike | ClipRule,
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+) -> optax.GradientTransformation:
+    """Takes stacked per-example gradients, as `optax.contrib.differentially_private_aggregate`.
+
+    A drop-in for code that computes per-example gradients itself. It differs from optax's where
+    that one is not private: it divides by the expected batch size (a public constant) instead
+    of the realised one, and an example with a non-finite gradient contributes zero.
+
+    Args:
+        l2_norm_clip: clip bound C, or any `ClipRule`.
+        noise_multiplier: sigma, in units of the sensitivity.
+        expected_batch_size: B, a public constant.
+        key: typed PRNG key of the whole run, secret.
+
+    Returns:
+        A transform whose `update` takes a tree of `[batch, ...]` per-example gradients.
+
+    >>> import jax, jax.numpy as jnp
+    >>> tx = aggregate(1.0, 0.0, 4, key=jax.random.key(0))
+    >>> per_example = {"w": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
+    >>> updates, _ = tx.update(per_example, tx.init({"w": jnp.zeros(2)}))
+    >>> [round(float(u), 3) for u in updates["w"]]  # ([0.6, 0.8] + [0, 0.5]) / 4
+    [0.15, 0.325]
+    """
+    rule = l2_norm_clip if isinstance(l2_norm_clip, ClipRule) else flat(l2_norm_clip)
+    noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+
+    def update(
+        updates: PyTree, state: GaussianState, params: PyTree | None = None
+    ) -> tuple[PyTree, GaussianState]:
+        return noise.update(_clip_stacked(updates, rule), state, params)  # type: ignore[arg-type]
+
+    return optax.GradientTransformation(noise.init, update)  # type: ignore[arg-type]
+
+
+def _clip_stacked(grads: PyTree, rule: ClipRule) -> ClippedSum:
+    """Clips and sums a tree of stacked per-example gradients `[batch, ...]`."""
+    example = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
+    groups, num_groups = rule.groups(example), rule.num_groups(example)
+    leaves, treedef = jax.tree.flatten(grads)
+    flat_leaves = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in leaves]
+    squares = [jnp.zeros((flat_leaves[0].shape[0],), jnp.float32) for _ in range(num_groups)]
+    for group, leaf in zip(groups, flat_leaves):
+        squares[group] += jnp.sum(jnp.square(leaf), axis=1)
+    norms = jnp.sqrt(jnp.stack(squares, axis=1))
+    factors = jax.vmap(rule.factors)(norms)
+    finite = jnp.all(jnp.isfinite(norms), axis=1)
+    sums = [
+        jnp.einsum("b,bd->d", factors[:, i], jnp.where(finite[:, None], g, 0.0))
+        for i, g in zip(groups, flat_leaves)
+    ]
+    value = [s.reshape(g.shape[1:]) for s, g in zip(sums, leaves)]
+    return ClippedSum(jax.tree.unflatten(treedef, value), rule.sensitivity())
+
+
+def _check(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (0 <= float(value) < float("inf")) or (value == 0 and not zero):
+        raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")

@@ -1,0 +1,166 @@
+"""Private optimisers: the noise transform followed by one of optax's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpjax.dp.noise import gaussian
+
+__all__ = ["adam", "adam_corrected", "lamb", "scale_by_adam_corrected", "sgd"]
+
+PyTree = Any
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+    **kwargs: Any,
+) -> optax.GradientTransformation:
+    """DP-Adam: Adam on the noisy mean of clipped gradients (arXiv 2510.20616, algorithm 1).
+
+    Args:
+        learning_rate: step size or schedule.
+        noise_multiplier: sigma, see `gaussian`.
+        expected_batch_size: B, see `gaussian`.
+        key: typed PRNG key of the whole run, secret.
+        **kwargs: passed to `optax.adam` (b1, b2, eps, ...).
+
+    Returns:
+        A transform whose `update` takes a `ClippedSum`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from dpjax import dp
+    >>> loss = lambda params, example: (params["w"] * example - 1.0) ** 2
+    >>> params = {"w": jnp.zeros(())}
+    >>> tx = dp.adam(0.1, noise_multiplier=1.0, expected_batch_size=4, key=jax.random.key(0))
+    >>> clipped, _ = dp.clipped_sum(loss, dp.flat(1.0))(params, jnp.ones(4), jnp.ones(4, bool))
+    >>> updates, state = tx.update(clipped, tx.init(params), params)
+    """
+    return _chain(
+        optax.adam(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
+    )
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+    **kwargs: Any,
+) -> optax.GradientTransformation:
+    """DP-SGD (arXiv 1607.00133, algorithm 1); `kwargs` go to `optax.sgd` (momentum, ...)."""
+    return _chain(
+        optax.sgd(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
+    )
+
+
+def lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+    **kwargs: Any,
+) -> optax.GradientTransformation:
+    """DP-LAMB (arXiv 2205.02973); `kwargs` go to `optax.lamb` (weight_decay, ...)."""
+    return _chain(
+        optax.lamb(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
+    )
+
+
+class AdamCorrectedState(NamedTuple):
+    """State of `scale_by_adam_corrected`: step count and the two moments."""
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
+
+
+def scale_by_adam_corrected(
+    noise_variance: jax.typing.ArrayLike,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 5e-8,
+) -> optax.GradientTransformation:
+    """Adam whose second moment has the known noise variance subtracted.
+
+    Args:
+        noise_variance: variance of the noise in each coordinate of the noisy mean,
+            (sigma S / B)^2. A public quantity, so the correction costs no privacy.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: lower bound on the corrected second moment (gamma' in the paper).
+
+    Returns:
+        A transform of noisy mean gradients.
+
+    Source: Tang et al. 2023, DP-AdamBC, arXiv 2312.14334, algorithm 1.
+    """
+
+    def init(params: PyTree) -> AdamCorrectedState:
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return AdamCorrectedState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(
+        updates: PyTree, state: AdamCorrectedState, params: PyTree | None = None
+    ) -> tuple[PyTree, AdamCorrectedState]:
+        del params
+        count = state.count + 1
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        mu_hat = optax.tree.bias_correction(mu, b1, count)
+        nu_hat = optax.tree.bias_correction(nu, b2, count)
+        scaled = jax.tree.map(
+            lambda m, v: m / jnp.sqrt(jnp.maximum(v - noise_variance, eps)), mu_hat, nu_hat
+        )
+        return scaled, AdamCorrectedState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam_corrected(
+    learning_rate: optax.ScalarOrSchedule,
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+    sensitivity: jax.typing.ArrayLike,
+    **kwargs: Any,
+) -> optax.GradientTransformation:
+    """DP-AdamBC: DP-Adam without the noise's bias in the second moment (arXiv 2312.14334).
+
+    Args:
+        learning_rate: step size or schedule.
+        noise_multiplier: sigma, see `gaussian`.
+        expected_batch_size: B, see `gaussian`.
+        key: typed PRNG key of the whole run, secret.
+        sensitivity: the clipping rule's sensitivity, which fixes the noise variance.
+        **kwargs: b1, b2, eps of `scale_by_adam_corrected`.
+
+    Returns:
+        A transform whose `update` takes a `ClippedSum`.
+    """
+    variance = jnp.square(noise_multiplier * sensitivity / expected_batch_size)
+    corrected = optax.chain(
+        scale_by_adam_corrected(variance, **kwargs), optax.scale_by_learning_rate(learning_rate)
+    )
+    return _chain(corrected, noise_multiplier, expected_batch_size, key=key)
+
+
+def _chain(
+    optimizer: optax.GradientTransformation,
+    noise_multiplier: jax.typing.ArrayLike,
+    expected_batch_size: jax.typing.ArrayLike,
+    *,
+    key: jax.Array,
+) -> optax.GradientTransformation:
+    return optax.chain(gaussian(noise_multiplier, expected_batch_size, key=key), optimizer)

@@ -1,0 +1,47 @@
+"""Named key streams, so that no two uses of randomness can share a key.
+
+Two seeds exist. The public seed decides initialisation, augmentation and subsets; anyone may know
+it. The private seed decides which examples are drawn and the noise, and the privacy guarantee
+holds only while it is secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import zlib
+
+import jax
+import numpy as np
+
+__all__ = ["draw_private_seed", "noise_key", "public_key", "sampler_seed"]
+
+_BITS = 128
+
+
+def public_key(seed: int, name: str) -> jax.Array:
+    """Returns the typed key of the public stream `name` ("init", "augment", ...)."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def draw_private_seed() -> int:
+    """Draws 128 bits from the operating system's entropy."""
+    return secrets.randbits(_BITS)
+
+
+def noise_key(private_seed: int) -> jax.Array:
+    """Returns the noise key, 64 bits: all that JAX's threefry2x32 takes."""
+    words = np.frombuffer(_derive(private_seed, "noise")[:8], np.uint32)
+    return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
+
+
+def sampler_seed(private_seed: int) -> int:
+    """Returns the sampler's 128-bit key."""
+    return int.from_bytes(_derive(private_seed, "sampler")[:16], "big")
+
+
+def _derive(private_seed: int, stream: str) -> bytes:
+    """SHA-256 of seed and stream name: no stream tells anything about another."""
+    if not 0 <= private_seed < 2**_BITS:
+        raise ValueError(f"private_seed={private_seed} must be in [0, 2**{_BITS}).")
+    return hashlib.sha256(private_seed.to_bytes(_BITS // 8, "big") + stream.encode()).digest()

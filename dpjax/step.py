@@ -1,0 +1,232 @@
+"""The train and eval steps: pure functions over a mesh. Nothing here reads a file or a config.
+
+One logical step is any number of `accumulate` calls, one per physical chunk of the batch, and one
+`update`. Each device keeps its own partial sum, so the only collective of a step is the sum over
+devices at the start of `update`, right before the noise is drawn, once, in the global view.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from dpjax import dp, metrics
+from dpjax.finetune import join
+from dpjax.models import Params
+from dpjax.sharding import AXIS, batch_sharding, replicated
+
+__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "eval_step", "make_steps"]
+
+Batch = dict[str, jax.Array]
+"""`input` [n, ...], `label` [n] int32, `index` [n] int32, `mask` [n] bool (False is padding)."""
+
+LossFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes. Frozen parameters are not state.
+
+    Attributes:
+        step: int32 scalar, executed steps.
+        trainable: parameters that train.
+        opt: state of the optimiser, noise transform included.
+    """
+
+    step: jax.Array
+    trainable: Params
+    opt: Any
+
+
+class Hyper(NamedTuple):
+    """Values of a run that are traced: changing them never recompiles.
+
+    Attributes:
+        learning_rate: base learning rate.
+        noise_multiplier: sigma; ignored without privacy.
+        rule: clipping rule; None trains without privacy.
+        noise_key: key of the noise; None without privacy.
+        augment_key: public key of the augmentations.
+    """
+
+    learning_rate: jax.Array
+    noise_multiplier: jax.Array
+    rule: dp.ClipRule | None
+    noise_key: jax.Array | None
+    augment_key: jax.Array
+
+
+class Totals(NamedTuple):
+    """Sums over the chunks seen so far of one step; a leading axis `[devices]` on every leaf.
+
+    Attributes:
+        grads: a `ClippedSum`, or without privacy a plain tree of gradient sums.
+        facts: sums over examples, NOT private: count, loss, norm, clipped, dropped.
+    """
+
+    grads: Any
+    facts: dict[str, jax.Array]
+
+
+class Steps(NamedTuple):
+    """The jitted functions of a run.
+
+    Attributes:
+        init: `(trainable, hyper) -> TrainState`.
+        zeros: `(trainable) -> Totals`.
+        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`; donates totals.
+        update: `(state, totals, hyper) -> (TrainState, facts)`; donates both.
+    """
+
+    init: Callable[..., TrainState]
+    zeros: Callable[..., Totals]
+    accumulate: Callable[..., Totals]
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_steps(
+    loss_fn: LossFn,
+    optimizer: Callable[[Hyper], optax.GradientTransformation],
+    mesh: Mesh,
+    *,
+    private: bool,
+    method: str = "auto",
+    microbatch_size: int | None = None,
+) -> Steps:
+    """Builds the train step.
+
+    Args:
+        loss_fn: `(params, example) -> scalar` for ONE example with `input`, `label` and a `key`
+            of its own for augmentation.
+        optimizer: makes the transform from traced values; it takes a `ClippedSum` if private.
+        mesh: from `sharding.make_mesh`.
+        private: whether gradients are clipped; without it the sum is an ordinary gradient.
+        method: clipping engine, see `dp.clipped_sum`.
+        microbatch_size: examples per device in memory at once; None for a whole chunk.
+
+    Returns:
+        The jitted functions.
+    """
+    rows, everywhere = PartitionSpec(AXIS), PartitionSpec()
+
+    def local(
+        totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, rule: Any
+    ) -> Totals:
+        examples = {"input": batch["input"], "label": batch["label"]}
+        # An example's augmentation depends on the step and its index, not on where it is.
+        examples["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+
+        def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
+            return loss_fn(join(params, frozen), example)
+
+        if private:
+            engine = dp.clipped_sum(loss, rule, method=method, microbatch_size=microbatch_size)
+        else:
+            engine = functools.partial(_gradient_sum, loss)
+        grads, facts = engine(trainable, examples, batch["mask"])
+        before = jax.tree.map(lambda x: x[0], totals.grads)
+        after = before + grads if private else jax.tree.map(jnp.add, before, grads)
+        groups = facts.norms.shape[1]
+        limits = rule.thresholds(groups) if private else jnp.full((groups,), jnp.inf)
+        sums = jax.tree.map(lambda a, b: a[0] + b, totals.facts, _fact_sums(facts, limits))
+        return jax.tree.map(lambda x: x[None], Totals(after, sums))
+
+    def accumulate(
+        totals: Totals,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        step: jax.Array,
+        hyper: Hyper,
+    ) -> Totals:
+        key = jax.random.fold_in(hyper.augment_key, step)
+        sharded = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, everywhere, everywhere, rows, everywhere, everywhere),
+            out_specs=rows,
+            check_vma=False,  # a parameter's cotangent would otherwise be summed over devices here
+        )
+        return sharded(totals, trainable, frozen, batch, key, hyper.rule)
+
+    def zeros(trainable: Params) -> Totals:
+        grads: Any = jax.tree.map(lambda p: jnp.zeros((mesh.size, *p.shape), jnp.float32), trainable)
+        if private:
+            grads = dp.ClippedSum(grads, jnp.zeros((mesh.size,), jnp.float32))
+        return Totals(grads, {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS})
+
+    def init(trainable: Params, hyper: Hyper) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer(hyper).init(trainable))
+
+    def update(
+        state: TrainState, totals: Totals, hyper: Hyper
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if private:
+            value = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals.grads.value)
+            grads: Any = dp.ClippedSum(value, jnp.max(totals.grads.sensitivity))
+        else:
+            grads = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals.grads)
+        updates, opt = optimizer(hyper).update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        facts = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals.facts)
+        facts["finite"] = jnp.stack(
+            [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable)]
+        ).all()
+        return TrainState(state.step + 1, trainable, opt), facts
+
+    whole, spread = replicated(mesh), batch_sharding(mesh)
+    return Steps(
+        init=jax.jit(init, out_shardings=whole),
+        zeros=jax.jit(zeros, out_shardings=spread),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=spread),
+        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=whole),
+    )
+
+
+def eval_step(
+    apply: Callable[[Params, jax.Array], jax.Array], num_classes: int, mesh: Mesh
+) -> Callable[[Params, Batch], metrics.EvalSums]:
+    """Returns the jitted `(params, batch) -> EvalSums`; sums over batches add."""
+
+    def step(params: Params, batch: Batch) -> metrics.EvalSums:
+        logits = apply(params, batch["input"])
+        return metrics.eval_sums(logits, batch["label"], batch["mask"], num_classes)
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+_FACTS = ("count", "loss", "norm", "clipped", "dropped")
+
+
+def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Array]:
+    finite = facts.real & jnp.isfinite(facts.loss) & jnp.all(jnp.isfinite(facts.norms), axis=1)
+    norms = jnp.sqrt(jnp.sum(jnp.square(facts.norms), axis=1))
+    above = jnp.any(facts.norms > thresholds[None], axis=1)
+    return {
+        "count": jnp.sum(facts.real, dtype=jnp.float32),
+        "loss": jnp.sum(jnp.where(finite, facts.loss, 0.0)),
+        "norm": jnp.sum(jnp.where(finite, norms, 0.0)),
+        "clipped": jnp.sum(finite & above, dtype=jnp.float32),
+        "dropped": jnp.sum(facts.real & ~finite, dtype=jnp.float32),
+    }
+
+
+def _gradient_sum(
+    loss_fn: LossFn, params: Params, batch: Any, mask: jax.Array
+) -> tuple[Params, dp.PerExample]:
+    """The ordinary, non-private gradient of the summed loss over the real examples."""
+
+    def total(params: Params) -> tuple[jax.Array, jax.Array]:
+        losses = jax.vmap(loss_fn, (None, 0))(params, batch)
+        losses = jnp.where(mask, losses, 0.0)
+        return jnp.sum(losses), losses
+
+    grads, losses = jax.grad(total, has_aux=True)(params)
+    ones = jnp.ones((mask.shape[0], 1), jnp.float32)
+    facts = dp.PerExample(losses, 0 * ones, ones, mask)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), facts
