@@ -1,0 +1,86 @@
+"""Imports point downwards only, and the private core stands alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dpjax"
+
+# What each part may import of ours, besides itself. Deeper parts know nothing of higher ones.
+ALLOWED = {
+    "dp": set(),
+    "models": set(),
+    "data": set(),
+    "rng": set(),
+    "sharding": set(),
+    "config": set(),
+    "metrics": set(),
+    "finetune": {"models"},
+    "storage": {"config", "models"},
+    "step": {"dp", "finetune", "metrics", "models", "sharding"},
+    "build": {"data", "dp", "finetune", "models", "rng", "step", "config"},
+    "loop": {"build", "config", "data", "dp", "finetune", "metrics", "models", "rng", "sharding",
+             "step", "storage"},
+    "plan": {"dp", "config"},
+    "report": {"storage"},
+    "train": {"build", "config", "dp", "loop", "report", "storage"},
+}  # fmt: skip
+
+CORE_IMPORTS = {"jax", "numpy", "optax", "dp_accounting", "dpjax"}
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of everything a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def parts(source: str) -> set[str]:
+    """Parts of our package that a module imports."""
+    return {name.split(".")[1] for name in imported(source) if name.startswith("dpjax.")} - {
+        "__version__"
+    }
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    part = part_of(path)
+    assert part in ALLOWED, f"say in ALLOWED what {part} may import"
+    assert parts(path.read_text()) <= ALLOWED[part] | {part}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "dp").glob("*.py")), ids=lambda p: p.name)
+def test_core_needs_little(path):
+    roots = {name.split(".")[0] for name in imported(path.read_text())}
+    assert roots - set(sys.stdlib_module_names) <= CORE_IMPORTS
+    assert parts(path.read_text()) <= {"dp"}
+
+
+def test_the_parser_sees_offences():
+    assert parts("from dpjax import loop\nfrom dpjax.models.vit import x") == {"loop", "models"}
+    assert "flax.linen" in imported("def f():\n    from flax import linen")
+
+
+def test_importing_the_core_loads_nothing_heavy():
+    code = (
+        "import sys, dpjax.dp; "
+        "print([m for m in ('flax', 'grain', 'tensorflow_datasets', 'ml_collections', 'orbax', "
+        "'matplotlib', 'tensorflow') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

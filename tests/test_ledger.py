@@ -1,0 +1,96 @@
+"""Executed steps, the budget they must not pass, and the statement."""
+
+import json
+
+import pytest
+
+from dpjax import dp
+from dpjax.dp import accounting
+
+MECHANISM = dp.calibrated(
+    epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=40
+)
+
+
+def ledger(*mechanisms, epsilon=2.0):
+    phases = tuple(dp.Phase(f"p{i}", m) for i, m in enumerate(mechanisms or (MECHANISM,)))
+    return dp.Ledger(phases, epsilon=epsilon, delta=1e-4)
+
+
+def statement(book, **changes):
+    arguments = {
+        "clipping": "flat, bound 1.0",
+        "seed_policy": "fixed",
+        "released": ["weights"],
+        "not_charged": ["search"],
+        **changes,
+    }
+    return dp.statement(book, **arguments)
+
+
+def test_only_executed_steps_are_spent():
+    book = ledger()
+    assert book.spent() == 0
+    book = book.charge(0, 10)
+    assert book.spent() == MECHANISM.epsilon(1e-4, steps=10)
+    assert book.charge(0, 30).spent() == MECHANISM.epsilon(1e-4)
+
+
+def test_no_step_past_the_budget():
+    book = ledger().charge(0, 40)
+    with pytest.raises(dp.BudgetExceeded, match="step 41 of 40"):
+        book.charge(0)
+    with pytest.raises(dp.BudgetExceeded):
+        ledger().charge(0, -1)
+
+
+def test_a_plan_beyond_the_budget_cannot_be_made():
+    with pytest.raises(ValueError, match="more than the budget"):
+        ledger(epsilon=1.9)
+    with pytest.raises(ValueError, match="more than the budget"):
+        ledger(MECHANISM, MECHANISM)
+
+
+def test_phases_compose():
+    half = dp.Mechanism(
+        num_examples=1000, sampling_prob=0.05, steps=20,
+        noise_multiplier=MECHANISM.noise_multiplier,
+    )  # fmt: skip
+    book = ledger(half, half).charge(0, 20).charge(1, 20)
+    assert book.spent() == pytest.approx(MECHANISM.epsilon(1e-4), rel=1e-3)
+    direct = accounting.epsilon([half.event(), half.event()], 1e-4)
+    assert book.spent() == direct
+
+
+def test_phases_of_one_relation_only():
+    fixed = dp.calibrated(
+        epsilon=1.0, delta=1e-4, num_examples=1000, batch_size=50, steps=4, sampler="fixed_size"
+    )
+    with pytest.raises(ValueError, match="neighbouring relation"):
+        ledger(MECHANISM, fixed, epsilon=50.0)
+
+
+def test_statement_has_what_others_rely_on():
+    facts = json.loads(json.dumps(statement(ledger().charge(0, 10))))
+    for key in (
+        "epsilon", "delta", "noise_multiplier", "sampling_prob", "expected_batch_size",
+        "num_examples", "steps_done", "steps_planned", "neighboring_relation", "sampler",
+        "accountant", "clipping", "seed_policy",
+    ):  # fmt: skip
+        assert key in facts
+    assert (facts["steps_done"], facts["steps_planned"]) == (10, 40)
+    assert facts["epsilon"] == MECHANISM.epsilon(1e-4, steps=10)
+    assert facts["seed_policy"] == "fixed seed: for study, not for release"
+    assert "OS entropy" in statement(ledger(), seed_policy="os_entropy")["seed_policy"]
+    with pytest.raises(ValueError, match="seed_policy='weak'"):
+        statement(ledger(), seed_policy="weak")
+
+
+def test_markdown_says_the_same():
+    facts = statement(ledger().charge(0, 40))
+    text = dp.to_markdown(facts)
+    assert "fixed seed: for study, not for release" in text
+    assert f"{facts['epsilon']:.4g}" in text
+    assert "adding or removing one training example" in text
+    assert "40 of 40" in text
+    assert "- search" in text

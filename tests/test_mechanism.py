@@ -1,0 +1,137 @@
+"""What is accounted is what runs."""
+
+import dataclasses
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax import dp
+from dpjax.dp.mechanism import SAMPLERS
+
+BUDGET = {"epsilon": 2.0, "delta": 1e-4}
+
+
+def make(sampler="poisson", **kwargs):
+    if sampler == "truncated_poisson":
+        kwargs.setdefault("max_batch_size", 90)
+    fields = {"num_examples": 1000, "batch_size": 1000 if sampler == "full_batch" else 50}
+    return dp.calibrated(**BUDGET, **{**fields, "steps": 40, **kwargs}, sampler=sampler)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calibration_meets_the_budget_and_does_not_waste_it(sampler):
+    mechanism = make(sampler)
+    epsilon = mechanism.epsilon(BUDGET["delta"])
+    assert 0.99 * BUDGET["epsilon"] < epsilon <= BUDGET["epsilon"]
+    less = dataclasses.replace(mechanism, noise_multiplier=0.98 * mechanism.noise_multiplier)
+    assert less.epsilon(BUDGET["delta"]) > BUDGET["epsilon"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_epsilon_grows_with_steps(sampler):
+    mechanism = make(sampler)
+    spent = [mechanism.epsilon(1e-4, steps=t) for t in (0, 1, 10, 40)]
+    assert spent[0] == 0
+    assert all(a < b for a, b in zip(spent, spent[1:]))
+
+
+def rate(mechanism, draws=4000):
+    """Empirical inclusion probability of the examples."""
+    return sum(len(mechanism.indices(1, t)) for t in range(draws)) / draws / mechanism.num_examples
+
+
+@pytest.mark.parametrize("sampler", ["poisson", "full_batch", "fixed_size"])
+def test_accounted_rate_is_configured_rate_is_empirical_rate(sampler):
+    mechanism = make(sampler)
+    q = mechanism.sampling_prob
+    assert q == mechanism.expected_batch_size / mechanism.num_examples
+    tolerance = 6 * np.sqrt(q * (1 - q) / (4000 * 1000)) + 1e-12
+    assert abs(rate(mechanism) - q) < tolerance
+    assert abs(rate(mechanism) - 1.1 * q) > tolerance  # the comparison can tell
+    event = mechanism.event()
+    assert event.count == mechanism.steps == 40
+    if sampler == "poisson":
+        assert event.event.sampling_probability == q
+        assert event.event.event.noise_multiplier == mechanism.noise_multiplier
+    elif sampler == "full_batch":
+        assert event.event.noise_multiplier == mechanism.noise_multiplier
+    else:
+        assert event.event.sample_size == len(mechanism.indices(1, 0)) == 50
+        assert event.event.source_dataset_size == 1000
+        # Replacing one example moves the sum by up to twice the clip bound.
+        assert event.event.event.noise_multiplier == mechanism.noise_multiplier / 2
+
+
+def test_truncated_event_knows_its_truncation():
+    event = make("truncated_poisson").event().event
+    assert isinstance(event, dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent)
+    assert (event.truncated_batch_size, event.dataset_size) == (90, 1000)
+
+
+def test_nothing_shuffled_can_be_expressed():
+    with pytest.raises(ValueError, match="sampler='shuffle'"):
+        make("shuffle")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_noise_that_runs_is_the_noise_accounted(sampler):
+    mechanism = make(sampler)
+    tx = mechanism.transform(key=jax.random.key(0))
+    zero = {"w": jnp.zeros(50_000)}
+    updates, _ = tx.update(dp.ClippedSum(zero, jnp.asarray(3.0)), tx.init(zero))
+    want = 3.0 * mechanism.noise_multiplier / mechanism.expected_batch_size
+    assert abs(float(jnp.std(updates["w"])) / want - 1) < 6 / np.sqrt(2 * 50_000)
+
+
+def test_batch_of_everyone_is_full_batch():
+    mechanism = make(batch_size=1000)
+    assert mechanism.sampler == "full_batch"
+    np.testing.assert_array_equal(mechanism.indices(3, 0), np.arange(1000))
+
+
+def test_steps_are_rounded_epochs():
+    assert dp.num_steps(50_000, 16_384, 8) == 24  # and not 8 * ceil(N / B) = 32
+    assert dp.num_steps(10, 10, 0.01) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"epsilon": 0.0}, "epsilon=0"),
+        ({"epsilon": -1.0}, "epsilon=-1"),
+        ({"epsilon": float("nan")}, "epsilon=nan"),
+        ({"delta": 0.0}, "delta=0"),
+        ({"delta": 0.01}, "delta=0.01"),
+        ({"delta": 1.5}, "delta=1.5"),
+        ({"batch_size": 2000}, "batch_size=2000"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": None}, "steps=None"),
+        ({"max_batch_size": 10}, "max_batch_size=10"),
+        ({"sampler": "truncated_poisson", "max_batch_size": None}, "max_batch_size=None"),
+        ({"sampler": "full_batch"}, "sampling_prob=0.05"),
+    ],
+)
+def test_impossible_budgets_name_field_and_value(change, text):
+    arguments = {**BUDGET, "num_examples": 1000, "batch_size": 50, "steps": 40, **change}
+    with pytest.raises(ValueError, match=text):
+        dp.calibrated(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"noise_multiplier": 0.0}, "noise_multiplier=0.0"),
+        ({"noise_multiplier": float("inf")}, "noise_multiplier=inf"),
+        ({"sampling_prob": 1.5}, "sampling_prob=1.5"),
+        ({"sampling_prob": 0.0}, "sampling_prob=0.0"),
+        ({"steps": 2.5}, "steps=2.5"),
+        ({"sampler": "fixed_size", "sampling_prob": 0.0505555}, "fixed_size"),
+    ],
+)
+def test_bad_fields(change, text):
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(make(), **change)
