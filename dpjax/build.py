@@ -19,8 +19,11 @@ import optax
 from ml_collections import ConfigDict
 
 from dpjax import data, dp, finetune, models, rng
+from dpjax.dp.per_example import METHODS
 from dpjax.models import Model, Params
 from dpjax.step import Hyper, LossFn
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 __all__ = ["Phase", "Run", "build", "clip_rule", "finetuning_set", "model", "optimizer"]
 
@@ -343,6 +346,10 @@ def _check_values(config: ConfigDict) -> None:
         value = config[field]
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{field}={value} must be > 0.")
+    if config.dp is not None:
+        _choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
+    if config.model.dtype not in _DTYPES:
+        raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
     rate = config.optimizer.learning_rate
     if not 0 < rate < math.inf:
         raise ValueError(f"optimizer.learning_rate={rate} must be > 0 and finite.")

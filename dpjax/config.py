@@ -50,7 +50,8 @@ def default() -> ConfigDict:
                 "head_init": "zero",  # zero, near_zero or random
                 "dtype": "float32",  # of activations; parameters, sums and noise are float32
             },
-            "finetune": "full",  # full, head, film, bias, blocks:first:K, blocks:last:K, regex:R; "+"
+            # full, head, film, bias, blocks:first:K, blocks:last:K, regex:R, or several with "+"
+            "finetune": "full",
             # None trains without privacy.
             "dp": {
                 "epsilon": 2.0,
@@ -101,7 +102,9 @@ def unknown_field(config: ConfigDict, path: str) -> str | None:
     return None
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "config") -> list[str]:
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], above: str = "config"
+) -> list[str]:
     """Lists the fields in which two configs differ, as "config.dp.epsilon: 1.0 != 2.0"."""
     found = []
     for name in sorted(set(one) | set(other)):

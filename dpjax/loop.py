@@ -29,7 +29,7 @@ from dpjax.storage import Workdir
 __all__ = ["TrainingFailed", "describe", "train"]
 
 
-class TrainingFailed(RuntimeError):  # noqa: N818
+class TrainingFailed(RuntimeError):
     """Raised when parameters are no longer finite; what was spent is in the statement."""
 
 
@@ -162,8 +162,9 @@ def _run_block(
         state, facts = steps.update(state, totals, hyper)
         if pending is not None:
             _log(run, workdir, *pending, time.perf_counter() - clock)
-            clock = time.perf_counter()
-        pending = (step + 1, facts)
+            pending, clock = None, time.perf_counter()
+        if (step + 1) % run.config.log_every == 0 or step + 1 == end:
+            pending = (step + 1, facts)
         bar.update()
     if pending is not None:
         _log(run, workdir, *pending, time.perf_counter() - clock)
@@ -173,9 +174,7 @@ def _run_block(
 def _log(
     run: Run, workdir: Workdir, step: int, facts: dict[str, jax.Array], seconds: float
 ) -> None:
-    """Writes one step's row, if it is due, and stops a run whose parameters are not finite."""
-    if step % run.config.log_every:
-        return
+    """Writes one step's row, and stops a run whose parameters are not finite."""
     got = {name: float(value) for name, value in jax.device_get(facts).items()}
     count = max(got["count"], 1.0)
     row = {
@@ -208,11 +207,9 @@ def _eval_every(config: Any, total: int) -> int:
     return config.eval_every or max(1, total // 10)
 
 
-def _chunks(
-    run: Run, phase: Phase, private_seed: int, mesh: Mesh, start: int
-) -> Iterator[_Chunk]:
+def _chunks(run: Run, phase: Phase, private_seed: int, mesh: Mesh, start: int) -> Iterator[_Chunk]:
     """Reads this host's rows of every physical chunk from step `start` on."""
-    size = sharding.pad_to_devices(run.config.physical_batch, mesh)
+    size = _physical(run, mesh)
     rows = sharding.local_rows(size, mesh)
     seed = rng.sampler_seed(private_seed)
     for step in range(start, phase.steps):
@@ -232,10 +229,16 @@ def _chunks(
             yield _Chunk(batch, last=number == len(cut) - 1)
 
 
+def _physical(run: Run, mesh: Mesh) -> int:
+    """The physical batch, rounded up to whole microbatches on every device."""
+    unit = mesh.size * (run.config.microbatch or 1)
+    return -(-run.config.physical_batch // unit) * unit
+
+
 def _evaluator(run: Run, mesh: Mesh) -> Callable[[Params], metrics.EvalSums]:
     """Returns the function that sums metrics over the whole held-out set."""
     step = eval_step(run.apply, run.train.num_classes, mesh)
-    size = sharding.pad_to_devices(4 * run.config.physical_batch, mesh)
+    size = 4 * _physical(run, mesh)
     rows = sharding.local_rows(size, mesh)
 
     def evaluate(params: Params) -> metrics.EvalSums:
@@ -304,7 +307,7 @@ def _write_statement(run: Run, ledger: dp.Ledger, workdir: Workdir) -> None:
             ),
             "private_seed.json: whoever reads it can undo the noise. Keep it as secret as the data"
             if config.private_seed is None
-            else "the private seed, which stands in the config: nothing is protected from its reader",
+            else "the private seed, which stands in config.json: its readers can undo the noise",
         ],
     )
     workdir.write("privacy.json", facts)
@@ -323,7 +326,7 @@ def describe(run: Run) -> str:
     config, phase = run.config, run.phases[0]
     trainable, frozen = finetune.split(run.params, phase.trainable)
     rows: dict[str, Any] = {
-        "data set": f"{run.train.name} {config.data.train_split}, held out {config.data.test_split}",
+        "data set": f"{run.train.name}, split {run.train.split} (held out: {run.test.split})",
         "examples N": f"{len(run.train):,} (held out {len(run.test):,})",
         "classes": run.train.num_classes,
         "model": f"{config.model.name} {config.model.size}, weights {config.model.weights}",

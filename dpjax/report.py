@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from dpjax.storage import read_jsonl  # noqa: E402
+from dpjax.storage import read_jsonl
 
 __all__ = ["figures", "main"]
 

@@ -14,7 +14,6 @@ __all__ = [
     "batch_sharding",
     "local_rows",
     "make_mesh",
-    "pad_to_devices",
     "replicated",
     "to_mesh",
 ]
@@ -39,11 +38,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def pad_to_devices(size: int, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the number of devices that is >= `size`."""
-    return -(-size // mesh.size) * mesh.size
-
-
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """Puts this host's rows of a batch on its devices; every host passes its own rows."""
     sharding = batch_sharding(mesh)
@@ -55,5 +49,4 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def local_rows(size: int, mesh: Mesh) -> np.ndarray:
     """Returns which rows of a `[size, ...]` batch this host must read, ascending."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
-    rows = [np.arange(size)[s] for (s,) in {str(s): s for s in slices}.values()]
-    return np.sort(np.concatenate(rows))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in slices]))

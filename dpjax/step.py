@@ -124,6 +124,7 @@ def make_steps(
         def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
             return loss_fn(join(params, frozen), example)
 
+        engine: Callable[..., tuple[Any, dp.PerExample]]
         if private:
             engine = dp.clipped_sum(loss, rule, method=method, microbatch_size=microbatch_size)
         else:
@@ -155,7 +156,9 @@ def make_steps(
         return sharded(totals, trainable, frozen, batch, key, hyper.rule)
 
     def zeros(trainable: Params) -> Totals:
-        grads: Any = jax.tree.map(lambda p: jnp.zeros((mesh.size, *p.shape), jnp.float32), trainable)
+        grads: Any = jax.tree.map(
+            lambda p: jnp.zeros((mesh.size, *p.shape), jnp.float32), trainable
+        )
         if private:
             grads = dp.ClippedSum(grads, jnp.zeros((mesh.size,), jnp.float32))
         return Totals(grads, {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS})

@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dpjax.config import unknown_field
 
 __all__ = ["main", "run"]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File, such as configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves its files; new, or to resume")
 _PLAN_ONLY = flags.DEFINE_bool("plan_only", False, "Print the plan and stop")
 
@@ -29,8 +29,11 @@ def main(argv: Sequence[str]) -> int:
         return _mistake(f"unexpected argument {argv[1]!r}.")
     from dpjax import build, dp, loop, report, storage
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+
     try:
-        workdir = storage.Workdir(_WORKDIR.value)
+        workdir = storage.Workdir(_WORKDIR.value or "")
         workdir.check(_CONFIG.value)
         plan = build.build(_CONFIG.value)
     except (ValueError, TypeError, FileNotFoundError) as error:

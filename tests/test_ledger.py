@@ -7,9 +7,7 @@ import pytest
 from dpjax import dp
 from dpjax.dp import accounting
 
-MECHANISM = dp.calibrated(
-    epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=40
-)
+MECHANISM = dp.calibrated(epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=40)
 
 
 def ledger(*mechanisms, epsilon=2.0):

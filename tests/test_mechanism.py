@@ -1,6 +1,7 @@
 """What is accounted is what runs."""
 
 import dataclasses
+import itertools
 
 import dp_accounting
 import jax
@@ -35,7 +36,7 @@ def test_epsilon_grows_with_steps(sampler):
     mechanism = make(sampler)
     spent = [mechanism.epsilon(1e-4, steps=t) for t in (0, 1, 10, 40)]
     assert spent[0] == 0
-    assert all(a < b for a, b in zip(spent, spent[1:]))
+    assert all(a < b for a, b in itertools.pairwise(spent))
 
 
 def rate(mechanism, draws=4000):

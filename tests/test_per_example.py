@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_clipping import RULES
 
 from dpjax import dp
 from dpjax.dp.per_example import cut
-
-from test_clipping import RULES
 
 METHODS = ("vmap", "auto")
 
@@ -39,7 +38,8 @@ def loop_oracle(rule, params, batch, mask):
     for i in range(len(mask)):
         if not mask[i]:
             continue
-        grad = jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[i], batch))
+        example = {name: rows[i] for name, rows in batch.items()}
+        grad = jax.grad(loss_fn)(params, example)
         leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(grad)]
         norms = [
             np.sqrt(sum((g**2).sum() for g, k in zip(leaves, groups) if k == n))
@@ -53,9 +53,7 @@ def loop_oracle(rule, params, batch, mask):
 
 def close(a, b, rtol=1e-5):
     scale = max(np.abs(np.asarray(x)).max() for x in jax.tree.leaves(b)) or 1.0
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale), a, b
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale), a, b)
 
 
 def gap(rule, one, other):
@@ -128,9 +126,9 @@ def test_microbatches_do_not_change_the_sum(size, method):
     params, batch = setup()
     mask = jnp.array([True, True, False, True, True, True])
     whole, facts = dp.clipped_sum(loss_fn, dp.flat(0.5), method=method)(params, batch, mask)
-    cut_sum, cut_facts = dp.clipped_sum(
-        loss_fn, dp.flat(0.5), method=method, microbatch_size=size
-    )(params, batch, mask)
+    cut_sum, cut_facts = dp.clipped_sum(loss_fn, dp.flat(0.5), method=method, microbatch_size=size)(
+        params, batch, mask
+    )
     close(cut_sum.value, whole.value)
     close(cut_facts._replace(real=0), facts._replace(real=0))
     np.testing.assert_array_equal(cut_facts.real, mask)

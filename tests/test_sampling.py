@@ -64,9 +64,7 @@ def test_large_sets_are_fast_enough_to_draw_per_step():
 
 
 def test_fixed_size():
-    batches = [
-        sampling.fixed_size(3, t, num_examples=50, batch_size=10) for t in range(2000)
-    ]
+    batches = [sampling.fixed_size(3, t, num_examples=50, batch_size=10) for t in range(2000)]
     assert all(len(set(b)) == 10 for b in batches)
     counts = np.bincount(np.concatenate(batches), minlength=50)
     # A hypergeometric count has a smaller variance than the chi-square's; the bound is safe.
@@ -74,10 +72,8 @@ def test_fixed_size():
 
 
 def test_truncated_poisson_never_exceeds_and_is_poisson_below():
-    sizes = [
-        len(sampling.truncated_poisson(1, t, num_examples=200, sampling_prob=0.1, max_batch_size=22))
-        for t in range(500)
-    ]
+    law = {"num_examples": 200, "sampling_prob": 0.1}
+    sizes = [len(sampling.truncated_poisson(1, t, **law, max_batch_size=22)) for t in range(500)]
     full = [len(poisson(t, seed=1)) for t in range(500)]
     assert max(sizes) == 22
     assert sizes == [min(s, 22) for s in full]

@@ -47,6 +47,14 @@ RELATIONS = {
     "replace_one": dpa.NeighboringRelation.REPLACE_ONE,
 }
 _ROUGH_ORDERS = (*range(2, 64), 128, 256, 512, 1024)  # integers: quick, and never warn
+# dp_accounting's default orders, and some more for the without-replacement bound, whose numerics
+# give out above order 110 or so: without them it certifies no epsilon below 0.1.
+_ORDERS = (
+    *(1 + x / 10 for x in range(1, 100)),
+    *range(11, 64),
+    *range(64, 120, 8),
+    *_ROUGH_ORDERS[-4:],
+)
 
 
 class BudgetArgs(TypedDict, total=False):
@@ -232,7 +240,7 @@ class _Budget(NamedTuple):
         if self.accountant == "pld":
             made = pld.PLDAccountant(relation, self.grid or _grid(event, self.delta))
         else:
-            made = rdp.RdpAccountant(neighboring_relation=relation)
+            made = rdp.RdpAccountant(_ORDERS, relation)
             event = map_leaves(event, doubled) if self.relation == "replace_one" else event
         try:
             return made.compose(event)
@@ -295,8 +303,15 @@ def _solve(
     found = falling_root(rough, start, slope=-1.0, tol=0.01, floor=floor)
     start, slope = found or (start, -1.0)
     found = falling_root(functools.partial(gap, budget.spent), start, slope, tol=tol, floor=floor)
-    if found is None:
-        raise ValueError(f"epsilon={budget.epsilon} at delta={budget.delta} is out of reach here.")
+    flat = False
+    if found and budget.accountant == "rdp" and found[0] > floor:
+        # Far below its reach RDP stays on one value until the noise is absurd.
+        flat = gap(budget.spent, found[0] - 1.4) < gap(budget.spent, found[0] - 0.7) + 5e-4
+    if found is None or flat:
+        raise ValueError(
+            f"epsilon={budget.epsilon} at delta={budget.delta} is out of reach of "
+            f"accountant={budget.accountant!r} here."
+        )
     return found[0]
 
 

@@ -19,7 +19,7 @@ SEED_POLICIES = {
 }
 
 
-class BudgetExceeded(RuntimeError):  # noqa: N818
+class BudgetExceeded(RuntimeError):
     """Raised instead of executing a step that the budget does not cover."""
 
 

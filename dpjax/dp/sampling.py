@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["PADDING", "chunks", "fixed_size", "full_batch", "generator", "poisson", "truncated_poisson"]
+__all__ = [
+    "PADDING",
+    "chunks",
+    "fixed_size",
+    "full_batch",
+    "generator",
+    "poisson",
+    "truncated_poisson",
+]
 
 PADDING = -1
 """Index of a padding row; never an example."""

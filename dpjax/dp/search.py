@@ -51,7 +51,7 @@ def falling_root(
         if low is None or high is None:  # a poor slope must not make the search crawl
             least = min(3.0, 0.4 * tol * 2.0**trial)
             x = max(x, last[0] + least) if upwards else min(x, last[0] - least)
-        elif trial % 4 == 3 or not low[0] < x < high[0]:
+        elif (trial > 6 and trial % 4 == 3) or not low[0] < x < high[0]:
             x = (low[0] + high[0]) / 2
     return None
 
