@@ -1,7 +1,7 @@
 """Public pretraining of the quickstart's ViT on the UCI digits: no privacy, none needed.
 
     python -m dpjax.train --config=configs/pretrain_digits.py --workdir=/tmp/dpjax-pretrain
-    cp /tmp/dpjax-pretrain/weights.safetensors dpjax/weights/vit_mini_digits.safetensors
+    cp /tmp/dpjax-pretrain/weights.safetensors dpjax/models/vit_mini_digits.safetensors
 
 The second line is how the shipped file was made. About two minutes on 2 CPU cores.
 """
@@ -17,6 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"arg={arg!r} must be absent.")
     config = default()
     config.data.name = "digits"
+    config.data.pad = 1  # the digits then fill as much of the image as MNIST's do
     config.data.shift = 3
     config.data.pixel_noise = 0.2
     with config.unlocked():

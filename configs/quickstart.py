@@ -20,12 +20,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.name = "mnist5k"
     with config.unlocked():
         config.model.options = {"width": 64, "depth": 3, "heads": 4, "mlp": 128, "patch": 7}
-    config.model.weights = None if arg == "scratch" else "vit_mini_digits"
+    if arg is None:
+        config.model.weights = "vit_mini_digits"
+        config.model.keep_head = True  # the classes of both sets are the ten digits
     config.finetune = "full"
     config.dp.epsilon = 2.0
     config.dp.delta = 1e-5
     config.dp.bound = 1.0
     config.batch_size = 256
     config.epochs = 15.0
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-3
     return config

@@ -176,19 +176,23 @@ def clip_rule(config: ConfigDict) -> dp.ClipRule:
 
 def model(config: ConfigDict, num_classes: int) -> Model:
     """Makes the model of `config.model`."""
-    make = _choose("model.name", config.name, {"vit": _vit})
-    made: Model = make(config, num_classes)
-    return made
-
-
-def _vit(config: ConfigDict, num_classes: int) -> Model:
-    size = _choose("model.size", config.size, models.SIZES)
-    return models.vision_transformer(
-        _replace("model.options", size, config.options),
-        num_classes,
-        head_init=config.head_init,
-        dtype=config.dtype,
+    make, sizes = _choose(
+        "model.name",
+        config.name,
+        {
+            "vit": (models.vision_transformer, models.SIZES),
+            "resnet_v2": (models.resnet_v2, models.RESNETS),
+            "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
+            "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
+            "resnet8": (models.resnet8, None),
+        },
     )
+    arguments = [num_classes]
+    if sizes is not None:
+        size = _choose("model.size", config.size, sizes)
+        arguments.insert(0, _replace("model.options", size, config.options))
+    made: Model = make(*arguments, head_init=config.head_init, dtype=config.dtype)
+    return made
 
 
 def _replace(field: str, value: Any, options: Mapping[str, Any]) -> Any:
@@ -217,7 +221,7 @@ def finetuning_set(text: str) -> finetune.FineTuningSet:
         )
         try:
             sets.append(make(*rest))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"finetune={part!r} is not understood: {error}.") from error
     return finetune.combine(sets)
 
@@ -275,7 +279,7 @@ def _initial(net: Model, config: ConfigDict) -> Params:
     params = net.init(rng.public_key(config.seed, "init"))
     if config.model.weights is None:
         return params
-    return net.load(params, models.locate(config.model.weights))
+    return net.load(params, models.locate(config.model.weights), head=config.model.keep_head)
 
 
 def _functions(
@@ -285,14 +289,20 @@ def _functions(
     spec = net.input
     if not isinstance(spec, models.InputSpec):
         raise ValueError(f"model.name: a text model cannot read images of shape {shape}.")
-    prepare = functools.partial(
-        data.preprocess,
-        image_size=spec.image_size,
-        mean=spec.mean,
-        std=spec.std,
-        channels=spec.channels,
-        resample=config.resample,
-    )
+    if config.pad < 0:
+        raise ValueError(f"data.pad={config.pad} must be >= 0.")
+
+    def prepare(image: jax.Array) -> jax.Array:
+        border = (config.pad, config.pad)
+        return data.preprocess(
+            jnp.pad(image, (border, border, (0, 0))),
+            image_size=spec.image_size,
+            mean=spec.mean,
+            std=spec.std,
+            channels=spec.channels,
+            resample=config.resample,
+        )
+
     jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.uint8))  # raises on channels, resample
     augment = _augmentation(config, black=-spec.mean[0] / spec.std[0])
 

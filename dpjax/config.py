@@ -11,13 +11,15 @@ A config file is a module with `get_config(arg=None)` that starts from `default(
 from __future__ import annotations
 
 import difflib
+import os
+import runpy
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-__all__ = ["default", "differences", "unknown_field"]
+__all__ = ["default", "differences", "load", "unknown_field"]
 
 
 def default() -> ConfigDict:
@@ -35,6 +37,7 @@ def default() -> ConfigDict:
                 "train_split": "train",
                 "test_split": "test",  # evaluated, never trained on
                 "subset": placeholder(object),  # fraction (float) or shots per class (int)
+                "pad": 0,  # black border around the stored image, in its pixels
                 "resample": "bilinear",  # resizing of images to the model's input
                 "shift": 0,  # augmentation: random shifts by up to so many pixels
                 "flip": False,  # augmentation: random horizontal flips
@@ -43,11 +46,12 @@ def default() -> ConfigDict:
                 "multiplicity": 1,  # augmented views of an example, averaged before clipping
             },
             "model": {
-                "name": "vit",
-                "size": "mini",  # mini, ti16, s16, b16 for vit
+                "name": "vit",  # vit, resnet8, resnet_v2, wide_resnet, efficientnet_lite
+                "size": "mini",  # of the named family; for vit: mini, ti16, s16, b16
                 "options": {},  # overrides of the size's fields, such as depth or image_size
                 "weights": placeholder(str),  # file, or name of published weights; None: random
                 "head_init": "zero",  # zero, near_zero or random
+                "keep_head": False,  # take the head of the weights too: the classes are the same
                 "dtype": "float32",  # of activations; parameters, sums and noise are float32
             },
             # full, head, film, bias, blocks:first:K, blocks:last:K, regex:R, or several with "+"
@@ -84,6 +88,22 @@ def default() -> ConfigDict:
         allow_dotted_keys=False,
     )
     config.lock()
+    return config
+
+
+def load(file: str) -> ConfigDict:
+    """Runs `get_config` of a config file, given as "FILE" or "FILE:ARGUMENT".
+
+    Raises:
+        ValueError: there is no such file, or it defines no `get_config`.
+    """
+    path, _, argument = file.partition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"config={path!r} is not a file.")
+    values = runpy.run_path(path)
+    if "get_config" not in values:
+        raise ValueError(f"config={path!r} defines no get_config.")
+    config: ConfigDict = values["get_config"](argument or None)
     return config
 
 

@@ -71,7 +71,8 @@ def head() -> FineTuningSet:
 
 _NORM_AFFINE = re.compile(r"(^|/)[^/]*(norm|bn|gn|ln)[^/]*/(scale|bias)$", re.IGNORECASE)
 _BIAS = re.compile(r"(^|/)bias$")
-_BLOCK = re.compile(r"^blocks?_?(\d+)(/|$)")
+# A residual block: blocks_3, stages_1 or stages_1_blocks_2.
+_BLOCK = re.compile(r"^(?:stages_(\d+))?_?(?:blocks_(\d+))?(?=/)")
 
 
 def film() -> FineTuningSet:
@@ -96,21 +97,24 @@ def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
 
     def make(model: Model) -> FineTuning:
         paths = _paths(model)
-        numbers = sorted({int(m[1]) for m in map(_BLOCK.match, paths) if m})
-        if first + last > len(numbers):
-            raise ValueError(
-                f"first={first}, last={last} exceed the model's {len(numbers)} blocks."
-            )
-        chosen = set(numbers[:first]) | set(numbers[len(numbers) - last :])
+        names = sorted({_block(path) for path in paths} - {()})
+        if first + last > len(names):
+            raise ValueError(f"first={first}, last={last} exceed the model's {len(names)} blocks.")
+        chosen = set(names[:first]) | set(names[len(names) - last :])
         in_head = _in_head(model)
 
         def trainable(path: str) -> bool:
-            match = _BLOCK.match(path)
-            return in_head(path) or (match is not None and int(match[1]) in chosen)
+            return in_head(path) or _block(path) in chosen
 
         return _plain(model, trainable)
 
     return make
+
+
+def _block(path: str) -> tuple[int, ...]:
+    """The block's numbers, outer first; empty for a leaf outside all blocks."""
+    match = _BLOCK.match(path)
+    return tuple(int(number) for number in match.groups() if number) if match else ()
 
 
 def regex(pattern: str, *, flags: int = 0) -> FineTuningSet:

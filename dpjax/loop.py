@@ -8,6 +8,7 @@ lost run would have, and replays nothing.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,12 @@ from dpjax.step import Hyper, Steps, TrainState, eval_step, make_steps
 from dpjax.storage import Workdir
 
 __all__ = ["TrainingFailed", "describe", "train"]
+
+
+_ADVICE = (
+    "parameters or held-out loss are not finite after step {step}: lower "
+    "optimizer.learning_rate={config.optimizer.learning_rate}."
+)
 
 
 class TrainingFailed(RuntimeError):
@@ -131,6 +138,8 @@ def _run_phase(
                     row["epsilon"] = ledger.spent()
                 workdir.append_metrics(end, {**row, "idle_fraction": chunks.idle_fraction})
                 bar.set_postfix(_postfix(row))
+                if not math.isfinite(results["nll"]):
+                    raise TrainingFailed(_ADVICE.format(step=end, config=config))
     return finetune.join(state.trainable, frozen), ledger
 
 
@@ -188,10 +197,7 @@ def _log(
         row["nonprivate/clipped_fraction"] = got["clipped"] / count
     workdir.append_metrics(step, row)
     if not got["finite"]:
-        raise TrainingFailed(
-            f"parameters are not finite after step {step}: lower "
-            f"optimizer.learning_rate={run.config.optimizer.learning_rate}."
-        )
+        raise TrainingFailed(_ADVICE.format(step=step, config=run.config))
 
 
 def _blocks(config: Any, total: int, start: int) -> Iterator[tuple[int, int]]:

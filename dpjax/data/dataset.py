@@ -1,0 +1,191 @@
+"""A data set in random access: labels in memory, inputs fetched by index."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Dataset", "Source", "from_arrays"]
+
+
+class Source(NamedTuple):
+    """Where the inputs of one whole split come from.
+
+    Attributes:
+      read: maps distinct or repeated positions [n] of the split to inputs [n, ...]; raises
+        ValueError naming the position of an input that cannot be read.
+      keys: one digest per example, uint8 [examples, 16].
+      dtype: of the inputs, uint8 for images and int32 for tokens.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
+    keys: np.ndarray
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Labelled examples in random access; nothing about it is mutable.
+
+    Attributes:
+      name: the data set's name.
+      split: the split expression it was read from, e.g. "train+validation".
+      labels: int32 [examples], each in [0, num_classes).
+      class_names: one name per class.
+      shape: of one input, (H, W, C) for images and (L,) for tokens.
+      rows: int64 [examples], positions in the split as it was read; not arange only after
+        `subset` or `holdout`.
+      source: where inputs come from.
+
+    Raises:
+      ValueError: if a label is outside [0, num_classes), or lengths disagree.
+    """
+
+    name: str
+    split: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: np.ndarray
+    source: Source
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1 or self.labels.shape != self.rows.shape:
+            raise ValueError(
+                f"labels of shape {self.labels.shape} must be one per example, {self.rows.shape}."
+            )
+        if self.labels.size == 0:
+            raise ValueError(f"split={self.split!r} of {self.name!r} holds no examples.")
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if wrong.size:
+            first = int(wrong[0])
+            raise ValueError(
+                f"label={int(self.labels[first])} of example {int(self.rows[first])} in "
+                f"{self.name!r} split {self.split!r} must be in [0, {self.num_classes}); "
+                f"{wrong.size} labels are out of range."
+            )
+        for field, dtype in (("labels", np.int32), ("rows", np.int64)):
+            value = np.array(getattr(self, field), dtype)
+            value.setflags(write=False)
+            object.__setattr__(self, field, value)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset({self.name!r}, split={self.split!r}, examples={len(self)}, "
+            f"classes={self.num_classes}, shape={self.shape})"
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, whether or not each has an example here."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 over labels and stored inputs in order; where they lie is no part of it."""
+        digest = hashlib.sha256(repr((self.shape, self.num_classes)).encode())
+        digest.update(self.labels.astype("<i4").tobytes())
+        digest.update(np.ascontiguousarray(self.source.keys[self.rows]).tobytes())
+        return digest.hexdigest()
+
+    def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads examples by index; -1 is padding.
+
+        Args:
+          indices: integers of any shape, each in [-1, num_examples).
+
+        Returns:
+          {"input": [*indices.shape, *shape], "label": int32 [*indices.shape]}; zeros at padding.
+
+        Raises:
+          ValueError: on an index out of range, or an input that cannot be read (naming it).
+        """
+        indices = np.asarray(indices)
+        if indices.dtype.kind not in "iu":
+            raise ValueError(f"indices of dtype {indices.dtype} must be integers.")
+        flat = indices.reshape(-1).astype(np.int64)
+        wrong = flat[(flat < -1) | (flat >= len(self))]
+        if wrong.size:
+            raise ValueError(f"index={int(wrong[0])} must be in [-1, {len(self)}).")
+        real = np.flatnonzero(flat >= 0)
+        inputs = np.zeros((flat.size, *self.shape), self.source.dtype)
+        labels = np.zeros(flat.size, np.int32)
+        if real.size:
+            inputs[real] = self.source.read(self.rows[flat[real]])
+            labels[real] = self.labels[flat[real]]
+        return {
+            "input": inputs.reshape(*indices.shape, *self.shape),
+            "label": labels.reshape(indices.shape),
+        }
+
+    def select(self, indices: np.ndarray) -> Dataset:
+        """The data set of some examples, in the order given.
+
+        Args:
+          indices: integers [n], each in [0, num_examples), all different: an example that
+            occurred twice would count twice against its own privacy.
+
+        Raises:
+          ValueError: on an index out of range or repeated.
+        """
+        indices = np.asarray(indices, np.int64)
+        wrong = indices[(indices < 0) | (indices >= len(self))]
+        if wrong.size:
+            raise ValueError(f"index={int(wrong[0])} must be in [0, {len(self)}).")
+        if len(np.unique(indices)) != len(indices):
+            raise ValueError("indices must be all different; some example is repeated.")
+        return dataclasses.replace(self, labels=self.labels[indices], rows=self.rows[indices])
+
+
+def from_arrays(
+    name: str,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    class_names: Sequence[str],
+    split: str = "train",
+) -> Dataset:
+    """A data set of arrays in memory.
+
+    Args:
+      name: its name.
+      inputs: uint8 [examples, H, W, C] or int32 [examples, L].
+      labels: integers [examples].
+      class_names: one name per class.
+      split: what to call the split.
+
+    Raises:
+      ValueError: on a wrong dtype or rank, or a label out of range.
+    """
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    if (inputs.dtype, inputs.ndim) not in ((np.dtype(np.uint8), 4), (np.dtype(np.int32), 2)):
+        raise ValueError(
+            f"inputs of dtype {inputs.dtype} and shape {inputs.shape} must be uint8 [n, H, W, C] "
+            "or int32 [n, L]."
+        )
+    if len(inputs) != len(labels):
+        raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels must be equally many.")
+    digests = [hashlib.sha256(np.ascontiguousarray(item).tobytes()).digest() for item in inputs]
+    keys = np.frombuffer(b"".join(d[:16] for d in digests), np.uint8).reshape(-1, 16)
+    return Dataset(
+        name=name,
+        split=split,
+        labels=labels,
+        class_names=tuple(class_names),
+        shape=tuple(inputs.shape[1:]),
+        rows=np.arange(len(labels)),
+        source=Source(lambda rows: inputs[rows], keys, inputs.dtype),
+    )

@@ -1,0 +1,144 @@
+"""Encoded bytes to uint8 pixels of one shape, on the host, with Pillow."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["ImageSpec", "decode", "encode_png", "output_shape"]
+
+_RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_RESIZE = ("crop", "stretch")
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """How the host brings images to one shape.
+
+    Attributes:
+      image_size: side of the square result; None keeps the stored size, which must then be fixed.
+      resize: "crop" scales the shorter side to `image_size` and cuts the centre; "stretch" scales
+        both sides.
+      resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
+      channels: what the data set must have, 1 or 3; None takes what it has. Grey is not made
+        colour here: `preprocess` does that inside the step.
+      image_key: the image feature; None finds it.
+      label_key: the label feature; None finds it.
+    """
+
+    image_size: int | None = None
+    resize: str = "crop"
+    resample: str = "bilinear"
+    channels: int | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be >= 1.")
+        if self.resize not in _RESIZE:
+            raise ValueError(f"resize={self.resize!r} must be one of {sorted(_RESIZE)}.")
+        if self.resample not in _RESAMPLE:
+            raise ValueError(f"resample={self.resample!r} must be one of {sorted(_RESAMPLE)}.")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"channels={self.channels} must be 1 or 3.")
+
+
+def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, int, int]:
+    """Shape [H, W, C] of decoded images.
+
+    Args:
+      stored: shape of the image feature, None where it varies.
+      spec: how images are resized, and the channel count expected.
+
+    Raises:
+      ValueError: if the channel count differs from `spec.channels`, or sizes vary and
+        `spec.image_size` is None.
+    """
+    height, width, channels = stored
+    if channels is None:
+        channels = spec.channels or 3  # what is stored in any mode is read as colour
+    if channels not in _MODES:
+        raise ValueError(f"channels={channels} of the stored images must be 1 or 3.")
+    if spec.channels is not None and channels != spec.channels:
+        raise ValueError(
+            f"channels={spec.channels} expected, but the stored images have {channels}."
+        )
+    if spec.image_size is not None:
+        return spec.image_size, spec.image_size, channels
+    if height is None or width is None:
+        raise ValueError(
+            f"image_size=None must be a number: the stored images vary in size, shape {stored}."
+        )
+    return height, width, channels
+
+
+def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndarray:
+    """Decodes one image.
+
+    Args:
+      data: an encoded image (PNG, JPEG, ...).
+      shape: [H, W, C] from `output_shape`.
+      spec: how to resize.
+
+    Returns:
+      uint8 [H, W, C].
+
+    Raises:
+      ValueError: if the bytes are not a whole image, or its mode or size does not fit.
+    """
+    height, width, channels = shape
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            image = _to_mode(opened, channels)
+    except Exception as error:  # Pillow raises a dozen unrelated types on bad bytes
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if spec.image_size is not None and image.size != (width, height):
+        image = _resized(image, spec)
+    if image.size != (width, height):
+        raise ValueError(f"it is {image.height}x{image.width}, not {height}x{width} as declared")
+    return np.asarray(image, np.uint8).reshape(shape)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Lossless PNG of uint8 pixels [H, W], [H, W, 1] or [H, W, 3]."""
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"pixels of dtype {pixels.dtype} must be uint8.")
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+    mode = _MODES[channels]
+    if image.mode == mode:
+        return image
+    if channels == 3 and not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")  # grey is repeated, alpha dropped, a palette looked up
+    if image.mode == "1":
+        return image.convert("L")
+    raise ValueError(f"mode {image.mode} cannot be read as {channels} channels of 8 bits")
+
+
+def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    size = spec.image_size
+    if size is None:
+        return image
+    box = None
+    if spec.resize == "crop":
+        # One resampling of the centred square equals scaling the shorter side, then cropping.
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+    return image.resize((size, size), _RESAMPLE[spec.resample], box=box)

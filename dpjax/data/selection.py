@@ -1,0 +1,124 @@
+"""Stratified, seeded choices of examples: subsets, shots per class, held-out splits.
+
+Everything is a function of the labels and a seed. Random order comes from the raw bits of a Philox
+generator, whose stream NumPy promises to keep, so a choice is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dpjax.data.dataset import Dataset
+
+__all__ = ["holdout", "stratified_indices", "subset"]
+
+_SUBSET, _HOLDOUT = 1, 2  # separate streams: a held-out split is not the start of a subset
+
+
+def stratified_indices(
+    labels: np.ndarray, amount: float | int, *, seed: int, stream: int = 0
+) -> np.ndarray:
+    """Chooses the same share, or the same number, of every class.
+
+    Args:
+      labels: integers [examples].
+      amount: a float in (0, 1] is a fraction; an int >= 1 is shots per class present.
+      seed: choices with one seed are nested: a larger amount holds the smaller one's examples
+        (for shots always; for fractions up to rounding).
+      stream: distinguishes independent uses of one seed.
+
+    Returns:
+      Ascending indices into `labels`. For a fraction f, round(f * examples) of them, and every
+      class has f * (its size) rounded up or down.
+
+    Raises:
+      ValueError: on an amount out of range, more shots than some class has, or nothing chosen.
+      TypeError: if amount is neither int nor float.
+    """
+    labels = np.asarray(labels)
+    if isinstance(amount, (bool, np.bool_)) or not isinstance(
+        amount, (int, float, np.integer, np.floating)
+    ):
+        raise TypeError(f"amount={amount!r} must be a fraction (float) or shots per class (int).")
+    classes, counts = np.unique(labels, return_counts=True)
+    if isinstance(amount, (int, np.integer)):
+        if amount < 1:
+            raise ValueError(f"amount={amount} shots per class must be >= 1.")
+        short = np.flatnonzero(counts < amount)
+        if short.size:
+            raise ValueError(
+                f"amount={amount} shots per class must be <= {counts[short[0]]}, all that class "
+                f"{classes[short[0]]} has."
+            )
+        take = np.full(len(classes), int(amount))
+    else:
+        if not 0 < amount <= 1:
+            raise ValueError(f"amount={amount} as a fraction must be in (0, 1].")
+        take = _apportion(counts, float(amount))
+        if take.sum() == 0:
+            raise ValueError(f"amount={amount} of {len(labels)} examples must choose at least one.")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be >= 0.")
+    # One random number per example, ordered within its class.
+    bits = np.random.Philox(np.random.SeedSequence([seed, stream])).random_raw(len(labels))
+    chosen = []
+    for label, number in zip(classes, take, strict=True):
+        members = np.flatnonzero(labels == label)
+        chosen.append(members[np.argsort(bits[members], kind="stable")[:number]])
+    return np.sort(np.concatenate(chosen))
+
+
+def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
+    """A stratified part of a data set.
+
+    Args:
+      dataset: to choose from.
+      amount: a float in (0, 1] is a fraction, an int is shots per class (so 1.0 is everything
+        and 1 is one example of each class).
+      seed: of the choice; the choice does not look at the inputs.
+
+    Returns:
+      The chosen examples, in the data set's order; `rows` tells which they are.
+
+    Raises:
+      ValueError: on an amount out of range or more shots than some class has.
+    """
+    missing = dataset.num_classes - len(np.unique(dataset.labels))
+    if isinstance(amount, int) and missing:
+        raise ValueError(
+            f"amount={amount} shots per class: {missing} of {dataset.num_classes} classes of "
+            f"{dataset.name!r} have no example."
+        )
+    chosen = stratified_indices(dataset.labels, amount, seed=seed, stream=_SUBSET)
+    return dataset.select(chosen)
+
+
+def holdout(dataset: Dataset, amount: float | int, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits a training set for tuning.
+
+    Args:
+      dataset: to split.
+      amount: held out: a fraction in (0, 1) or shots per class.
+      seed: of the choice.
+
+    Returns:
+      (rest, held): disjoint, together the whole data set; `rows` of each tells which.
+
+    Raises:
+      ValueError: on an amount out of range, or one that leaves nothing to train on.
+    """
+    chosen = stratified_indices(dataset.labels, amount, seed=seed, stream=_HOLDOUT)
+    rest = np.setdiff1d(np.arange(len(dataset)), chosen)
+    if rest.size == 0:
+        raise ValueError(f"amount={amount} must leave examples to train on; all are held out.")
+    return dataset.select(rest), dataset.select(chosen)
+
+
+def _apportion(counts: np.ndarray, fraction: float) -> np.ndarray:
+    """Whole numbers near fraction * counts with sum round(fraction * sum): largest remainders."""
+    exact = counts * fraction
+    take = np.floor(exact).astype(np.int64)
+    left = int(round(fraction * counts.sum())) - int(take.sum())
+    order = np.argsort(-(exact - take), kind="stable")
+    take[order[: max(left, 0)]] += 1
+    return np.minimum(take, counts)

@@ -1,0 +1,134 @@
+"""Evaluation metrics as masked sums that add over chunks, and what is read off them at the end.
+
+Calibration follows Guo et al. 2017 (1706.04599, equations 3 and 5): the confidence of a prediction
+is its largest softmax probability; bins of equal width, open on the left, over (0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["EvalSums", "Reliability", "eval_sums", "reliability", "summarise"]
+
+
+class EvalSums(NamedTuple):
+    """Float32 sums over real examples. `a + b` (or a psum) joins disjoint chunks."""
+
+    count: jax.Array  # type: ignore[assignment]  # [] number of examples
+    correct: jax.Array  # [] number of correct predictions
+    nll: jax.Array  # [] negative log-likelihood of the labels, in nats
+    class_count: jax.Array  # [classes] by label
+    class_correct: jax.Array  # [classes]
+    bin_count: jax.Array  # [bins] by confidence
+    bin_correct: jax.Array  # [bins]
+    bin_confidence: jax.Array  # [bins]
+
+    def __add__(self, other: Any) -> EvalSums:
+        """Elementwise; without this, tuples would concatenate."""
+        if not isinstance(other, EvalSums):
+            return NotImplemented
+        return EvalSums(*(mine + theirs for mine, theirs in zip(self, other)))
+
+
+class Reliability(NamedTuple):
+    """One reliability diagram; accuracy and confidence are 0 where a bin's count is 0."""
+
+    edges: np.ndarray  # [bins + 1]
+    count: np.ndarray  # type: ignore[assignment]  # [bins] number of examples
+    confidence: np.ndarray  # [bins] mean confidence
+    accuracy: np.ndarray  # [bins]
+
+
+def eval_sums(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array, num_classes: int, bins: int = 15
+) -> EvalSums:
+    """Sums of one chunk; pure, to be called inside jit.
+
+    Args:
+      logits: `[batch, num_classes]`, any float type; computed with in float32.
+      labels: `[batch]` integers in 0..num_classes-1. One outside makes the NLL nan.
+      mask: `[batch]` bool, False for padding.
+      num_classes: checked against the logits.
+      bins: number of confidence bins.
+    Guarantees:
+      Padding contributes exactly zero, whatever its logits (nan too) and label.
+    Raises:
+      ValueError: shapes that do not fit, at trace time.
+    """
+    batch = logits.shape[:1]
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+        raise ValueError(f"logits of shape {logits.shape} must be [batch, {num_classes}].")
+    if labels.shape != batch or mask.shape != batch:
+        raise ValueError(
+            f"labels of shape {labels.shape} and mask of shape {mask.shape} must both be {batch}."
+        )
+    if bins < 1:
+        raise ValueError(f"bins={bins} must be >= 1.")
+    mask = mask.astype(bool)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    label_log_prob = jnp.take_along_axis(
+        log_probs, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan
+    )[:, 0]
+    confidence = jnp.exp(jnp.max(log_probs, axis=-1))
+    correct = (jnp.argmax(log_probs, axis=-1) == labels).astype(jnp.float32)
+    index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
+    index = jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)  # its nan shows in bin 0
+    in_class = mask[:, None] & (labels[:, None] == jnp.arange(num_classes)[None, :])
+    in_bin = mask[:, None] & (index[:, None] == jnp.arange(bins)[None, :])
+    return EvalSums(
+        count=jnp.sum(mask, dtype=jnp.float32),
+        correct=_sum(mask, correct),
+        nll=_sum(mask, -label_log_prob),
+        class_count=jnp.sum(in_class, axis=0, dtype=jnp.float32),
+        class_correct=_sum(in_class, correct[:, None]),
+        bin_count=jnp.sum(in_bin, axis=0, dtype=jnp.float32),
+        bin_correct=_sum(in_bin, correct[:, None]),
+        bin_confidence=_sum(in_bin, confidence[:, None]),
+    )
+
+
+def summarise(sums: EvalSums) -> dict[str, float]:
+    """Flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/0, /1, ...
+
+    Classes without an example have no entry. `mce` is the largest gap over non-empty bins.
+
+    Raises:
+      ValueError: no example was counted.
+    """
+    total = float(sums.count)
+    if not total > 0:
+        raise ValueError(f"count={total} must be > 0: no example was evaluated.")
+    sums = jax.device_get(sums)
+    diagram = reliability(sums)
+    gaps = np.abs(diagram.accuracy - diagram.confidence)
+    per_class = {
+        f"class_accuracy/{label}": float(correct) / float(count)
+        for label, (correct, count) in enumerate(zip(sums.class_correct, sums.class_count))
+        if count > 0
+    }
+    return {
+        "accuracy": float(sums.correct) / total,
+        "nll": float(sums.nll) / total,
+        "ece": float(np.dot(diagram.count, gaps) / total),
+        "mce": float(np.max(gaps)),
+        **per_class,
+    }
+
+
+def reliability(sums: EvalSums) -> Reliability:
+    """The arrays of a reliability diagram, in float64 on the host."""
+    count, correct, confidence = (
+        np.asarray(value, np.float64)
+        for value in (sums.bin_count, sums.bin_correct, sums.bin_confidence)
+    )
+    some = np.maximum(count, 1.0)
+    edges = np.linspace(0.0, 1.0, len(count) + 1)
+    return Reliability(edges, count, confidence / some, correct / some)
+
+
+def _sum(keep: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(keep, value, 0.0), axis=0)

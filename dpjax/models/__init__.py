@@ -1,0 +1,51 @@
+"""Flax models with published weights, behind `Model(init, apply, load, head, input, features)`."""
+
+from __future__ import annotations
+
+from dpjax.models.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
+from dpjax.models.fetch import WEIGHTS, locate
+from dpjax.models.model import InputSpec, Model, Params, TextSpec, dense_head, flatten, unflatten
+from dpjax.models.resnet_v2 import RESNETS, ResNetConfig, resnet_v2
+from dpjax.models.small_resnet import resnet8
+from dpjax.models.text import TEXT_SIZES, TextConfig, text_encoder
+from dpjax.models.tokenizer import tokenizer
+from dpjax.models.validate import check_examples_independent
+from dpjax.models.vit import SIZES, ViTConfig, vision_transformer
+from dpjax.models.vit_weights import to_timm
+from dpjax.models.weights import load_weights, read_tensors, save_weights
+from dpjax.models.wide_resnet import WRN_16_4, WideResNetConfig, wide_resnet
+
+__all__ = [
+    "LITE0",
+    "RESNETS",
+    "SIZES",
+    "TEXT_SIZES",
+    "WEIGHTS",
+    "WRN_16_4",
+    "EfficientNetConfig",
+    "InputSpec",
+    "MBConvStage",
+    "Model",
+    "Params",
+    "ResNetConfig",
+    "TextConfig",
+    "TextSpec",
+    "ViTConfig",
+    "WideResNetConfig",
+    "check_examples_independent",
+    "dense_head",
+    "efficientnet_lite",
+    "flatten",
+    "load_weights",
+    "locate",
+    "read_tensors",
+    "resnet8",
+    "resnet_v2",
+    "save_weights",
+    "text_encoder",
+    "to_timm",
+    "tokenizer",
+    "unflatten",
+    "vision_transformer",
+    "wide_resnet",
+]

@@ -1,0 +1,219 @@
+"""What every model in this package is to the rest: functions, a head's name and an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+__all__ = [
+    "HEAD_INITS",
+    "InputSpec",
+    "Loader",
+    "Model",
+    "Params",
+    "TextSpec",
+    "dense_head",
+    "flatten",
+    "from_linen",
+    "head_initializer",
+    "unflatten",
+]
+
+Params = dict[str, Any]
+
+HEAD_INITS = ("zero", "random", "near_zero")
+_NEAR_ZERO_STD = 1e-3
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The images a model expects.
+
+    Args:
+      image_size: side of the square image, in pixels.
+      channels: number of channels.
+      mean: per-channel mean to subtract, for pixels scaled to [0, 1].
+      std: per-channel divisor, for pixels scaled to [0, 1].
+    """
+
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be >= 1.")
+        if self.channels < 1:
+            raise ValueError(f"channels={self.channels} must be >= 1.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name}={values} must have channels={self.channels} entries.")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be > 0.")
+
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one example, `[image_size, image_size, channels]` float32."""
+        shape = (self.image_size, self.image_size, self.channels)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The token sequences a text model expects: int32 `[max_length]`, padded with `pad_id`.
+
+    Args:
+      max_length: number of tokens of every (padded or cut) sequence.
+      vocab_size: token ids are in [0, vocab_size).
+      pad_id: id of the padding token, which the model masks out.
+    """
+
+    max_length: int
+    vocab_size: int
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be >= 1.")
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"pad_id={self.pad_id} must be in [0, {self.vocab_size}).")
+
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one example, `[max_length]` int32."""
+        return jax.ShapeDtypeStruct((self.max_length,), jnp.int32)
+
+
+class Loader(Protocol):
+    """Signature of `Model.load`."""
+
+    def __call__(self, params: Params, path: str, *, head: bool = False) -> Params:
+        """Returns `params` with the weights of the file `path` put in.
+
+        Args:
+          params: a tree made by `Model.init`.
+          path: the file with the weights.
+          head: whether the file's classification head is taken too; by default the head of
+            `params` is kept, and the log says so.
+
+        Raises:
+          ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+        """
+
+
+class Model(NamedTuple):
+    """A classifier as pure functions.
+
+    Attributes:
+      init: `init(key) -> params`, a nested plain dict of float32 arrays.
+      apply: `apply(params, inputs) -> logits`, float32 `[batch, classes]` for inputs with a batch
+        axis and `[classes]` for ONE example. No example's logits depend on another example.
+      load: puts published weights in, see `Loader`.
+      head: top-level key of the classification head in `params`.
+      input: what `inputs` must be.
+      features: `features(params, inputs)`, float32 `[batch, width]` or `[width]`: what the head
+        sees; `apply == dense_head(params[head], features(...))`. It never reads `params[head]`.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, jax.Array], jax.Array]
+    load: Loader
+    head: str
+    input: InputSpec | TextSpec
+    features: Callable[[Params, jax.Array], jax.Array]
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a": {"b": x}}` to `{"a/b": x}`."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    tree: Params = traverse_util.unflatten_dict(dict(flat), sep="/")
+    return tree
+
+
+def dense_head(head_params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
+    """The classification head every model here ends with.
+
+    Args:
+      head_params: `{"kernel": [width, classes], "bias": [classes]}`, that is `params[model.head]`.
+      features: `[..., width]`.
+
+    Returns:
+      float32 logits `[..., classes]`.
+    """
+    logits = features.astype(jnp.float32) @ head_params["kernel"]
+    return logits + jnp.broadcast_to(head_params["bias"], logits.shape)
+
+
+def head_initializer(name: str) -> Callable[..., jax.Array]:
+    """Kernel initialiser of a head: zeros, variance-scaled normal, or normal of std 1e-3.
+
+    Args:
+      name: one of `HEAD_INITS`.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    if name == "zero":
+        return nn.initializers.zeros
+    if name == "random":
+        return nn.initializers.lecun_normal()
+    if name == "near_zero":
+        return nn.initializers.normal(_NEAR_ZERO_STD)
+    raise ValueError(f"head_init={name!r} must be one of {', '.join(HEAD_INITS)}.")
+
+
+def from_linen(
+    backbone: nn.Module,
+    spec: InputSpec | TextSpec,
+    load: Loader,
+    *,
+    width: int,
+    num_classes: int,
+    head_init: str,
+) -> Model:
+    """Puts a head on a Flax module that maps `[..., *example]` to features `[..., width]`.
+
+    Args:
+      backbone: the module; it must treat leading axes beyond the example's as a batch.
+      spec: its input.
+      load: its loader.
+      width: number of features.
+      num_classes: number of classes.
+      head_init: one of `HEAD_INITS`.
+
+    Raises:
+      ValueError: `num_classes` or `head_init` is out of range.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes} must be >= 1.")
+    initial = head_initializer(head_init)
+    example = spec.example()
+
+    def init(key: jax.Array) -> Params:
+        body, head = jax.random.split(key)
+        variables = backbone.init(body, jnp.zeros(example.shape, example.dtype))
+        kernel = initial(head, (width, num_classes), jnp.float32)
+        bias = jnp.zeros((num_classes,), jnp.float32)
+        return {**variables["params"], "head": {"kernel": kernel, "bias": bias}}
+
+    def features(params: Params, inputs: jax.Array) -> jax.Array:
+        got, want = jnp.shape(inputs), example.shape
+        if len(got) not in (len(want), len(want) + 1) or got[len(got) - len(want) :] != want:
+            raise ValueError(f"inputs of shape {got} must be {want}, or [batch, ...] of those.")
+        body = {name: leaf for name, leaf in params.items() if name != "head"}
+        return jnp.asarray(backbone.apply({"params": body}, inputs), jnp.float32)
+
+    def apply(params: Params, inputs: jax.Array) -> jax.Array:
+        return dense_head(params["head"], features(params, inputs))
+
+    return Model(init, apply, load, "head", spec, features)

@@ -1,0 +1,112 @@
+"""Reads torch's legacy pickle of a state dict with numpy alone, and runs no code from the file."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections import OrderedDict
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+__all__ = ["read_torch_pickle"]
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+
+
+class _View(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _rebuild(storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> _View:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor has no storage")
+    return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows an ordered dict, tensors and their storages, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if module == "torch" and name in _DTYPES:
+            return np.dtype(_DTYPES[name])
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of weights")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, _, view = pid
+        if kind != "storage" or view is not None or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"{kind!r} is not a plain storage")
+        return _Storage(str(key), dtype)
+
+
+def _materialize(view: _View, storages: dict[str, np.ndarray]) -> np.ndarray:
+    data = storages[view.storage.key]
+    if len(view.shape) != len(view.stride) or min((view.offset, *view.shape, *view.stride)) < 0:
+        raise pickle.UnpicklingError("a tensor has an impossible layout")
+    last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
+    if math.prod(view.shape) and last >= len(data):
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    strides = tuple(step * data.itemsize for step in view.stride)
+    tensor = np.lib.stride_tricks.as_strided(data[view.offset :], view.shape, strides)
+    return np.ascontiguousarray(tensor).reshape(view.shape)
+
+
+def _read_storages(file: BinaryIO, dtypes: dict[str, np.dtype]) -> dict[str, np.ndarray]:
+    storages = {}
+    for key in _Unpickler(file).load():
+        dtype = dtypes[str(key)].newbyteorder("<")
+        count = int.from_bytes(file.read(8), "little")
+        content = file.read(count * dtype.itemsize)
+        storages[str(key)] = np.frombuffer(content, dtype, count)
+    return storages
+
+
+def read_torch_pickle(path: str) -> dict[str, np.ndarray]:
+    """The tensors of a state dict saved by torch before 1.6, or later in the legacy format.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ValueError: it is not such a file, it is cut off, or it wants anything but tensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            if _Unpickler(file).load() != _MAGIC or _Unpickler(file).load() != _PROTOCOL:
+                raise pickle.UnpicklingError("the magic number is another one")
+            _Unpickler(file).load()  # the writer's word sizes
+            state = _Unpickler(file).load()
+            if not isinstance(state, dict):
+                raise pickle.UnpicklingError(f"it holds a {type(state).__name__}, not tensors")
+            views = {str(k): v for k, v in state.items() if isinstance(v, _View)}
+            if len(views) != len(state):
+                raise pickle.UnpicklingError("not every entry is a tensor")
+            dtypes = {view.storage.key: view.storage.dtype for view in views.values()}
+            storages = _read_storages(file, dtypes)
+            return {name: _materialize(view, storages) for name, view in views.items()}
+    except Exception as error:  # a pickle of anything can raise anything
+        raise ValueError(f"{path} cannot be read as a legacy torch file: {error}.") from error

@@ -1,0 +1,118 @@
+"""A numerical check that a model treats every example on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["check_examples_independent"]
+
+# Other rows of one and the same program: rounding does not depend on the changed example.
+_SAME_PROGRAM = 1e-5
+# Another batch size is another program: other summation orders, in bfloat16 or TF32 perhaps.
+_OTHER_PROGRAM = 2e-2
+
+_ADVICE = (
+    "Batch normalisation with batch statistics is the usual culprit: one example's gradient is "
+    "then not its own and clipping bounds nothing. Use group or layer normalisation, or frozen "
+    "statistics (inference mode), which are allowed."
+)
+
+
+def check_examples_independent(
+    apply: Callable[[Any, Any], jax.Array], params: Any, input_batch: Any
+) -> None:
+    """Checks on numbers that no example of a batch moves another one's output.
+
+    Every example in turn is replaced by other finite data, and the other rows of the output must
+    stay where they are; every example alone (batch of one) must give its row of the batch. Leaves
+    of `params` that are all zero (fresh heads, adapters) get small values first, for they would
+    hide what is before them. Normalisation in inference mode passes: frozen statistics are
+    constants.
+
+    Args:
+      apply: `apply(params, batch) -> [batch, ...]`; is jitted here.
+      params: its parameters.
+      input_batch: arrays `[batch, ...]` of at least two examples, images or token ids; not all
+        values may be the same.
+
+    Raises:
+      ValueError: examples are coupled, the outputs are not finite, or the check would be empty
+        because the batch is too small or the output does not depend on the input.
+    """
+    leaves = jax.tree.leaves(input_batch)
+    sizes = {int(np.shape(leaf)[0]) if np.ndim(leaf) else 0 for leaf in leaves}
+    if len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(f"input_batch has leading axes {sorted(sizes)}; must be one size >= 2.")
+    size = sizes.pop()
+    params = _without_zeros(params)
+    batch = jax.tree.map(np.asarray, input_batch)
+    run = jax.jit(apply)
+    together = _run(run, params, batch, size)
+    scale = max(float(np.abs(together).max()), 1e-30)
+    responded = False
+    for changed in range(size):
+        outputs = _run(run, params, _with_other_data(batch, changed), size)
+        moved = _distance(outputs, together) / scale
+        responded = responded or bool(moved[changed] > _SAME_PROGRAM)
+        others = np.delete(np.arange(size), changed)
+        worst = int(others[np.argmax(moved[others])])
+        if moved[worst] > _SAME_PROGRAM:
+            raise ValueError(
+                f"examples are coupled: changing example {changed} of the batch moves the output "
+                f"of example {worst} by {moved[worst]:.2g} of its scale. {_ADVICE}"
+            )
+    if not responded:
+        raise ValueError("the outputs do not depend on the inputs; nothing can be checked.")
+    for index in range(size):
+        single = jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], batch)
+        gap = float(_distance(_run(run, params, single, 1), together[index : index + 1])[0]) / scale
+        if gap > _OTHER_PROGRAM:
+            raise ValueError(
+                f"examples are coupled: example {index} alone differs from itself in a batch by "
+                f"{gap:.2g} of the output's scale. {_ADVICE}"
+            )
+
+
+def _run(apply: Callable[[Any, Any], jax.Array], params: Any, batch: Any, size: int) -> np.ndarray:
+    outputs = np.asarray(jax.device_get(apply(params, batch)), np.float32)
+    if outputs.ndim == 0 or outputs.shape[0] != size:
+        raise ValueError(f"apply gives shape {outputs.shape} for a batch of {size}.")
+    if not np.isfinite(outputs).all():
+        raise ValueError("apply gives outputs that are not finite.")
+    return outputs
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray(np.abs(a - b).reshape(len(a), -1).max(axis=1))
+
+
+def _without_zeros(params: Any) -> Any:
+    rng = np.random.default_rng(0)
+
+    def fill(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or np.any(np.asarray(leaf)):
+            return leaf
+        return jnp.asarray(rng.normal(scale=0.1, size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(fill, params)
+
+
+def _with_other_data(batch: Any, index: int) -> Any:
+    rng = np.random.default_rng(index)
+
+    def change(leaf: np.ndarray) -> np.ndarray:
+        changed = leaf.copy()
+        if np.issubdtype(leaf.dtype, np.integer):
+            # Ids and pixels that occur stay valid; mirrored, the rarest becomes the commonest.
+            changed[index] = leaf.max() + leaf.min() - leaf[index]
+        else:
+            noise = rng.normal(size=leaf.shape[1:]).astype(leaf.dtype)
+            changed[index] = noise * (1 + np.abs(leaf).max()) - leaf[index]
+        return changed
+
+    return jax.tree.map(change, batch)
