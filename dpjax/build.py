@@ -216,6 +216,9 @@ def finetuning_set(text: str) -> finetune.FineTuningSet:
                 "film": lambda: finetune.film(),
                 "bias": lambda: finetune.bias(),
                 "blocks": lambda end, count: finetune.blocks(**{end: int(count)}),
+                "lora": lambda rank="8", *targets: finetune.lora(
+                    rank=int(rank), **({"targets": ":".join(targets)} if targets else {})
+                ),
                 "regex": lambda *pattern: finetune.regex(":".join(pattern)),
             },
         )

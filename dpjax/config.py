@@ -54,7 +54,8 @@ def default() -> ConfigDict:
                 "keep_head": False,  # take the head of the weights too: the classes are the same
                 "dtype": "float32",  # of activations; parameters, sums and noise are float32
             },
-            # full, head, film, bias, blocks:first:K, blocks:last:K, regex:R, or several with "+"
+            # full, head, film, bias, lora:RANK:TARGETS, blocks:first:K, blocks:last:K, regex:R, or
+            # several with "+"
             "finetune": "full",
             # None trains without privacy.
             "dp": {

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpjax import lora as adapters
 from dpjax.models import Model, Params, flatten, unflatten
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "full",
     "head",
     "join",
+    "lora",
     "regex",
     "split",
 ]
@@ -115,6 +117,21 @@ def _block(path: str) -> tuple[int, ...]:
     """The block's numbers, outer first; empty for a leaf outside all blocks."""
     match = _BLOCK.match(path)
     return tuple(int(number) for number in match.groups() if number) if match else ()
+
+
+def lora(*, rank: int = 8, targets: str = "attn/(query|value)$") -> FineTuningSet:
+    """Low-rank adapters on the dense layers whose path matches, and the head; see `dpjax.lora`."""
+
+    def make(model: Model) -> FineTuning:
+        adapted = adapters.adapt(model, rank=rank, targets=targets)
+        in_head = _in_head(model)
+        return FineTuning(
+            adapted,
+            lambda path: in_head(path) or path.split("/")[0] == adapters.KEY,
+            adapters.merge,
+        )
+
+    return make
 
 
 def regex(pattern: str, *, flags: int = 0) -> FineTuningSet:
