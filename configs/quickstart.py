@@ -13,20 +13,26 @@ from dpjax.config import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config; "scratch" trains without the pretrained weights."""
-    if arg not in (None, "scratch"):
-        raise ValueError(f"arg={arg!r} must be 'scratch' or absent.")
+    """Returns the config.
+
+    Args:
+        arg: None; "scratch" trains without the pretrained weights, "nonprivate" without privacy.
+    """
+    if arg not in (None, "scratch", "nonprivate"):
+        raise ValueError(f"arg={arg!r} must be 'scratch', 'nonprivate' or absent.")
     config = default()
     config.data.name = "mnist5k"
     with config.unlocked():
         config.model.options = {"width": 64, "depth": 3, "heads": 4, "mlp": 128, "patch": 7}
-    if arg is None:
+    if arg != "scratch":
         config.model.weights = "vit_mini_digits"
         config.model.keep_head = True  # the classes of both sets are the ten digits
     config.finetune = "full"
     config.dp.epsilon = 2.0
     config.dp.delta = 1e-5
     config.dp.bound = 1.0
+    if arg == "nonprivate":
+        config.dp = None
     config.batch_size = 256
     config.epochs = 15.0
     config.optimizer.learning_rate = 3e-3

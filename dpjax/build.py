@@ -1,4 +1,4 @@
-"""From config strings to objects: the only file that reads names out of a config.
+"""From a config to a run: with `names.py`, the only file that turns config values into objects.
 
 `build` does everything that can fail on a user's mistake, and writes nothing but caches, so that
 a mistake costs nothing.
@@ -6,11 +6,9 @@ a mistake costs nothing.
 
 from __future__ import annotations
 
-import difflib
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +16,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpjax import data, dp, finetune, models, rng
+from dpjax import data, dp, finetune, models, names, rng, sharding
 from dpjax.dp.per_example import METHODS
 from dpjax.models import Model, Params
 from dpjax.step import Hyper, LossFn
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-__all__ = ["Phase", "Run", "build", "clip_rule", "finetuning_set", "model", "optimizer"]
+__all__ = ["Phase", "Run", "build"]
 
 
 class Phase(NamedTuple):
@@ -38,6 +36,7 @@ class Phase(NamedTuple):
         mechanism: None without privacy.
         optimizer: makes the transform from traced values.
         learning_rate: base learning rate.
+        keep_optimizer: whether optimiser state of leaves that the phase before trained goes on.
     """
 
     name: str
@@ -46,6 +45,7 @@ class Phase(NamedTuple):
     mechanism: dp.Mechanism | None
     optimizer: Callable[[Hyper], optax.GradientTransformation]
     learning_rate: float
+    keep_optimizer: bool = False
 
 
 class Run(NamedTuple):
@@ -63,6 +63,7 @@ class Run(NamedTuple):
         rule: clipping rule; None without privacy.
         phases: what is executed, in order.
         ledger: nothing executed yet; None without privacy.
+        layout: where parameters, optimiser state and batches live.
     """
 
     config: ConfigDict
@@ -76,6 +77,7 @@ class Run(NamedTuple):
     rule: dp.ClipRule | None
     phases: tuple[Phase, ...]
     ledger: dp.Ledger | None
+    layout: sharding.Layout
 
 
 def build(config: ConfigDict) -> Run:
@@ -91,7 +93,7 @@ def build(config: ConfigDict) -> Run:
         ValueError: naming the field and its value, or what is missing where.
     """
     _check_values(config)
-    rule = clip_rule(config.dp) if config.dp is not None else None
+    rule = names.clip_rule(config.dp) if config.dp is not None else None
     train = data.load(
         config.data.name, split=config.data.train_split, data_dir=config.data.data_dir
     )
@@ -102,36 +104,21 @@ def build(config: ConfigDict) -> Run:
         raise ValueError(
             f"batch_size={config.batch_size} must be <= the {len(train)} training examples."
         )
-    tuning = finetuning_set(config.finetune)(model(config.model, train.num_classes))
+    tuning = names.finetuning_set(config.finetune)(names.model(config.model, train.num_classes))
     params = _initial(tuning.model, config)
     apply, loss_fn = _functions(tuning.model, config.data, train.shape)
     models.check_examples_independent(apply, params, _probe(train.shape))
 
-    mechanism = None
+    finetune.split(params, tuning.trainable)  # raises if nothing trains
+    phases = _phases(config, tuning, dp.num_steps(len(train), config.batch_size, config.epochs))
     ledger = None
-    steps = dp.num_steps(len(train), config.batch_size, config.epochs)
     if config.dp is not None:
-        mechanism = dp.calibrated(
+        phases = _with_noise(config, phases, len(train))
+        ledger = dp.Ledger(
+            tuple(dp.Phase(p.name, p.mechanism) for p in phases if p.mechanism is not None),
             epsilon=config.dp.epsilon,
             delta=config.dp.delta,
-            num_examples=len(train),
-            batch_size=config.batch_size,
-            steps=steps,
-            sampler=config.dp.sampler,
-            max_batch_size=config.dp.max_batch_size,
         )
-        ledger = dp.Ledger(
-            (dp.Phase("train", mechanism),), epsilon=config.dp.epsilon, delta=config.dp.delta
-        )
-    phase = Phase(
-        name="train",
-        trainable=tuning.trainable,
-        steps=steps,
-        mechanism=mechanism,
-        optimizer=optimizer(config.optimizer, steps, config.batch_size, private=rule is not None),
-        learning_rate=config.optimizer.learning_rate,
-    )
-    finetune.split(params, tuning.trainable)  # raises if nothing trains
     return Run(
         config=config,
         train=train,
@@ -142,140 +129,64 @@ def build(config: ConfigDict) -> Run:
         apply=apply,
         loss_fn=loss_fn,
         rule=rule,
-        phases=(phase,),
+        phases=phases,
         ledger=ledger,
+        layout=sharding.layout(config.sharding),
     )
 
 
-def _choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), list(table), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{field}={name!r} must be one of {', '.join(sorted(table))}.{hint}")
-
-
-def clip_rule(config: ConfigDict) -> dp.ClipRule:
-    """Makes the clipping rule of `config.dp`."""
-    make = _choose(
-        "dp.clipping",
-        config.clipping,
-        {
-            "flat": dp.flat,
-            "per_layer": dp.per_layer,
-            "automatic": functools.partial(dp.automatic, gamma=config.gamma),
-            "global": dp.global_,
-        },
-    )
-    try:
-        rule: dp.ClipRule = make(config.bound, normalised=config.normalised)
-    except ValueError as error:
-        raise ValueError(f"dp.{error}") from error
-    return rule
-
-
-def model(config: ConfigDict, num_classes: int) -> Model:
-    """Makes the model of `config.model`."""
-    make, sizes = _choose(
-        "model.name",
-        config.name,
-        {
-            "vit": (models.vision_transformer, models.SIZES),
-            "resnet_v2": (models.resnet_v2, models.RESNETS),
-            "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
-            "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
-            "resnet8": (models.resnet8, None),
-        },
-    )
-    arguments = [num_classes]
-    if sizes is not None:
-        size = _choose("model.size", config.size, sizes)
-        arguments.insert(0, _replace("model.options", size, config.options))
-    made: Model = make(*arguments, head_init=config.head_init, dtype=config.dtype)
-    return made
-
-
-def _replace(field: str, value: Any, options: Mapping[str, Any]) -> Any:
-    """Replaces fields of a frozen dataclass, answering an unknown one with the nearest."""
-    for name in options:
-        _choose(f"{field} field", name, value.__dataclass_fields__)
-    return type(value)(**{**vars(value), **options})
-
-
-def finetuning_set(text: str) -> finetune.FineTuningSet:
-    """Makes a fine-tuning set from text such as "film", "blocks:last:2" or "bias+regex:cls"."""
-    sets = []
-    for part in text.split("+"):
-        name, *rest = part.split(":")
-        make = _choose(
-            "finetune",
-            name,
-            {
-                "full": lambda: finetune.full(),
-                "head": lambda: finetune.head(),
-                "film": lambda: finetune.film(),
-                "bias": lambda: finetune.bias(),
-                "blocks": lambda end, count: finetune.blocks(**{end: int(count)}),
-                "lora": lambda rank="8", *targets: finetune.lora(
-                    rank=int(rank), **({"targets": ":".join(targets)} if targets else {})
-                ),
-                "regex": lambda *pattern: finetune.regex(":".join(pattern)),
-            },
+def _phases(config: ConfigDict, tuning: finetune.FineTuning, steps: int) -> tuple[Phase, ...]:
+    """Splits the steps between linear probing and the fine-tuning set; no noise yet."""
+    fraction = config.lp.fraction
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"lp.fraction={fraction} must be in [0, 1].")
+    probing = round(fraction * steps)
+    rate = config.lp.learning_rate or config.optimizer.learning_rate
+    if not 0 < rate < math.inf:
+        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
+    planned = [
+        ("linear-probe", finetune.head()(tuning.model).trainable, probing, rate, False),
+        (
+            "train",
+            tuning.trainable,
+            steps - probing,
+            config.optimizer.learning_rate,
+            config.lp.keep_optimizer,
+        ),
+    ]
+    private = config.dp is not None
+    return tuple(
+        Phase(
+            name=name,
+            trainable=trainable,
+            steps=count,
+            mechanism=None,
+            optimizer=names.optimizer(config.optimizer, count, config.batch_size, private=private),
+            learning_rate=rate,
+            keep_optimizer=keep,
         )
-        try:
-            sets.append(make(*rest))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"finetune={part!r} is not understood: {error}.") from error
-    return finetune.combine(sets)
-
-
-def optimizer(
-    config: ConfigDict, steps: int, batch_size: int, *, private: bool
-) -> Callable[[Hyper], optax.GradientTransformation]:
-    """Makes the optimiser factory of `config.optimizer`; private ones take a `ClippedSum`."""
-    name, options = config.name, dict(config.options)
-    plain = {"adam": optax.adam, "sgd": optax.sgd, "lamb": optax.lamb}
-    private_ones = {
-        "adam": dp.adam, "sgd": dp.sgd, "lamb": dp.lamb, "adam_corrected": dp.adam_corrected,
-    }  # fmt: skip
-    make = _choose("optimizer.name", name, private_ones if private else plain)
-    shape = _schedule(config, steps)
-
-    def factory(hyper: Hyper) -> optax.GradientTransformation:
-        def rate(count: jax.Array) -> jax.Array:
-            return hyper.learning_rate * shape(count)
-
-        if not private:
-            return optax.chain(optax.scale(1 / batch_size), make(rate, **options))
-        if hyper.rule is None or hyper.noise_key is None:
-            raise TypeError("a private optimiser needs hyper.rule and hyper.noise_key.")
-        extra = {"sensitivity": hyper.rule.sensitivity()} if name == "adam_corrected" else {}
-        return make(
-            rate, hyper.noise_multiplier, batch_size, key=hyper.noise_key, **extra, **options
-        )
-
-    return factory
-
-
-def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate as a fraction of its base."""
-    if not 0 <= config.warmup < steps:
-        raise ValueError(f"optimizer.warmup={config.warmup} must be in [0, steps={steps}).")
-    rest = steps - config.warmup
-    after = _choose(
-        "optimizer.schedule",
-        config.schedule,
-        {
-            "constant": optax.constant_schedule(1.0),
-            "cosine": optax.cosine_decay_schedule(1.0, rest),
-            "linear": optax.linear_schedule(1.0, 0.0, rest),
-        },
+        for name, trainable, count, rate, keep in planned
+        if count
     )
-    if not config.warmup:
-        return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, 1.0, config.warmup), after], [config.warmup]
+
+
+def _with_noise(
+    config: ConfigDict, phases: tuple[Phase, ...], num_examples: int
+) -> tuple[Phase, ...]:
+    """Gives every phase a mechanism, so that their composition meets the one budget."""
+    if not 0 < config.lp.noise_ratio < math.inf:
+        raise ValueError(f"lp.noise_ratio={config.lp.noise_ratio} must be > 0 and finite.")
+    mechanisms = dp.calibrated_phases(
+        epsilon=config.dp.epsilon,
+        delta=config.dp.delta,
+        num_examples=num_examples,
+        batch_size=config.batch_size,
+        steps=[phase.steps for phase in phases],
+        noise_ratios=[config.lp.noise_ratio] * (len(phases) - 1) + [1.0],
+        sampler=config.dp.sampler,
+        max_batch_size=config.dp.max_batch_size,
     )
+    return tuple(p._replace(mechanism=m) for p, m in zip(phases, mechanisms, strict=True))
 
 
 def _initial(net: Model, config: ConfigDict) -> Params:
@@ -307,7 +218,7 @@ def _functions(
         )
 
     jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.uint8))  # raises on channels, resample
-    augment = _augmentation(config, black=-spec.mean[0] / spec.std[0])
+    augment = names.augmentation(config, black=-spec.mean[0] / spec.std[0])
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
         return net.apply(params, jax.vmap(prepare)(inputs))
@@ -327,40 +238,22 @@ def _functions(
     return apply, loss_fn
 
 
-def _augmentation(config: ConfigDict, black: float) -> Callable[..., jax.Array] | None:
-    chosen: list[Callable[..., jax.Array]] = []
-    if config.crop:
-        chosen.append(functools.partial(data.random_crop, padding=config.crop))
-    if config.shift:
-        chosen.append(functools.partial(data.random_shift, max_shift=config.shift, fill=black))
-    if config.flip:
-        chosen.append(data.random_flip)
-    if config.pixel_noise:
-        chosen.append(
-            lambda image, *, key: image + config.pixel_noise * jax.random.normal(key, image.shape)
-        )
-    if config.multiplicity < 1:
-        raise ValueError(f"data.multiplicity={config.multiplicity} must be >= 1.")
-    if config.multiplicity > 1 and not chosen:
-        raise ValueError(
-            f"data.multiplicity={config.multiplicity} needs an augmentation, such as data.flip."
-        )
-    return data.chain(*chosen) if chosen else None
-
-
 def _probe(shape: tuple[int, ...]) -> np.ndarray:
     """Public inputs for the cross-example check."""
     return np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8)
 
 
 def _check_values(config: ConfigDict) -> None:
-    for field in ("batch_size", "physical_batch", "log_every", "checkpoint_every", "epochs",
+    for field in ("batch_size", "log_every", "checkpoint_every", "epochs",
                   "keep_checkpoints", "microbatch", "eval_every"):  # fmt: skip
         value = config[field]
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{field}={value} must be > 0.")
+    for field in ("physical_batch", "keep_best"):
+        if config[field] < 0:
+            raise ValueError(f"{field}={config[field]} must be >= 0.")
     if config.dp is not None:
-        _choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
+        names.choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
     if config.model.dtype not in _DTYPES:
         raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
     rate = config.optimizer.learning_rate

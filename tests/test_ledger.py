@@ -55,8 +55,16 @@ def test_phases_compose():
         noise_multiplier=MECHANISM.noise_multiplier,
     )  # fmt: skip
     book = ledger(half, half).charge(0, 20).charge(1, 20)
-    assert book.spent() == pytest.approx(MECHANISM.epsilon(1e-4), rel=1e-3)
-    direct = accounting.epsilon([half.event(), half.event()], 1e-4)
+    assert book.spent() == MECHANISM.epsilon(1e-4)
+
+
+def test_unequal_phases_compose():
+    first, second = dp.calibrated_phases(
+        epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=[10, 30],
+        noise_ratios=[2.0, 1.0],
+    )  # fmt: skip
+    book = ledger(first, second).charge(0, 10).charge(1, 5)
+    direct = accounting.epsilon([first.event(), second.event(5)], 1e-4)
     assert book.spent() == direct
 
 

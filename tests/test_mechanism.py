@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpjax import dp
+from dpjax.dp import accounting
 from dpjax.dp.mechanism import SAMPLERS
 
 BUDGET = {"epsilon": 2.0, "delta": 1e-4}
@@ -136,3 +137,40 @@ def test_impossible_budgets_name_field_and_value(change, text):
 def test_bad_fields(change, text):
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(make(), **change)
+
+
+def test_equal_phases_cost_what_one_does():
+    whole = make(steps=40)
+    phases = dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=50, steps=[10, 30])
+    assert [p.steps for p in phases] == [10, 30]
+    assert {p.noise_multiplier for p in phases} == {whole.noise_multiplier}
+
+
+def test_phases_with_noise_of_their_own_meet_the_budget():
+    first, second = dp.calibrated_phases(
+        **BUDGET, num_examples=1000, batch_size=50, steps=[10, 30], noise_ratios=[2.0, 1.0]
+    )
+    assert first.noise_multiplier == pytest.approx(2 * second.noise_multiplier)
+    spent = accounting.epsilon([first.event(), second.event()], BUDGET["delta"])
+    assert 0.99 * BUDGET["epsilon"] < spent <= BUDGET["epsilon"]
+    # Straight from dp_accounting, without anything of ours.
+    events = [
+        dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(
+                0.05, dp_accounting.GaussianDpEvent(m.noise_multiplier)
+            ),
+            m.steps,
+        )
+        for m in (first, second)
+    ]
+    accountant = dp_accounting.pld.PLDAccountant()
+    for event in events:
+        accountant.compose(event)
+    assert spent == pytest.approx(accountant.get_epsilon(BUDGET["delta"]), rel=1e-2)
+
+
+def test_bad_phases():
+    with pytest.raises(ValueError, match="noise_ratios="):
+        dp.calibrated_phases(
+            **BUDGET, num_examples=10**3, batch_size=50, steps=[1, 2], noise_ratios=[1.0]
+        )

@@ -33,7 +33,7 @@ from dpjax.dp.clipping import (
     per_layer,
 )
 from dpjax.dp.ledger import BudgetExceeded, Ledger, Phase, statement, to_markdown
-from dpjax.dp.mechanism import Mechanism, calibrated, num_steps
+from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
 from dpjax.dp.per_example import PerExample, clipped_sum
@@ -56,6 +56,7 @@ __all__ = [
     "by_leaf",
     "by_prefix",
     "calibrated",
+    "calibrated_phases",
     "chunks",
     "clipped_sum",
     "flat",

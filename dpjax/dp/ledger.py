@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dp_accounting import DpEvent
-
 from dpjax.dp import accounting
 from dpjax.dp.mechanism import Mechanism
 
@@ -30,10 +28,6 @@ class Phase:
     name: str
     mechanism: Mechanism
     steps_done: int = 0
-
-    def event(self) -> DpEvent | None:
-        """Returns the event of the executed steps; None if there are none."""
-        return self.mechanism.event(self.steps_done) if self.steps_done else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Ledger:
         accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
         if len({(p.mechanism.relation, p.mechanism.accountant) for p in self.phases}) != 1:
             raise ValueError("all phases must share one neighbouring relation and accountant.")
-        planned = self._epsilon([p.mechanism.event() for p in self.phases])
+        planned = self._epsilon([(p.mechanism, p.mechanism.steps) for p in self.phases])
         if not planned <= self.epsilon * (1 + 1e-9):
             raise ValueError(
                 f"the planned steps cost epsilon={planned:.6g}, more than the budget "
@@ -105,13 +99,20 @@ class Ledger:
 
     def spent(self) -> float:
         """Returns epsilon (nats) of the executed steps at the budget's delta."""
-        events = [e for e in (p.event() for p in self.phases) if e is not None]
-        return self._epsilon(events) if events else 0.0
+        return self._epsilon([(p.mechanism, p.steps_done) for p in self.phases])
 
-    def _epsilon(self, events: Sequence[DpEvent]) -> float:
-        mechanism = self.phases[0].mechanism
+    def _epsilon(self, executed: Sequence[tuple[Mechanism, int]]) -> float:
+        # Steps of equal law are counted together: composed apart, they would only add rounding.
+        steps: dict[Mechanism, int] = {}
+        for mechanism, count in executed:
+            law = dataclasses.replace(mechanism, steps=1)
+            steps[law] = steps.get(law, 0) + count
+        events = [law.event(count) for law, count in steps.items() if count]
+        if not events:
+            return 0.0
+        some = self.phases[0].mechanism
         return accounting.epsilon(
-            events, self.delta, accountant=mechanism.accountant, relation=mechanism.relation
+            events, self.delta, accountant=some.accountant, relation=some.relation
         )
 
 

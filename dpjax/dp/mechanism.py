@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from dp_accounting import DpEvent
 from dpjax.dp import accounting, sampling
 from dpjax.dp.noise import gaussian
 
-__all__ = ["SAMPLERS", "Mechanism", "calibrated", "num_steps"]
+__all__ = ["SAMPLERS", "Mechanism", "calibrated", "calibrated_phases", "num_steps"]
 
 SAMPLERS = ("poisson", "full_batch", "fixed_size", "truncated_poisson")
 
@@ -193,29 +194,87 @@ def calibrated(
     """
     if (steps is None) == (epochs is None):
         raise ValueError(f"give one of steps={steps} and epochs={epochs}.")
+    if steps is None:
+        steps = num_steps(num_examples, batch_size, epochs or 0.0)
+    (mechanism,) = calibrated_phases(
+        epsilon=epsilon,
+        delta=delta,
+        num_examples=num_examples,
+        batch_size=batch_size,
+        steps=[steps],
+        sampler=sampler,
+        max_batch_size=max_batch_size,
+        accountant=accountant,
+    )
+    return mechanism
+
+
+def calibrated_phases(
+    *,
+    epsilon: float,
+    delta: float,
+    num_examples: int,
+    batch_size: int,
+    steps: Sequence[int],
+    noise_ratios: Sequence[float] | None = None,
+    sampler: str = "poisson",
+    max_batch_size: int | None = None,
+    accountant: str = "",
+) -> tuple[Mechanism, ...]:
+    """Returns one mechanism per phase; their composition has the least noise within one budget.
+
+    Args:
+        epsilon: budget of the whole, in nats.
+        delta: in (0, 1/num_examples).
+        num_examples: N.
+        batch_size: expected batch size of every phase.
+        steps: of each phase.
+        noise_ratios: noise multipliers of the phases relative to each other; equal by default.
+        sampler: as for `calibrated`.
+        max_batch_size: as for `calibrated`.
+        accountant: as for `calibrated`.
+
+    Raises:
+        ValueError: an impossible budget, naming field and value.
+    """
+    ratios = [1.0] * len(steps) if noise_ratios is None else list(noise_ratios)
+    if len(ratios) != len(steps) or not steps:
+        raise ValueError(f"noise_ratios={ratios} must have one entry for each of steps={steps}.")
     if not 1 <= batch_size <= num_examples:
         raise ValueError(f"batch_size={batch_size} must be in [1, num_examples={num_examples}].")
     accounting.check_budget(epsilon, delta, num_examples=num_examples)
-    if steps is None:
-        steps = num_steps(num_examples, batch_size, epochs or 0.0)
     if sampler == "poisson" and batch_size == num_examples:
         sampler = "full_batch"
-    mechanism = Mechanism(
-        num_examples=num_examples,
-        sampling_prob=batch_size / num_examples,
-        steps=steps,
-        noise_multiplier=1.0,
-        sampler=sampler,
-        max_batch_size=max_batch_size,
-    )
+    phases = [
+        Mechanism(
+            num_examples=num_examples,
+            sampling_prob=batch_size / num_examples,
+            steps=count,
+            noise_multiplier=ratio,
+            sampler=sampler,
+            max_batch_size=max_batch_size,
+        )
+        for count, ratio in zip(steps, ratios, strict=True)
+    ]
+    if len(set(ratios)) == 1:
+        # Equal phases cost exactly what one phase of all their steps does.
+        merged = [dataclasses.replace(phases[0], steps=sum(steps), noise_multiplier=1.0)]
+    else:
+        merged = phases
+
+    def scaled(mechanism: Mechanism, sigma: float) -> Mechanism:
+        return dataclasses.replace(mechanism, noise_multiplier=mechanism.noise_multiplier * sigma)
+
     sigma = accounting.calibrate_noise_multiplier(
-        lambda s: dataclasses.replace(mechanism, noise_multiplier=s).event(),
+        lambda s: [scaled(m, s).event() for m in merged],
         epsilon=epsilon,
         delta=delta,
-        accountant=accountant or mechanism.accountant,
-        relation=mechanism.relation,
+        accountant=accountant or phases[0].accountant,
+        relation=phases[0].relation,
     )
-    return dataclasses.replace(mechanism, noise_multiplier=sigma)
+    if len(merged) == 1:
+        return tuple(dataclasses.replace(m, noise_multiplier=sigma) for m in phases)
+    return tuple(scaled(m, sigma) for m in phases)
 
 
 def _event(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpjax.models.layers import Affine, DepthwiseConv, conv, fold_norm
-from dpjax.models.model import InputSpec, Model, Params, flatten, from_linen
+from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
 from dpjax.models.weights import Source, load_weights, read_tensors, translate
 
 __all__ = ["LITE0", "EfficientNetConfig", "MBConvStage", "efficientnet_lite"]
@@ -174,7 +174,7 @@ def efficientnet_lite(
     # Its pixels are (x - 127) / 128.
     spec = InputSpec(config.image_size, 3, (127 / 255,) * 3, (128 / 255,) * 3)
     return from_linen(
-        _Backbone(config, jnp.dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype)),
         spec,
         partial(_load, config),
         width=config.width,

@@ -18,6 +18,7 @@ __all__ = [
     "Model",
     "Params",
     "TextSpec",
+    "compute_dtype",
     "dense_head",
     "flatten",
     "from_linen",
@@ -154,6 +155,21 @@ def dense_head(head_params: Mapping[str, jax.Array], features: jax.Array) -> jax
     return logits + jnp.broadcast_to(head_params["bias"], logits.shape)
 
 
+def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    """What layers compute in, as a dtype.
+
+    Raises:
+      ValueError: it is not a floating-point type.
+    """
+    try:
+        made = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r} is not a dtype.") from error
+    if not jnp.issubdtype(made, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} must be a floating-point type.")
+    return made
+
+
 def head_initializer(name: str) -> Callable[..., jax.Array]:
     """Kernel initialiser of a head: zeros, variance-scaled normal, or normal of std 1e-3.
 
@@ -210,6 +226,9 @@ def from_linen(
         got, want = jnp.shape(inputs), example.shape
         if len(got) not in (len(want), len(want) + 1) or got[len(got) - len(want) :] != want:
             raise ValueError(f"inputs of shape {got} must be {want}, or [batch, ...] of those.")
+        kind = jnp.integer if jnp.issubdtype(example.dtype, jnp.integer) else jnp.floating
+        if not jnp.issubdtype(jnp.result_type(inputs), kind):
+            raise TypeError(f"inputs of {jnp.result_type(inputs)} must be {example.dtype}.")
         body = {name: leaf for name, leaf in params.items() if name != "head"}
         return jnp.asarray(backbone.apply({"params": body}, inputs), jnp.float32)
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpjax.models.layers import Affine, conv, fold_norm
-from dpjax.models.model import InputSpec, Model, Params, flatten, from_linen
+from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
 from dpjax.models.weights import Source, load_weights, read_tensors, translate
 
 __all__ = ["resnet8"]
@@ -107,7 +107,7 @@ def resnet8(
     """
     spec = InputSpec(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     return from_linen(
-        _Backbone(jnp.dtype(dtype)),
+        _Backbone(compute_dtype(dtype)),
         spec,
         _load,
         width=_WIDTH,

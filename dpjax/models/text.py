@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from dpjax.models import text_weights
 from dpjax.models.blocks import Attention, Mlp
-from dpjax.models.model import Model, TextSpec, from_linen
+from dpjax.models.model import Model, TextSpec, compute_dtype, from_linen
 
 __all__ = ["TEXT_SIZES", "TextConfig", "text_encoder"]
 
@@ -149,7 +149,7 @@ def text_encoder(
       ValueError: an argument is out of range.
     """
     return from_linen(
-        _Backbone(config, jnp.dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype)),
         TextSpec(config.max_length, config.vocab_size, config.pad_id),
         partial(text_weights.load, config),
         width=config.width,

@@ -37,8 +37,8 @@ def check_examples_independent(
     Args:
       apply: `apply(params, batch) -> [batch, ...]`; is jitted here.
       params: its parameters.
-      input_batch: arrays `[batch, ...]` of at least two examples, images or token ids; not all
-        values may be the same.
+      input_batch: arrays `[batch, ...]` of at least two examples, images or token ids; the ids
+        may not all be the same.
 
     Raises:
       ValueError: examples are coupled, the outputs are not finite, or the check would be empty
@@ -107,9 +107,11 @@ def _with_other_data(batch: Any, index: int) -> Any:
 
     def change(leaf: np.ndarray) -> np.ndarray:
         changed = leaf.copy()
-        if np.issubdtype(leaf.dtype, np.integer):
-            # Ids and pixels that occur stay valid; mirrored, the rarest becomes the commonest.
-            changed[index] = leaf.max() + leaf.min() - leaf[index]
+        if leaf.dtype == np.uint8:
+            changed[index] = 255 - leaf[index]
+        elif np.issubdtype(leaf.dtype, np.integer):
+            # Of ids, only those that occur are known to be valid.
+            changed[index] = leaf.max() - (leaf[index] - leaf.min())
         else:
             noise = rng.normal(size=leaf.shape[1:]).astype(leaf.dtype)
             changed[index] = noise * (1 + np.abs(leaf).max()) - leaf[index]

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from dpjax.models import vit_weights
 from dpjax.models.blocks import Attention, Mlp
-from dpjax.models.model import InputSpec, Model, from_linen
+from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
 
 __all__ = ["SIZES", "ViTConfig", "vision_transformer"]
 
@@ -153,13 +153,17 @@ def vision_transformer(
 
     Raises:
       ValueError: an argument is out of range.
+
+    >>> model = vision_transformer(ViTConfig(), num_classes=10)
+    >>> jax.eval_shape(model.init, jax.random.key(0))["blocks_0"]["attn"]["query"]["kernel"].shape
+    (64, 64)
     """
     # Pixels to [-1, 1], as all AugReg descendants were trained.
     spec = InputSpec(
         config.image_size, config.channels, (0.5,) * config.channels, (0.5,) * config.channels
     )
     return from_linen(
-        _Backbone(config, jnp.dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype)),
         spec,
         partial(vit_weights.load, config),
         width=config.width,

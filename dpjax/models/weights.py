@@ -71,7 +71,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
         return read_torch_pickle(path)
     try:
         if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         if suffix == ".safetensors":
             return dict(safetensors_numpy.load_file(path))

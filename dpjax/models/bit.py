@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpjax.models.layers import GroupNorm, StandardizedConv
-from dpjax.models.model import InputSpec, Model, Params, flatten, from_linen
+from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
 from dpjax.models.weights import Source, load_weights, read_tensors, translate
 
 __all__ = ["RESNETS", "ResNetConfig", "resnet_v2"]
@@ -177,7 +177,7 @@ def resnet_v2(
     """
     half = (0.5,) * config.channels
     return from_linen(
-        _Backbone(config, jnp.dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype)),
         InputSpec(config.image_size, config.channels, half, half),
         partial(_load, config),
         width=config.features,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpjax.models.layers import GroupNorm, StandardizedConv
-from dpjax.models.model import InputSpec, Model, Params, from_linen
+from dpjax.models.model import InputSpec, Model, Params, compute_dtype, from_linen
 from dpjax.models.weights import load_weights
 
 __all__ = ["WRN_16_4", "WideResNetConfig", "wide_resnet"]
@@ -120,7 +120,7 @@ def wide_resnet(
     # Constants, not statistics of a data set that may be private.
     half = (0.5,) * config.channels
     return from_linen(
-        _Backbone(config, jnp.dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype)),
         InputSpec(config.image_size, config.channels, half, half),
         _load,
         width=config.features,

@@ -1,0 +1,46 @@
+"""Text to ids, with a tokenizer made here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpjax import models
+
+SPEC = models.TextSpec(max_length=6, vocab_size=8, pad_id=0)
+
+
+@pytest.fixture
+def file(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_ids_are_cut_and_padded(file):
+    ids = models.tokenizer(str(file), SPEC)(["good film", "bad " * 20, "", "what"])
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(
+        ids, [[2, 4, 6, 3, 0, 0], [2, 5, 5, 5, 5, 3], [2, 3, 0, 0, 0, 0], [2, 1, 3, 0, 0, 0]]
+    )
+    assert models.tokenizer(str(file), SPEC)([]).shape == (0, 6)
+
+
+def test_a_tokenizer_of_another_model_is_refused(file, tmp_path):
+    with pytest.raises(ValueError, match="7 tokens"):
+        models.tokenizer(str(file), models.TextSpec(6, 5))
+    with pytest.raises(ValueError, match="pad_id=7"):
+        models.tokenizer(str(file), models.TextSpec(6, 8, pad_id=7))
+    with pytest.raises(FileNotFoundError, match=r"gone.json"):
+        models.tokenizer(str(tmp_path / "gone.json"), SPEC)
+    (tmp_path / "bad.json").write_text(json.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="is not a tokenizer"):
+        models.tokenizer(str(tmp_path / "bad.json"), SPEC)
