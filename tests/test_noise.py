@@ -81,15 +81,27 @@ def test_noise_is_float32_for_bfloat16_parameters():
     assert len(np.unique(values)) > 0.95 * values.size  # bfloat16 has some 600 values here
 
 
-@pytest.mark.parametrize("realised", [0, 1, 4, 8])
-def test_the_division_is_by_the_expected_size(realised):
-    """Sums of batches of 0, 1, B and 2B equal gradients: the update is their sum over B."""
+def noiseless_update(realised, expected=4.0):
+    """Update for a batch of `realised` equal gradients of 1."""
     loss = lambda p, x: p["w"] * x  # noqa: E731
     params, batch = {"w": jnp.zeros(())}, jnp.ones(8)
     summed, _ = dp.clipped_sum(loss, dp.flat(1.0))(params, batch, jnp.arange(8) < realised)
-    tx = dp.gaussian(0.0, 4.0, key=jax.random.key(0))
-    updates, _ = tx.update(summed, tx.init(params))
-    np.testing.assert_allclose(updates["w"], realised / 4, rtol=1e-5)
+    tx = dp.gaussian(0.0, expected, key=jax.random.key(0))
+    return float(tx.update(summed, tx.init(params))[0]["w"])
+
+
+def divides_by_the_expected_size(update):
+    """Whether sizes 0, 1, B and 2B give that many gradients over B = 4."""
+    return all(abs(update(n) - n / 4) < 1e-5 for n in (0, 1, 4, 8))
+
+
+def test_the_division_is_by_the_expected_size():
+    assert divides_by_the_expected_size(noiseless_update)
+
+
+def test_division_by_the_realised_or_padded_size_is_seen():
+    assert not divides_by_the_expected_size(lambda n: noiseless_update(n, max(n, 1)))
+    assert not divides_by_the_expected_size(lambda n: noiseless_update(n, 8))
 
 
 def test_an_empty_batch_is_a_step_of_pure_noise():
@@ -100,6 +112,7 @@ def test_an_empty_batch_is_a_step_of_pure_noise():
     tx = dp.gaussian(2.0, 4.0, key=jax.random.key(0))
     updates, state = tx.update(summed, tx.init(params))
     assert not rejects(np.asarray(updates["w"]), 0.5)
+    assert rejects(np.zeros(1000), 0.5)  # what a skipped step would give
     assert state.step == 1
 
 

@@ -115,9 +115,14 @@ def test_a_poisoned_example_leaves_the_others_bit_for_bit(name, poison, method):
         assert (facts.factors[2] == 0).all()
 
 
-def test_masking_by_multiplication_would_fail():
-    """The mistake the test above is for: 0 * NaN is NaN."""
-    assert np.isnan(0.0 * jnp.asarray(np.nan))
+def test_masking_by_multiplication_is_seen():
+    """The mistake the test above is for: a factor of 0 does not remove a NaN gradient."""
+    params, batch = setup()
+    bad = {"x": batch["x"].at[2].set(np.nan), "y": batch["y"]}
+    grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, bad)
+    _, facts = dp.clipped_sum(loss_fn, dp.flat(0.7))(params, bad, jnp.ones(6, bool))
+    multiplied = jax.tree.map(lambda g: jnp.tensordot(facts.factors[:, 0], g, 1), grads)
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(multiplied))
 
 
 @pytest.mark.parametrize("method", METHODS)
