@@ -100,8 +100,9 @@ class Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        errors = self._process.stderr.read().strip().splitlines() if self._process.stderr else []
-        return {"error": errors[-1] if errors else "the process ended"}
+        errors = self._process.stderr.read().splitlines() if self._process.stderr else []
+        named = [line for line in errors if line.split(":")[0].endswith("Error")]
+        return {"error": named[-1] if named else "the process ended"}
 
 
 def measure(case: str, subset: str, engines: Sequence[str], config: ConfigDict) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class _ViT(nn.Module):
         x = self.embed(grid.transpose(2, 3).reshape(n, c.grid**2, -1))
         if c.class_token:
             x = torch.cat([self.cls(torch.zeros(n, 1, dtype=torch.long)), x], dim=1)
-        x = x + self.pos_embed(torch.arange(c.tokens).expand(n, -1))
+        x = x + self.pos_embed(torch.arange(c.tokens).repeat(n, 1))
         for i in range(c.depth):
             x = getattr(self, f"blocks_{i}")(x)
         return self.head(self.norm(x[:, 0] if c.pooling == "cls" else x.mean(dim=1)))

@@ -137,6 +137,17 @@ def test_bad_rules(make, text):
         make()
 
 
+def test_rules_can_be_made_inside_jit():
+    made = jax.jit(lambda norms: dp.automatic(2.0).factors(norms))(jnp.array([4.0]))
+    np.testing.assert_allclose(made, [2 / 4.01], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bound", ["1", None, True, 1j])
+def test_bounds_are_numbers(bound):
+    with pytest.raises(TypeError, match="must be a number"):
+        dp.flat(bound)
+
+
 def test_chunks_add_without_adding_sensitivity():
     one = dp.ClippedSum({"w": jnp.ones(2)}, jnp.asarray(3.0))
     both = one + one

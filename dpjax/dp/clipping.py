@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
     "ClipRule",
@@ -293,13 +294,12 @@ def _check_positive(
     """Raises unless `value` is finite and positive; a traced value is checked by its caller."""
     if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, Sequence, jax.Array)):
-        if not hasattr(value, "dtype"):
-            raise TypeError(f"{name}={value!r} must be a number.")
-    flat_value = [float(v) for v in jnp.asarray(value, jnp.float32).ravel()]
-    if scalar and (jnp.ndim(value) != 0):
+    numbers = np.asarray(value)  # numpy: inside jit, jnp would make a traced value of it
+    if numbers.dtype.kind not in "iuf":
+        raise TypeError(f"{name}={value!r} must be a number.")
+    if scalar and numbers.ndim != 0:
         raise ValueError(f"{name}={value!r} must be a scalar.")
-    for v in flat_value:
+    for v in numbers.astype(np.float64).ravel().tolist():
         if not math.isfinite(v) or v < 0 or (v == 0 and not zero):
             raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")
         if not zero and v < _SMALLEST_NORM:
