@@ -23,7 +23,7 @@ from dpjax.step import Hyper, LossFn
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-__all__ = ["Phase", "Run", "build"]
+__all__ = ["Phase", "Run", "build", "functions"]
 
 
 class Phase(NamedTuple):
@@ -94,21 +94,15 @@ def build(config: ConfigDict) -> Run:
     """
     _check_values(config)
     rule = names.clip_rule(config.dp) if config.dp is not None else None
-    train = data.load(
-        config.data.name, split=config.data.train_split, data_dir=config.data.data_dir
-    )
-    test = data.load(config.data.name, split=config.data.test_split, data_dir=config.data.data_dir)
-    if config.data.subset is not None:
-        train = data.subset(train, config.data.subset, seed=config.seed)
+    train, test = _data(config)
     if config.batch_size > len(train):
         raise ValueError(
             f"batch_size={config.batch_size} must be <= the {len(train)} training examples."
         )
     tuning = names.finetuning_set(config.finetune)(names.model(config.model, train.num_classes))
     params = _initial(tuning.model, config)
-    apply, loss_fn = _functions(tuning.model, config.data, train.shape)
-    models.check_examples_independent(apply, params, _probe(train.shape))
-
+    apply, loss_fn = functions(tuning.model, config.data, train.shape)
+    models.check_examples_independent(apply, params, _probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = _phases(config, tuning, dp.num_steps(len(train), config.batch_size, config.epochs))
     ledger = None
@@ -133,6 +127,29 @@ def build(config: ConfigDict) -> Run:
         ledger=ledger,
         layout=sharding.layout(config.sharding),
     )
+
+
+def _data(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
+    """Opens the training data and the data to evaluate on."""
+    spec = names.model(config.model, num_classes=1).input
+
+    def load(split: str) -> data.Dataset:
+        name, data_dir = config.data.name, config.data.data_dir
+        if isinstance(spec, models.InputSpec):
+            size = config.data.host_image_size
+            image = data.ImageSpec(image_size=size, resample=config.data.resample)
+            return data.load(name, split=split, data_dir=data_dir, spec=image)
+        tokenize = models.tokenizer(models.locate(config.data.tokenizer), spec)
+        return data.load_text(name, split=split, data_dir=data_dir, tokenize=tokenize)
+
+    train = load(config.data.train_split)
+    if config.data.holdout is not None:
+        train, held = data.holdout(train, config.data.holdout, seed=config.seed)
+    else:
+        held = load(config.data.test_split)
+    if config.data.subset is not None:
+        train = data.subset(train, config.data.subset, seed=config.seed)
+    return train, held
 
 
 def _phases(config: ConfigDict, tuning: finetune.FineTuning, steps: int) -> tuple[Phase, ...]:
@@ -196,20 +213,24 @@ def _initial(net: Model, config: ConfigDict) -> Params:
     return net.load(params, models.locate(config.model.weights), head=config.model.keep_head)
 
 
-def _functions(
+def functions(
     net: Model, config: ConfigDict, shape: tuple[int, ...]
 ) -> tuple[Callable[[Params, jax.Array], jax.Array], LossFn]:
     """Returns the prediction on raw inputs, and the loss of one raw example."""
-    spec = net.input
-    if not isinstance(spec, models.InputSpec):
-        raise ValueError(f"model.name: a text model cannot read images of shape {shape}.")
     if config.pad < 0:
         raise ValueError(f"data.pad={config.pad} must be >= 0.")
+    spec = net.input
+    black = 0.0 if isinstance(spec, models.TextSpec) else -spec.mean[0] / spec.std[0]
+    augment = names.augmentation(config, black=black)
+    if isinstance(spec, models.TextSpec) and augment is not None:
+        raise ValueError("data: augmentations are for images, not for text.")
 
-    def prepare(image: jax.Array) -> jax.Array:
+    def prepare(example: jax.Array) -> jax.Array:
+        if isinstance(spec, models.TextSpec):
+            return example
         border = (config.pad, config.pad)
         return data.preprocess(
-            jnp.pad(image, (border, border, (0, 0))),
+            jnp.pad(example, (border, border, (0, 0))),
             image_size=spec.image_size,
             mean=spec.mean,
             std=spec.std,
@@ -217,19 +238,19 @@ def _functions(
             resample=config.resample,
         )
 
-    jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.uint8))  # raises on channels, resample
-    augment = names.augmentation(config, black=-spec.mean[0] / spec.std[0])
+    dtype = jnp.int32 if isinstance(spec, models.TextSpec) else jnp.uint8
+    jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, dtype))  # raises on channels, resample
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
         return net.apply(params, jax.vmap(prepare)(inputs))
 
     def loss_fn(params: Params, example: dict[str, jax.Array]) -> jax.Array:
-        image = prepare(example["input"])
+        one = prepare(example["input"])
         if augment is None:
-            logits = net.apply(params, image)[None]
+            logits = net.apply(params, one)[None]
         else:
             keys = jax.random.split(example["key"], config.multiplicity)
-            logits = net.apply(params, jax.vmap(lambda k: augment(image, key=k))(keys))
+            logits = net.apply(params, jax.vmap(lambda k: augment(one, key=k))(keys))
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, jnp.broadcast_to(example["label"], logits.shape[:1])
         )
@@ -238,9 +259,12 @@ def _functions(
     return apply, loss_fn
 
 
-def _probe(shape: tuple[int, ...]) -> np.ndarray:
+def _probe(spec: models.InputSpec | models.TextSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Public inputs for the cross-example check."""
-    return np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    if isinstance(spec, models.TextSpec):
+        return rng.integers(0, spec.vocab_size, (4, *shape), dtype=np.int32)
+    return rng.integers(0, 256, (4, *shape), dtype=np.uint8)
 
 
 def _check_values(config: ConfigDict) -> None:

@@ -37,6 +37,12 @@ def default() -> ConfigDict:
                 "train_split": "train",
                 "test_split": "test",  # evaluated, never trained on
                 "subset": placeholder(object),  # fraction (float) or shots per class (int)
+                # Evaluate on this share (or shots) of the training split instead of the test
+                # split, to tune without touching it. The part held out is private data too.
+                "holdout": placeholder(object),
+                "tokenizer": "minilm_l6_tokenizer",  # for text: file, or name of a published one
+                # Images of many sizes: crop and resize to this side while reading. None: as stored.
+                "host_image_size": placeholder(int),
                 "pad": 0,  # black border around the stored image, in its pixels
                 "resample": "bilinear",  # resizing of images to the model's input
                 "shift": 0,  # augmentation: random shifts by up to so many pixels
@@ -46,7 +52,8 @@ def default() -> ConfigDict:
                 "multiplicity": 1,  # augmented views of an example, averaged before clipping
             },
             "model": {
-                "name": "vit",  # vit, resnet8, resnet_v2, wide_resnet, efficientnet_lite
+                "name": "vit",  # vit, resnet8, resnet_v2, wide_resnet, efficientnet_lite,
+                # or text_encoder
                 "size": "mini",  # of the named family; for vit: mini, ti16, s16, b16
                 "options": {},  # overrides of the size's fields, such as depth or image_size
                 "weights": placeholder(str),  # file, or name of published weights; None: random
@@ -57,6 +64,13 @@ def default() -> ConfigDict:
             # full, head, film, bias, lora:RANK:TARGETS, blocks:first:K, blocks:last:K, regex:R, or
             # several with "+"
             "finetune": "full",
+            # Linear probing first, then the set above, under one budget (arXiv 2402.18905).
+            "lp": {
+                "fraction": 0.0,  # of the epochs that train the head alone
+                "learning_rate": placeholder(float),  # None: the optimizer's
+                "noise_ratio": 1.0,  # sigma of this phase over sigma of the next
+                "keep_optimizer": False,  # the head's moments go on in the next phase
+            },
             # None trains without privacy.
             "dp": {
                 "epsilon": 2.0,
@@ -71,8 +85,11 @@ def default() -> ConfigDict:
             },
             "batch_size": 256,  # expected (logical) batch size B
             "epochs": 15.0,  # E; steps are round(E N / B)
-            "physical_batch": 64,  # examples sent to the devices at once
+            "physical_batch": 64,  # examples sent to the devices at once; 0: as many as fit
             "microbatch": placeholder(int),  # examples per device in memory at once
+            # Parameters and optimiser state: "replicated", or spread over the devices: "fsdp" for
+            # all of them, "fsdp:REGEX" for those whose path matches.
+            "sharding": "replicated",
             "optimizer": {
                 "name": "adam",  # adam, sgd, lamb, adam_corrected
                 "learning_rate": 1e-3,
@@ -83,7 +100,8 @@ def default() -> ConfigDict:
             "log_every": 1,
             "eval_every": placeholder(int),  # steps; None: ten times a run
             "checkpoint_every": 50,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the latest
+            "keep_best": 0,  # and those with the lowest held-out loss, saved at evaluations
         },
         convert_dict=True,
         allow_dotted_keys=False,

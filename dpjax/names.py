@@ -18,7 +18,7 @@ from dpjax import data, dp, finetune, models
 from dpjax.models import Model
 from dpjax.step import Hyper
 
-__all__ = ["augmentation", "choose", "clip_rule", "finetuning_set", "model", "optimizer"]
+__all__ = ["augmentation", "choose", "clip_rule", "finetuning_set", "model", "optimizer", "size"]
 
 
 def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -59,21 +59,22 @@ def model(config: ConfigDict, num_classes: int) -> Model:
             "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
             "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
             "resnet8": (models.resnet8, None),
+            "text_encoder": (models.text_encoder, models.TEXT_SIZES),
         },
     )
     arguments = [num_classes]
     if sizes is not None:
-        size = choose("model.size", config.size, sizes)
-        arguments.insert(0, _replace("model.options", size, config.options))
+        arguments.insert(0, size("model.options", sizes, config))
     made: Model = make(*arguments, head_init=config.head_init, dtype=config.dtype)
     return made
 
 
-def _replace(field: str, value: Any, options: Mapping[str, Any]) -> Any:
-    """Replaces fields of a frozen dataclass, answering an unknown one with the nearest."""
-    for name in options:
-        choose(f"{field} field", name, value.__dataclass_fields__)
-    return type(value)(**{**vars(value), **options})
+def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:
+    """Makes the shape that `config.size` names, with the fields in `config.options` replaced."""
+    shape = choose("model.size", config.size, sizes)
+    for name in config.options:
+        choose(f"{field} field", name, shape.__dataclass_fields__)
+    return type(shape)(**{**vars(shape), **config.options})
 
 
 def finetuning_set(text: str) -> finetune.FineTuningSet:

@@ -1,8 +1,9 @@
 """The train and eval steps: pure functions over a mesh. Nothing here reads a file or a config.
 
-One logical step is any number of `accumulate` calls, one per physical chunk of the batch, and one
-`update`. Each device keeps its own partial sum, so the only collective of a step is the sum over
-devices at the start of `update`, right before the noise is drawn, once, in the global view.
+One logical step is `begin`, any number of `accumulate` calls, one per physical chunk of the batch,
+and `update`. Each device keeps its own partial sum, so the only collective of a step is the sum
+over devices at the start of `update`, right before the noise is drawn, once, in the global view.
+(Spread parameters are gathered before the first chunk, and their sums are scattered.)
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from dpjax import dp, metrics
 from dpjax.finetune import join
 from dpjax.models import Params
-from dpjax.sharding import AXIS, batch_sharding, replicated
+from dpjax.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "eval_step", "make_steps"]
+__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "carry_over", "eval_step",
+           "make_steps"]  # fmt: skip
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `index` [n] int32, `mask` [n] bool (False is padding)."""
@@ -66,7 +68,8 @@ class Totals(NamedTuple):
 
     Attributes:
         grads: a `ClippedSum`, or without privacy a plain tree of gradient sums.
-        facts: sums over examples, NOT private: count, loss, norm, clipped, dropped.
+        facts: sums over examples, NOT private: count, loss, norm, clipped, dropped; and
+            "diverged", which is > 0 if a parameter was not finite before the step.
     """
 
     grads: Any
@@ -78,13 +81,14 @@ class Steps(NamedTuple):
 
     Attributes:
         init: `(trainable, hyper) -> TrainState`.
-        zeros: `(trainable) -> Totals`.
-        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`; donates totals.
+        begin: `(state) -> (whole trainable parameters, empty Totals)`.
+        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`, with parameters
+            that are whole on every device; donates totals.
         update: `(state, totals, hyper) -> (TrainState, facts)`; donates state.
     """
 
     init: Callable[..., TrainState]
-    zeros: Callable[..., Totals]
+    begin: Callable[[TrainState], tuple[Params, Totals]]
     accumulate: Callable[..., Totals]
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
@@ -92,7 +96,7 @@ class Steps(NamedTuple):
 def make_steps(
     loss_fn: LossFn,
     optimizer: Callable[[Hyper], optax.GradientTransformation],
-    mesh: Mesh,
+    layout: Layout,
     *,
     private: bool,
     method: str = "auto",
@@ -104,7 +108,7 @@ def make_steps(
         loss_fn: `(params, example) -> scalar` for ONE example with `input`, `label` and a `key`
             of its own for augmentation.
         optimizer: makes the transform from traced values; it takes a `ClippedSum` if private.
-        mesh: from `sharding.make_mesh`.
+        layout: mesh, and how parameters and optimiser state lie on it.
         private: whether gradients are clipped; without it the sum is an ordinary gradient.
         method: clipping engine, see `dp.clipped_sum`.
         microbatch_size: examples per device in memory at once; None for a whole chunk.
@@ -112,7 +116,7 @@ def make_steps(
     Returns:
         The jitted functions.
     """
-    rows, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    mesh, rows, everywhere = layout.mesh, partition(0), partition(-1)
 
     def local(
         totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, rule: Any
@@ -134,7 +138,9 @@ def make_steps(
         after = before + grads if private else jax.tree.map(jnp.add, before, grads)
         groups = facts.norms.shape[1]
         limits = rule.thresholds(groups) if private else jnp.full((groups,), jnp.inf)
-        sums = jax.tree.map(lambda a, b: a[0] + b, totals.facts, _fact_sums(facts, limits))
+        sums = {name: value[0] for name, value in totals.facts.items()}
+        for name, value in _fact_sums(facts, limits).items():
+            sums[name] += value
         return jax.tree.map(lambda x: x[None], Totals(after, sums))
 
     def accumulate(
@@ -161,7 +167,10 @@ def make_steps(
         )
         if private:
             grads = dp.ClippedSum(grads, jnp.zeros((mesh.size,), jnp.float32))
-        return Totals(grads, {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS})
+        facts = {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS}
+        bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable)]
+        facts["diverged"] += jnp.any(jnp.stack(bad), keepdims=True)
+        return Totals(grads, facts)
 
     def init(trainable: Params, hyper: Hyper) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer(hyper).init(trainable))
@@ -169,41 +178,69 @@ def make_steps(
     def update(
         state: TrainState, totals: Totals, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        value = totals.grads.value if private else totals.grads
+        whole = jax.tree.map(lambda fact: -1, totals.facts)
+        grads, facts = sum_over_devices(
+            (value, totals.facts), (layout.axes(state.trainable), whole), mesh
+        )
         if private:
-            value = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals.grads.value)
-            grads: Any = dp.ClippedSum(value, jnp.max(totals.grads.sensitivity))
-        else:
-            grads = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals.grads)
+            # The same number on every device: the first device's is taken, nothing is sent.
+            first = jax.shard_map(
+                lambda x: x[0], mesh=mesh, in_specs=rows, out_specs=everywhere, check_vma=False
+            )
+            grads = dp.ClippedSum(grads, first(totals.grads.sensitivity))
         updates, opt = optimizer(hyper).update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        facts = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals.facts)
-        facts["finite"] = jnp.stack(
-            [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable)]
-        ).all()
-        return TrainState(state.step + 1, trainable, opt), facts
+        after = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt)
+        return jax.lax.with_sharding_constraint(after, layout.shardings(after)), facts
 
-    whole, spread = replicated(mesh), batch_sharding(mesh)
+    def first_state(trainable: Params, hyper: Hyper) -> TrainState:
+        state = init(trainable, hyper)
+        return jax.lax.with_sharding_constraint(state, layout.shardings(state))
+
+    spread = batch_sharding(mesh)
+    empty = jax.jit(zeros, out_shardings=spread)
+
+    def begin(state: TrainState) -> tuple[Params, Totals]:
+        trainable = layout.gather(state.trainable)
+        return trainable, empty(trainable)
+
     return Steps(
-        init=jax.jit(init, out_shardings=whole),
-        zeros=jax.jit(zeros, out_shardings=spread),
+        init=jax.jit(first_state),
+        begin=begin,
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=spread),
-        update=jax.jit(update, donate_argnums=0, out_shardings=whole),
+        update=jax.jit(update, donate_argnums=0),
     )
 
 
+def carry_over(state: TrainState, before: TrainState) -> TrainState:
+    """Returns a new phase's state with the moments that the phase before it had, where it had any.
+
+    Counters start anew (each phase has its own schedule and its own noise key); the moments of
+    leaves that did not train before are those of `state`.
+    """
+    known = {keystr(path): leaf for path, leaf in tree_leaves_with_path(before.opt)}
+    trained = [keystr(path) for path, _ in tree_leaves_with_path(state.trainable)]
+
+    def moment(path: Any, leaf: jax.Array) -> jax.Array:
+        name = keystr(path)
+        return known.get(name, leaf) if name.endswith(tuple(trained)) else leaf
+
+    return state._replace(opt=jax.tree_util.tree_map_with_path(moment, state.opt))
+
+
 def eval_step(
-    apply: Callable[[Params, jax.Array], jax.Array], num_classes: int, mesh: Mesh
+    apply: Callable[[Params, jax.Array], jax.Array], num_classes: int, layout: Layout
 ) -> Callable[[Params, Batch], metrics.EvalSums]:
-    """Returns the jitted `(params, batch) -> EvalSums`; sums over batches add."""
+    """Returns the jitted `(params, batch) -> EvalSums` of whole parameters; sums add."""
 
     def step(params: Params, batch: Batch) -> metrics.EvalSums:
         logits = apply(params, batch["input"])
         return metrics.eval_sums(logits, batch["label"], batch["mask"], num_classes)
 
-    return jax.jit(step, out_shardings=replicated(mesh))
+    return jax.jit(step, out_shardings=replicated(layout.mesh))
 
 
-_FACTS = ("count", "loss", "norm", "clipped", "dropped")
+_FACTS = ("count", "loss", "norm", "clipped", "dropped", "diverged")
 
 
 def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Array]:

@@ -1,28 +1,40 @@
-"""What a run leaves on disk. The only file that writes, and only process 0 writes plain files."""
+"""What a run leaves on disk, besides its checkpoints. Only process 0 writes."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from dpjax.config import differences
 from dpjax.models import save_weights
 
-__all__ = ["Workdir", "read_jsonl"]
+__all__ = ["OtherRun", "Workdir", "code_digest", "digest", "read_jsonl"]
 
 _PACKAGES = (
     "dpjax", "jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting", "orbax-checkpoint",
     "tensorflow-datasets", "ml-collections",
 )  # fmt: skip
+
+# Fields in which a resumed run may differ from the run it resumes: they move sums by rounding
+# at most, or say what is written down.
+_FREE = {
+    "checkpoint_every", "data.data_dir", "dp.method", "eval_every", "keep_best",
+    "keep_checkpoints", "log_every", "microbatch", "physical_batch", "sharding",
+}  # fmt: skip
+
+
+class OtherRun(ValueError):
+    """Raised when a directory holds something else than the run that is to be resumed."""
 
 
 class Workdir:
@@ -36,38 +48,60 @@ class Workdir:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self._checkpointer: ocp.training.Checkpointer | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return jax.process_index() == 0
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises unless the directory is new or belongs to a run of the same config.
 
+        Fields that do not change the result, such as `physical_batch`, may differ.
+
         Raises:
-            ValueError: it holds a run of another config (naming the fields), or other files.
+            OtherRun: it holds a run of another config (naming the fields), or other files.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"workdir={str(self.path)!r} is not a directory.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+            raise OtherRun(f"workdir={str(self.path)!r} is not a directory.")
+        if not self._files():
             return
-        if not (self.path / "config.json").is_file():
-            raise ValueError(f"workdir={str(self.path)!r} holds files that are not a run's.")
-        changed = differences(self.read("config.json"), json.loads(_dumps(config)))
+        if not self.exists("config.json"):
+            raise OtherRun(f"workdir={str(self.path)!r} holds files that are not a run's.")
+        changed = [
+            text
+            for text in differences(self.read("config.json"), json.loads(_dumps(config)))
+            if text.split(":")[0].removeprefix("config.") not in _FREE
+        ]
         if changed:
-            raise ValueError(
+            raise OtherRun(
                 f"workdir={str(self.path)!r} holds a run of another config "
-                f"({'; '.join(changed[:5])}). Resume it with its own config, or give a new workdir."
+                f"({'; '.join(changed[:5])}). Resume it with its own config, give a new workdir, "
+                "or move it out of the way with --restart."
             )
 
-    def create(self, config: Mapping[str, Any], *, keep: int) -> None:
+    def create(self, config: Mapping[str, Any]) -> None:
         """Makes the directory, or opens it to resume; writes config and environment."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.json", config)
         self.write("environment.json", _environment())
-        self._checkpointer = ocp.training.Checkpointer(
-            self.path / "checkpoints",
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+
+    def move_aside(self) -> Path | None:
+        """Renames a run that is there to DIR.1, or the next free number; nothing is deleted."""
+        if not self._files() or not self.writes:
+            return None
+        if not self.exists("config.json"):
+            raise OtherRun(f"workdir={str(self.path)!r} holds files that are not a run's.")
+        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
+        free = next(path for path in names if not path.exists())
+        self.path.rename(free)
+        return free
+
+    def _files(self) -> list[Path]:
+        """What is there; a file that a killed process had begun to write counts as nothing."""
+        if not self.path.is_dir():
+            return []
+        return [p for p in self.path.iterdir() if not (p.name[0] == "." and p.suffix == ".tmp")]
 
     def exists(self, name: str) -> bool:
         """Whether the run has a file `name`."""
@@ -85,7 +119,7 @@ class Workdir:
             content: what to write.
             secret: only the owner may read it.
         """
-        if jax.process_index() != 0:
+        if not self.writes:
             return
         text = content if isinstance(content, str) else _dumps(content) + "\n"
         temporary = self.path / f".{name}.tmp"
@@ -100,45 +134,35 @@ class Workdir:
 
     def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one object to `metrics.jsonl`."""
-        if jax.process_index() == 0:
+        if self.writes:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(_dumps({"step": step, **values}, indent=None) + "\n")
 
     def drop_metrics_after(self, step: int) -> None:
         """Forgets logged steps that a resumed run executes again."""
-        if jax.process_index() == 0 and self.exists("metrics.jsonl"):
+        if self.writes and self.exists("metrics.jsonl"):
             rows = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["step"] <= step]
             self.write("metrics.jsonl", "".join(_dumps(r, indent=None) + "\n" for r in rows))
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts saving a checkpoint; it appears whole or not at all."""
-        self._orbax().save_async(step, state, overwrite=True)
-
-    def restore(self, like: Any) -> tuple[int, Any] | None:
-        """Returns (step, state) of the latest checkpoint in the shapes and places of `like`."""
-        latest = self._orbax().latest
-        if latest is None:
-            return None
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        return latest.step, self._orbax().load(latest.step, abstract)
-
     def save_weights(self, params: Any) -> None:
         """Writes `weights.safetensors`."""
-        if jax.process_index() == 0:
+        if self.writes:
             save_weights(params, self.path / "weights.safetensors")
 
-    def close(self) -> None:
-        """Waits for checkpoints that are being written."""
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-            self._checkpointer = None
+    def losses(self) -> dict[int, float]:
+        """Returns the held-out loss of every step that was evaluated."""
+        if not self.exists("metrics.jsonl"):
+            return {}
+        rows = read_jsonl(self.path / "metrics.jsonl")
+        return {row["step"]: row["eval/nll"] for row in rows if "eval/nll" in row}
 
-    def _orbax(self) -> ocp.training.Checkpointer:
-        if self._checkpointer is None:
-            raise RuntimeError("call create() first.")
-        return self._checkpointer
+    def private_seed(self, draw: Callable[[], int]) -> int | None:
+        """Returns the seed this run drew before, or draws and keeps one; None except on host 0."""
+        if not self.writes:
+            return None
+        if not self.exists("private_seed.json"):
+            self.write("private_seed.json", {"private_seed": draw()}, secret=True)
+        return int(self.read("private_seed.json")["private_seed"])
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -147,6 +171,18 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def digest(content: Any) -> str:
+    """Returns the sha256 of a JSON-able value."""
+    return hashlib.sha256(_dumps(content).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """Returns the sha256 of this package's sources and of the versions of what it stands on."""
+    root = Path(__file__).parent
+    sources = {str(p.relative_to(root)): p.read_text() for p in sorted(root.rglob("*.py"))}
+    return digest([sources, _environment()["packages"]])
 
 
 def _environment() -> dict[str, Any]:

@@ -1,15 +1,21 @@
 """Trains from a config file: `python -m dpjax.train --config=FILE --workdir=DIR`.
 
 Any field can be overridden, as in `--config.dp.epsilon=1`. Running the same command again resumes.
+With several processes, run it in each of them: see --coordinator.
 
-Exit codes: 0 finished, 2 a mistake in the command, the config or the data (nothing was started),
-3 the run stopped: parameters were not finite, or a step would have passed the budget.
+Exit codes:
+    0   finished
+    2   a mistake in the command, the config or the data, or hosts that disagree: nothing was run
+    3   stopped: parameters were not finite, or a step would have passed the budget
+    74  a file could not be written, on a full disk, say; the last whole checkpoint stands
+    75  stopped by SIGTERM or Ctrl-C and saved; the same command goes on
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -21,34 +27,73 @@ __all__ = ["main", "run"]
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File, such as configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves its files; new, or to resume")
 _PLAN_ONLY = flags.DEFINE_bool("plan_only", False, "Print the plan and stop")
+_RESTART = flags.DEFINE_bool("restart", False, "Move a run that is in the workdir to DIR.1 first")
+_SWEEP = flags.DEFINE_integer(
+    "sweep_index", None, "Run this point of the file's sweep() in DIR/NNN"
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0; Slurm and Cloud TPUs tell it themselves"
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    if len(argv) > 1:
-        return _mistake(f"unexpected argument {argv[1]!r}.")
-    from dpjax import build, dp, loop, report, storage
+    from dpjax import build, capacity, compilation, dp, hosts, loop, report, storage, sweep
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-
+    compilation.keep_on_disk()
     try:
-        workdir = storage.Workdir(_WORKDIR.value or "")
-        workdir.check(_CONFIG.value)
-        plan = build.build(_CONFIG.value)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except ValueError as error:
         return _mistake(str(error))
-    print(loop.describe(plan), flush=True)
+
+    problem = None
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}.")
+        config, path = _CONFIG.value, Path(_WORKDIR.value or "")
+        if _SWEEP.value is not None:
+            path = sweep.point_directory(path, _SWEEP.value)
+            file = config_flags.get_config_filename(flags.FLAGS["config"])
+            sweep.apply(config, sweep.point(sweep.points(file, config), _SWEEP.value))
+        workdir = storage.Workdir(path)
+        if not _RESTART.value:
+            workdir.check(config)
+        plan = build.build(config)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        problem = str(error)
+    # A host that ended alone would leave the others waiting for it.
+    for host, text in enumerate(hosts.gather(problem)):
+        if text is not None:
+            return _mistake(text if host == 0 else f"host {host}: {text}")
+
+    if workdir.writes:
+        print(loop.describe(plan), flush=True)
     if _PLAN_ONLY.value:
         return 0
     try:
-        results = loop.train(plan, workdir)
+        if _RESTART.value:
+            workdir.move_aside()
+            hosts.gather(None)
+        results = loop.train(plan, workdir, stop=hosts.catch_signals())
+    except (storage.OtherRun, hosts.Disagreement, capacity.DoesNotFit) as error:
+        return _mistake(str(error))
     except (loop.TrainingFailed, dp.BudgetExceeded) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
-    report.figures(workdir.path)
-    print(_results(results))
-    print(f"results in {_WORKDIR.value}")
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 74
+    except loop.Preempted as error:
+        print(str(error), file=sys.stderr)
+        return 75
+    if workdir.writes:
+        report.figures(workdir.path)
+        print(_results(results))
+        print(f"results in {workdir.path}")
     return 0
 
 

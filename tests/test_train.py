@@ -47,7 +47,7 @@ def test_files(finished):
 
 
 def test_private_facts_are_named_so(finished):
-    allowed = ("step", "epsilon", "examples_per_second", "idle_fraction")
+    allowed = ("step", "epsilon", "examples_per_second", "idle_fraction", "recompiles")
     for row in read_jsonl(finished[1] / "metrics.jsonl"):
         for name in row:
             assert name in allowed or name.startswith(("eval/", "nonprivate/")), name
@@ -173,7 +173,8 @@ MISTAKES = {
     "regex": ({"finetune": "regex:zzz"}, "matches none"),
     "blocks": ({"finetune": "blocks:last:x"}, "blocks:last:x"),
     "batch": ({"batch_size": 10**6}, "batch_size=1000000"),
-    "physical batch": ({"physical_batch": 0}, "physical_batch=0"),
+    "physical batch": ({"physical_batch": -1}, "physical_batch=-1"),
+    "sharding": ({"sharding": "zero"}, "sharding='zero'"),
     "epochs": ({"epochs": -1.0}, "epochs=-1"),
     "optimizer": ({"optimizer__name": "adamm"}, "Did you mean 'adam'"),
     "learning rate": ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0"),

@@ -20,7 +20,7 @@ or a ready optimiser, and take the numbers from a `Mechanism`:
 ...     params = optax.apply_updates(params, updates)
 """
 
-from dpjax.dp import accounting, sampling
+from dpjax.dp import accounting, bookkeeping, sampling
 from dpjax.dp.clipping import (
     ClippedSum,
     ClipRule,
@@ -53,6 +53,7 @@ __all__ = [
     "adam_corrected",
     "aggregate",
     "automatic",
+    "bookkeeping",
     "by_leaf",
     "by_prefix",
     "calibrated",

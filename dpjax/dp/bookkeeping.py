@@ -153,10 +153,11 @@ def microbatch_sum(
         or gradient contribute exactly zero.
     """
     leaves, treedef = jax.tree.flatten(params)
-    made = _plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    made = _plan(loss_fn, params, example)
     loss, raws, direct = _backward(made, leaves, batch)
 
-    squares = {i: jnp.sum(jnp.square(g), tuple(range(1, g.ndim))) for i, g in direct.items()}
+    squares = {i: jnp.sum(jnp.square(g), _all_but_first(g)) for i, g in direct.items()}
     pulls = [_pull(made.traced, group, leaves) for group in made.groups]
     kept = []
     for group, pull, raw in zip(made.groups, pulls, raws):
@@ -236,18 +237,21 @@ def _squares(
 
     def norms(raw: Raw) -> tuple[dict[int, jax.Array], Any]:
         x, g = group.canonical(raw)
+        if view is None:
+            gradients = products.materialise(x, g)
+            pulled = jax.vmap(lambda w: pull(group.restore(w)))(gradients)
+            squares = {i: jnp.sum(jnp.square(g), _all_but_first(g)) for i, g in pulled.items()}
+            return squares, gradients
         if group.norm == "gram":
             return {view.leaf: products.gram_squares(x, g) * view.scale**2}, ()
         if group.norm == "lookup":
             return {view.leaf: products.lookup_squares(x, g) * view.scale**2}, ()
         gradients = products.materialise(x, g)
-        if view is not None:
-            squares = {view.leaf: jnp.sum(jnp.square(gradients), (1, 2, 3)) * view.scale**2}
-        else:
-            pulled = jax.vmap(lambda w: pull(group.restore(w)))(gradients)
-            squares = {
-                i: jnp.sum(jnp.square(g), tuple(range(1, g.ndim))) for i, g in pulled.items()
-            }
+        square = jnp.sum(jnp.square(gradients), _all_but_first(gradients))
+        return {view.leaf: square * view.scale**2}, gradients
+
+    def outer(raw: Raw) -> tuple[dict[int, jax.Array], Any]:
+        squares, gradients = norms(raw)
         return squares, gradients if group.norm == "outer" else ()
 
     size = 0
@@ -255,8 +259,12 @@ def _squares(
         size = group.form.B * group.form.T * group.form.d
     elif group.norm == "outer again":
         size = group.form.B * group.form.d * group.form.p
-    squares, gradients = _chunked(norms, raw, size)
+    squares, gradients = _chunked(outer, raw, size)
     return squares, gradients if group.norm == "outer" else raw
+
+
+def _all_but_first(array: jax.Array) -> tuple[int, ...]:
+    return tuple(range(1, array.ndim))
 
 
 def _chunked(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
@@ -277,9 +285,8 @@ def _weighted_sum(group: _Group, kept: Any, factors: jax.Array, finite: jax.Arra
     if has_patches(group.sites[0]) and not group.sites[0].lengths:
         total = jnp.zeros(group.sites[0].shape, jnp.float32)
         for site, (x, g) in zip(group.sites, kept):
-            scale = factors.reshape(-1, *[1] * (g.ndim - 1))
-            scaled = products.only(finite, g.astype(jnp.float32) * scale)
-            total += conv_sum(site, products.only(finite, x), scaled)
+            x, g = products.cleared(x, finite), products.scaled(g, factors, finite)
+            total += conv_sum(site, x, g)
         return total
     x, g = group.canonical(kept)
     if group.norm == "lookup":

@@ -254,25 +254,29 @@ def _follow(eqn: core.JaxprEqn, args: list[_Info]) -> View | None:
     view = args[position].view
     if view is None:
         return None
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
-    stack = view.shape[: len(view.shape) - eqn.invars[position].aval.ndim]
+    primitive, params = eqn.primitive, eqn.params
+    out: Any = eqn.outvars[0].aval
+    source: Any = eqn.invars[position].aval
+    stack = view.shape[: len(view.shape) - source.ndim]
     shape = (*stack, *out.shape)
-    if name == "copy":
+    if primitive in (P.copy_p, P.name_p):
         return view
-    if name == "convert_element_type":
+    if primitive is P.convert_element_type_p:
         return view if jnp.issubdtype(out.dtype, jnp.floating) else None
-    if name == "transpose":
-        perm = (*range(len(stack)), *(len(stack) + p for p in eqn.params["permutation"]))
+    if primitive is P.transpose_p:
+        perm = (*range(len(stack)), *(len(stack) + p for p in params["permutation"]))
         return view._replace(shape=shape, steps=(*view.steps, (view.shape, perm)))
-    reshapes = name in ("squeeze", "broadcast_in_dim", "expand_dims")
-    reshapes |= name == "reshape" and eqn.params["dimensions"] is None
+    reshapes = primitive in (P.squeeze_p, P.broadcast_in_dim_p)
+    reshapes |= primitive is P.reshape_p and params["dimensions"] is None
     if reshapes and math.prod(shape) == math.prod(view.shape):
         return view._replace(shape=shape, steps=(*view.steps, (view.shape, None)))
-    if name == "mul" or (name == "div" and position == 0):
+    if primitive is P.mul_p or (primitive is P.div_p and position == 0):
         other = eqn.invars[1 - position]
         if isinstance(other, core.Literal) and jnp.ndim(other.val) == 0:
             factor = float(other.val)
-            return view._replace(scale=view.scale * (factor if name == "mul" else 1 / factor))
+            return view._replace(
+                scale=view.scale * (factor if primitive is P.mul_p else 1 / factor)
+            )
     return None
 
 
@@ -283,6 +287,7 @@ def _site(eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, .
         return None
     (operand,) = positions
     weight, params = eqn.invars[operand], eqn.params
+    aval: Any = weight.aval
     leaves, view = args[operand].leaves, args[operand].view
     scanned = view.scanned if view else ()
     layout: Any = None  # how the weight's axes enter the equation
@@ -299,16 +304,17 @@ def _site(eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, .
         kind = "embed"
         dims = params["dimension_numbers"]
         rows = tuple(dims.collapsed_slice_dims) == (0,) == tuple(dims.start_index_map)
-        whole = tuple(params["slice_sizes"]) == (1, *weight.aval.shape[1:])
+        whole = tuple(params["slice_sizes"]) == (1, *aval.shape[1:])
         if operand != 0 or not rows or not whole or dims.operand_batching_dims or any(scanned):
             return None
     else:
         return None
+    weight_id: Any
     if view is not None:
         shape = view.shape
         weight_id = kind, layout, view._replace(scanned=(True,) * sum(scanned))
     elif kind == "conv" and not lengths:
-        shape, weight_id = tuple(weight.aval.shape), (key[:-1], weight)
+        shape, weight_id = tuple(aval.shape), (key[:-1], weight)
     else:  # differentiating such a weight per example costs no more than a derived site
         return None
     return Site(

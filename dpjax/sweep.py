@@ -1,0 +1,207 @@
+"""Sweeps: many runs of one config, one after the other on this machine.
+
+    python -m dpjax.sweep --config=FILE --workdir=DIR
+
+FILE is a config or a study: a module with `get_config(arg)` and `sweep()`, which yields one dict of
+flat overrides per point, as {"dp.epsilon": 1.0, "optimizer.learning_rate": 3e-3}. Point k runs in
+DIR/NNN, exactly as `python -m dpjax.train --config=FILE --workdir=DIR --sweep_index=k` runs it,
+which is the line for an array job. Other flags of `dpjax.train` go to every point; --table_only
+runs nothing.
+
+The same command again does what is missing: finished points are kept, cut ones go on, failed ones
+are tried anew. DIR/sweep.md and DIR/sweep.csv hold the results, DIR/NNN.log what a point printed.
+Exit codes: 0 all finished, 1 some failed, 2 a mistake, 75 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from dpjax.config import load, unknown_field
+
+__all__ = [
+    "apply", "main", "point", "point_directory", "points", "results", "run_point", "to_csv",
+    "to_markdown",
+]  # fmt: skip
+
+Row = dict[str, Any]
+
+_METRICS = ("accuracy", "nll", "ece", "mce")  # of eval.json
+_STOPPED = 75
+
+
+def points(path: str, config: ConfigDict) -> list[Row]:
+    """Returns the overrides of every point of a file's `sweep()`.
+
+    Every point is tried on the config first, so that a typo fails before anything runs.
+
+    Args:
+        path: of the file.
+        config: what the points override; it is left as it is.
+
+    Raises:
+        ValueError: the file has no `sweep()`, or a point names an unknown field or gives a field
+            a value of another type.
+    """
+    module = runpy.run_path(path)
+    if "sweep" not in module:
+        raise ValueError(f"config={path!r} defines no sweep().")
+    found = [dict(point) for point in module["sweep"]()]
+    for index, overrides in enumerate(found):
+        try:
+            apply(config.copy_and_resolve_references(), overrides)
+        except ValueError as error:
+            raise ValueError(f"point {index} of sweep(): {error}") from error
+    if not found:
+        raise ValueError(f"config={path!r}: sweep() yields no points.")
+    return found
+
+
+def point(found: Sequence[Row], index: int) -> Row:
+    """Returns one point; raises ValueError if there are not so many."""
+    if not 0 <= index < len(found):
+        raise ValueError(f"sweep_index={index} must be in [0, {len(found)}).")
+    return found[index]
+
+
+def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets flat overrides in a config that is, and stays, locked.
+
+    Raises:
+        ValueError: an unknown field, naming the nearest, or a value of another type.
+    """
+    config.lock()
+    for name, value in overrides.items():
+        problem = unknown_field(config, name)
+        if problem is not None:
+            raise ValueError(problem)
+        above, _, last = name.rpartition(".")
+        node: Any = config
+        for key in above.split(".") if above else ():
+            node = node[key]
+        try:
+            node[last] = ConfigDict(value) if isinstance(value, Mapping) else value
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.{name}={value!r}: {error}") from error
+
+
+def point_directory(workdir: str | Path, index: int) -> Path:
+    """Returns the directory of one point."""
+    return Path(workdir) / f"{index:03d}"
+
+
+def results(workdir: Path, found: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Returns one row per point: overrides, status, epsilon, metrics; read from its files."""
+    rows: list[Row] = []
+    for index, overrides in enumerate(found):
+        path = point_directory(workdir, index)
+        failed = path.with_suffix(".failed")
+        row: Row = {"point": index, **overrides, "status": "waiting"}
+        if (path / "eval.json").is_file():
+            row["status"] = "finished"
+            if (path / "privacy.json").is_file():
+                row["epsilon"] = json.loads((path / "privacy.json").read_text())["epsilon"]
+            evaluation = json.loads((path / "eval.json").read_text())
+            row |= {name: evaluation[name] for name in _METRICS if name in evaluation}
+        elif failed.is_file():
+            row["status"] = failed.read_text()
+        elif path.is_dir():
+            row["status"] = "cut"
+        rows.append(row)
+    return rows
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Renders rows as a Markdown table with a column for every name that occurs."""
+    names = _columns(rows)
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append("| " + " | ".join(text.replace("|", "/") for text in texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Renders rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def run_point(command: Sequence[str], path: Path) -> int:
+    """Runs one point, hands signals on to it, and returns its exit code."""
+    failed, log = path.with_suffix(".failed"), path.with_suffix(".log")
+    failed.unlink(missing_ok=True)
+    with open(log, "a") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = [
+            signal.signal(number, lambda *asked: child.send_signal(signal.SIGTERM))
+            for number in signals
+        ]
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in zip(signals, before):
+                signal.signal(number, handler)
+    if code not in (0, _STOPPED):
+        said = log.read_text().strip().splitlines() or [""]
+        failed.write_text(f"exit {code}: {said[-1][:200]}")
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="dpjax.sweep", allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="a file with get_config and sweep")
+    parser.add_argument("--workdir", required=True, type=Path, help="one directory per point in it")
+    parser.add_argument("--table_only", action="store_true", help="run nothing")
+    known, others = parser.parse_known_args(argv)
+    try:
+        found = points(known.config.partition(":")[0], load(known.config))
+    except Exception as error:  # whatever a config file raises is the user's to see
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    known.workdir.mkdir(parents=True, exist_ok=True)
+    code = 0
+    for row in tqdm(results(known.workdir, found), desc="points", disable=known.table_only):
+        if known.table_only or row["status"] == "finished":
+            continue
+        command = [
+            sys.executable, "-m", "dpjax.train", f"--config={known.config}",
+            f"--workdir={known.workdir}", f"--sweep_index={row['point']}", *others,
+        ]  # fmt: skip
+        code = run_point(command, point_directory(known.workdir, row["point"]))
+        if code == _STOPPED:
+            break
+    rows = results(known.workdir, found)
+    (known.workdir / "sweep.md").write_text(to_markdown(rows))
+    (known.workdir / "sweep.csv").write_text(to_csv(rows))
+    print(to_markdown(rows))
+    if code == _STOPPED:
+        return _STOPPED
+    return int(any(row["status"].startswith("exit") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

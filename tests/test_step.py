@@ -1,0 +1,189 @@
+"""The step on a mesh: one collective, the same result on any number of devices, no copies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sharding import collectives
+
+from dpjax import compilation, dp, sharding
+from dpjax.step import Hyper, carry_over, make_steps
+
+SIZE = 16
+
+
+def loss_fn(params, example):
+    hidden = jnp.tanh(example["input"] @ params["body"]["kernel"] + params["body"]["bias"])
+    logits = hidden @ params["head"]["kernel"]
+    return -jax.nn.log_softmax(logits)[example["label"]]
+
+
+def parameters():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return {
+        "body": {"kernel": draw(6, 8), "bias": draw(8)},
+        "head": {"kernel": draw(8, 3)},
+    }
+
+
+def batch(layout, rows=SIZE, real=None):
+    rng = np.random.default_rng(1)
+    values = {
+        "input": rng.normal(size=(rows, 6)).astype(np.float32),
+        "label": rng.integers(0, 3, rows).astype(np.int32),
+        "index": np.arange(rows, dtype=np.int32),
+        "mask": np.arange(rows) < (rows if real is None else real),
+    }
+    return sharding.to_mesh(values, layout.mesh)
+
+
+def adam(hyper):
+    return dp.adam(1e-2, hyper.noise_multiplier, SIZE, key=hyper.noise_key)
+
+
+def sgd(hyper):
+    return dp.sgd(1.0, hyper.noise_multiplier, SIZE, key=hyper.noise_key)
+
+
+def hyper(**changes):
+    base = Hyper(
+        learning_rate=jnp.float32(1e-2),
+        noise_multiplier=jnp.float32(0.5),
+        rule=dp.flat(0.5),
+        noise_key=jax.random.key(3),
+        augment_key=jax.random.key(4),
+    )
+    return base._replace(**changes)
+
+
+@functools.cache
+def compiled(text, devices, method, microbatch_size, optimizer):
+    layout = sharding.layout(text, jax.devices()[:devices])
+    return layout, make_steps(
+        loss_fn, optimizer, layout, private=True, method=method, microbatch_size=microbatch_size
+    )
+
+
+def make(text="replicated", devices=8, method="vmap", microbatch_size=None, optimizer=adam):
+    layout, steps = compiled(text, devices, method, microbatch_size, optimizer)
+    params = parameters()
+    state = steps.init(sharding.place(params, layout.shardings(params)), hyper())
+    return layout, steps, state
+
+
+def run(layout, steps, state, count=3):
+    for step in range(count):
+        whole, totals = steps.begin(state)
+        for _ in range(2):
+            totals = steps.accumulate(
+                totals, whole, {}, batch(layout, real=13), jnp.int32(step), hyper()
+            )
+        state, facts = steps.update(state, totals, hyper())
+    return state, facts
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run(*make(devices=1))
+
+
+@pytest.mark.parametrize("text", ["replicated", "fsdp", "fsdp:head"])
+@pytest.mark.parametrize("devices", [2, 8])
+def test_same_result_on_any_number_of_devices(on_one_device, text, devices):
+    want, want_facts = on_one_device
+    layout, steps, state = make(text, devices)
+    got, facts = run(layout, steps, state)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), got, want)
+    assert float(facts["count"]) == float(want_facts["count"]) == 26
+    for leaf, place in zip(jax.tree.leaves(got), jax.tree.leaves(layout.shardings(got))):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+@pytest.mark.parametrize("text", ["replicated", "fsdp"])
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+def test_one_collective_a_step_outside_the_microbatch_loop(text, method):
+    layout, steps, state = make(text, method=method, microbatch_size=1)
+    whole, totals = steps.begin(state)
+    arguments = (totals, whole, {}, batch(layout), jnp.int32(0), hyper())
+    accumulate = steps.accumulate.lower(*arguments).compile()
+    assert " while(" in accumulate.as_text()  # the loop is there, and holds no collective
+    assert collectives(accumulate) == []
+    update = collectives(steps.update.lower(state, totals, hyper()).compile())
+    # Spread leaves are scattered in one piece; whole leaves and the facts are summed in another.
+    assert sorted(update) == ["all-reduce"] + ["reduce-scatter"] * (text == "fsdp")
+
+
+def test_collectives_of_large_leaves_are_not_split():
+    """XLA merges small collectives by itself; one vector is one whatever its size."""
+    layout = sharding.layout("replicated")
+    like = [jax.ShapeDtypeStruct((8, 2**22), jnp.float32) for _ in range(3)]
+    program = jax.jit(lambda t: sharding.sum_over_devices(t, [-1] * 3, layout.mesh)).lower(like)
+    assert program.as_text().count("stablehlo.all_reduce") == 1
+
+
+def test_noise_is_drawn_once_in_the_global_view():
+    """Without examples an update is noise alone, of the accounted scale, on any layout."""
+    moves = []
+    for text, devices in (("replicated", 1), ("fsdp", 8)):
+        layout, steps, state = make(text, devices, optimizer=sgd)
+        before = jax.device_get(state.trainable)
+        whole, totals = steps.begin(state)
+        empty = batch(layout, real=0)
+        totals = steps.accumulate(totals, whole, {}, empty, jnp.int32(0), hyper())
+        after, _ = steps.update(state, totals, hyper())
+        moves.append(
+            np.concatenate(
+                [np.ravel(a - b) for a, b in zip(jax.tree.leaves(after.trainable),
+                                                 jax.tree.leaves(before))]
+            )
+        )  # fmt: skip
+    for other in moves[1:]:
+        np.testing.assert_allclose(other, moves[0], rtol=1e-5, atol=1e-7)
+    want = 0.5 * 0.5 / SIZE
+    assert abs(np.std(moves[0]) / want - 1) < 6 / np.sqrt(2 * moves[0].size)
+
+
+def test_state_and_totals_are_donated():
+    layout, steps, state = make()
+    whole, totals = steps.begin(state)
+    after = steps.accumulate(totals, whole, {}, batch(layout), jnp.int32(0), hyper())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(totals))
+    steps.update(state, after, hyper())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_traced_values_never_recompile():
+    layout, steps, state = make()
+    state, _ = run(layout, steps, state, 1)
+    with compilation.counting() as count:
+        whole, totals = steps.begin(state)
+        now = hyper(learning_rate=jnp.float32(7.0), rule=dp.flat(0.3))
+        totals = steps.accumulate(totals, whole, {}, batch(layout), jnp.int32(1), now)
+        steps.update(state, totals, now)
+    assert not {"accumulate", "update"} & set(count.times)
+
+
+def test_parameters_that_are_not_finite_are_reported_a_step_later():
+    layout, steps, state = make(devices=2)
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.trainable)
+    _, facts = run(layout, steps, state._replace(trainable=bad), 1)
+    assert facts["diverged"] > 0
+    _, facts = run(*make(devices=2), 1)
+    assert facts["diverged"] == 0
+
+
+def test_moments_go_on_and_counters_start_anew():
+    before, _ = run(*make(devices=2), 2)
+    noise, (adam_state, *rest) = before.opt
+    head = lambda tree: {"head": tree["head"]}  # noqa: E731
+    adam_state = adam_state._replace(mu=head(adam_state.mu), nu=head(adam_state.nu))
+    probed = before._replace(trainable=head(before.trainable), opt=(noise, (adam_state, *rest)))
+    got = carry_over(make(devices=2)[2], probed)
+    moments = got.opt[1][0]
+    np.testing.assert_array_equal(moments.mu["head"]["kernel"], adam_state.mu["head"]["kernel"])
+    np.testing.assert_array_equal(moments.nu["head"]["kernel"], adam_state.nu["head"]["kernel"])
+    assert not np.any(moments.mu["body"]["kernel"])
+    assert moments.count == got.opt[0].step == 0
