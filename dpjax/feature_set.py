@@ -9,10 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from dpjax import data
-from dpjax.data.dataset import Source
-
-__all__ = ["FeatureSet", "as_dataset", "average", "concatenate", "normalise"]
+__all__ = ["FeatureSet", "average", "concatenate", "normalise"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -132,22 +129,3 @@ def _check_same(sets: tuple[FeatureSet, ...]) -> None:
     for other in sets[1:]:
         if not np.array_equal(sets[0].labels, other.labels):
             raise ValueError(f"{sets[0]} and {other} must be of the same examples in one order.")
-
-
-def as_dataset(features: FeatureSet, dataset: data.Dataset) -> data.Dataset:
-    """The data set whose inputs are the features, float32 `[width]`, for `loop.train`.
-
-    Args:
-        features: computed from `dataset`.
-        dataset: gives names, labels and the digests of the examples.
-
-    Raises:
-        ValueError: the labels differ.
-    """
-    if not np.array_equal(features.labels, dataset.labels):
-        raise ValueError(f"{features} must be of the examples of {dataset}.")
-    values, keys = features.values, dataset.source.keys[dataset.rows]
-    source = Source(lambda rows: values[rows], keys, np.dtype(np.float32))
-    return dataclasses.replace(
-        dataset, shape=(features.width,), rows=np.arange(len(dataset)), source=source
-    )

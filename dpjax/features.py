@@ -10,6 +10,7 @@ Features are as private as the data they come from, and so are the files that ho
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -23,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dpjax import data, dp, sharding
-from dpjax.feature_set import FeatureSet, as_dataset, average, concatenate, normalise
+from dpjax.data.dataset import Source
+from dpjax.feature_set import FeatureSet, average, concatenate, normalise
 from dpjax.models import InputSpec, Model, Params, flatten
 from dpjax.shards import Shards
 
@@ -108,6 +110,25 @@ def compute_features(
             values[shards.rows(number)] = part
             shards.write(number, part)
     return FeatureSet(values, dataset.labels, dataset.num_classes, dataset.name)
+
+
+def as_dataset(features: FeatureSet, dataset: data.Dataset) -> data.Dataset:
+    """The data set whose inputs are the features, float32 `[width]`, for `loop.train`.
+
+    Args:
+        features: computed from `dataset`.
+        dataset: gives names, labels and the digests of the examples.
+
+    Raises:
+        ValueError: the labels differ.
+    """
+    if not np.array_equal(features.labels, dataset.labels):
+        raise ValueError(f"{features} must be of the examples of {dataset}.")
+    values, keys = features.values, dataset.source.keys[dataset.rows]
+    source = Source(lambda rows: values[rows], keys, np.dtype(np.float32))
+    return dataclasses.replace(
+        dataset, shape=(features.width,), rows=np.arange(len(dataset)), source=source
+    )
 
 
 def _default_prepare(model: Model) -> Prepare:

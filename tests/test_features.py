@@ -210,13 +210,48 @@ def feature_set(values, labels=None):
     return features.FeatureSet(values, labels, 2, "made")
 
 
-def test_feature_set():
-    made = feature_set([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.array([0, 1, 1]))
+def test_normalise():
+    made = feature_set([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]])
     unit = features.normalise(made)
     np.testing.assert_allclose(unit.values, [[0.6, 0.8], [0, 0], [0, -1]], rtol=1e-6)
-    np.testing.assert_array_equal(made.select(np.array([2, 0])).values, [[0, -2], [3, 4]])
-    both = features.concatenate(made, unit)
-    assert (both.width, len(both)) == (4, 3)
+    centred = features.normalise(made, centre=True, scale=8.0)
+    root = 8 / np.sqrt(2)
+    np.testing.assert_allclose(centred.values, [[-root, root], [0, 0], [root, -root]], rtol=1e-6)
+    # Each example on its own: another one does not matter.
+    alone = features.normalise(made.select(np.array([2])), centre=True, scale=8.0)
+    np.testing.assert_array_equal(alone.values[0], centred.values[2])
+
+
+def test_several_feature_sets():
+    one = feature_set([[3.0, 4.0], [0.0, -2.0]], np.array([0, 1]))
+    two = feature_set([[1.0, 0.0], [2.0, 2.0]], np.array([0, 1]))
+    np.testing.assert_array_equal(one.select(np.array([1, 0])).values, [[0, -2], [3, 4]])
+    np.testing.assert_array_equal(features.average(one, two).values, [[2, 2], [1, 0]])
+    np.testing.assert_array_equal(
+        features.concatenate(one, two).values, [[3, 4, 1, 0], [0, -2, 2, 2]]
+    )
+
+
+def test_features_as_a_dataset(dataset, made):
+    part = dataset.select(np.array([5, 1000, 7]))
+    cached = features.as_dataset(made[0].select(part.rows), part)
+    got = cached.get(np.array([2, -1, 0]))
+    np.testing.assert_array_equal(got["input"], [made[0].values[7], 0 * got["input"][0],
+                                                 made[0].values[5]])  # fmt: skip
+    np.testing.assert_array_equal(got["label"], [part.labels[2], 0, part.labels[0]])
+    with pytest.raises(ValueError, match="must be of the examples of"):
+        features.as_dataset(made[0], part)
+
+
+def test_mirror(net, params, dataset, made, tmp_path):
+    mirrored = data.from_arrays(
+        "noise",
+        dataset.get(np.arange(EXAMPLES))["input"][:, :, ::-1],
+        dataset.labels,
+        class_names=dataset.class_names,
+    )
+    got = compute(net, params, mirrored, tmp_path, mirror=True)
+    np.testing.assert_allclose(got.values, made[0].values, atol=1e-5)
 
 
 def test_feature_set_mistakes():
@@ -234,3 +269,9 @@ def test_feature_set_mistakes():
     other = feature_set(np.ones((2, 2)), np.array([1, 0]))
     with pytest.raises(ValueError, match="same examples"):
         features.concatenate(made, other)
+    with pytest.raises(ValueError, match=r"widths \[2, 4\] must be equal"):
+        features.average(made, features.concatenate(made, made))
+    with pytest.raises(ValueError, match="at least one feature set"):
+        features.average()
+    with pytest.raises(ValueError, match="scale=0 must be > 0"):
+        features.normalise(made, scale=0)

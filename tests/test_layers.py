@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "dpjax"
 # other. A new module needs a line here.
 LEVELS = (
     {"dp", "models", "data", "rng", "sharding", "config", "metrics", "hosts", "checkpoints",
-     "compilation", "shards", "feature_set"},
-    {"lora", "storage", "sweep", "planner"},
+     "compilation", "shards"},
+    {"feature_set", "lora", "storage", "sweep", "planner"},
     {"finetune", "plan", "report"},
     {"step"},
     {"names", "features"},

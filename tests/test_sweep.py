@@ -27,6 +27,8 @@ def study(tmp_path, monkeypatch):
     here = os.path.dirname(__file__)
     monkeypatch.setenv("PYTHONPATH", f"{here}:{os.path.dirname(here)}")
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     file = tmp_path / "study.py"
     file.write_text(STUDY)
     return file
@@ -105,3 +107,6 @@ def test_local_sweep_lists_failures_and_does_what_is_missing(study, tmp_path, ca
         assert config["optimizer"]["learning_rate"] == float(row["optimizer.learning_rate"])
         assert config["seed"] == (0 if directory == "002" else 3)
         assert (row["epsilon"] == "") == (directory == "001")
+    # Three learning rates, one program.
+    for name in ("accumulate", "update"):
+        assert len(list((tmp_path / "xla").glob(f"jit_{name}-*-cache"))) == 1

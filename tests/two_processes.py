@@ -1,0 +1,87 @@
+"""One of the two processes of `test_multiprocess.py`: PORT PROCESS_ID DIRECTORY."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from absl import flags
+from tiny import tiny_config
+
+from dpjax import build, compilation, hosts, loop, train
+from dpjax.storage import Workdir
+
+STEPS = 20
+
+
+def config():
+    """Twenty steps whose physical batch divides neither by two processes nor by eight devices."""
+    return tiny_config(epochs=2.5, checkpoint_every=10, eval_every=10, physical_batch=61)
+
+
+def counting(run, log):
+    """The run, with every row that this process reads put into `log`."""
+    read = run.train.source.read
+
+    def noting(rows):
+        log.extend(rows.tolist())
+        return read(rows)
+
+    source = run.train.source._replace(read=noting)
+    return run._replace(train=dataclasses.replace(run.train, source=source))
+
+
+def mistake_of_one(process, directory):
+    """One host's mistake ends both with its message."""
+    typo = "minni" if process == 1 else "mini"
+    file = directory / f"config_{process}.py"
+    file.write_text(
+        "from tiny import tiny_config\n"
+        f"def get_config(arg=None): return tiny_config(model__size={typo!r})"
+    )
+    flags.FLAGS([__file__, f"--config={file}", f"--workdir={directory / 'typo'}"])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = train.main([__file__])
+    return {"code": code, "said": said.getvalue()}
+
+
+def main(port, process, directory):
+    compilation.keep_on_disk()
+    hosts.start(f"localhost:{port}", 2, process)
+    hosts.start, start = lambda *arguments: None, hosts.start
+    result = {"mistake": mistake_of_one(process, directory)}
+    hosts.start = start
+
+    run, rows = build.build(config()), []
+    loop.train(counting(run, rows), Workdir(directory / "fresh"))
+    result["rows"] = rows
+
+    other = run.config.copy_and_resolve_references()
+    other.seed = process
+    data = run.train.select(range(process, len(run.train)))
+    try:
+        loop.train(run._replace(config=other, train=data), Workdir(directory / "other"))
+    except hosts.Disagreement as error:
+        result["disagreement"] = str(error)
+
+    asked = hosts.catch_signals()
+
+    def stop(step):
+        if step == 3 and process == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(step)
+
+    try:
+        loop.train(run, Workdir(directory / "stopped"), stop=stop)
+    except loop.Preempted as error:
+        result["preempted"] = str(error)
+    (directory / f"result_{process}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
