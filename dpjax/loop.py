@@ -212,7 +212,7 @@ def _run_block(
     Facts are fetched one step late, so that the devices never wait for the host.
     """
     pending: tuple[int, int, dict[str, jax.Array]] | None = None
-    clock = time.perf_counter()
+    arrived = (begin, time.perf_counter())  # the step whose facts came last, and when
     step = begin
     try:
         for step in range(begin, end):
@@ -229,13 +229,12 @@ def _run_block(
                     break
             state, facts = steps.update(state, totals, hyper)
             if pending is not None:
-                _log(job, *pending, time.perf_counter() - clock)
-                pending, clock = None, time.perf_counter()
+                arrived, pending = _log(job, *pending, arrived), None
             if (step + 1) % job.run.config.log_every == 0 or step + 1 == end:
                 pending = (step + 1, chunk.rows, facts)
             bar.update()
         if pending is not None:
-            _log(job, *pending, time.perf_counter() - clock)
+            _log(job, *pending, arrived)
     except Exception:
         with contextlib.suppress(OSError):  # a full disk: the statement reports too much, then
             job.spending.record(step + 1)
@@ -243,9 +242,13 @@ def _run_block(
     return state, end
 
 
-def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array], seconds: float) -> None:
+def _log(
+    job: _Job, step: int, rows: int, facts: dict[str, jax.Array], before: tuple[int, float]
+) -> tuple[int, float]:
     """Writes one step's row, and stops a run whose parameters are not finite."""
     got = {name: float(value) for name, value in jax.device_get(facts).items()}
+    now = time.perf_counter()
+    seconds = (now - before[1]) / (step - before[0])
     count = max(got["count"], 1.0)
     row = {
         "nonprivate/loss": got["loss"] / count,
@@ -260,6 +263,7 @@ def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array], seconds: 
     job.workdir.append_metrics(step, row)
     if got["diverged"]:
         raise TrainingFailed(_ADVICE.format(step=step - 1, config=job.run.config))
+    return step, now
 
 
 def _evaluate(job: _Job, trainable: Params, frozen: Params, step: int) -> dict[str, Any]:

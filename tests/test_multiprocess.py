@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import two_processes
+from tiny import tiny_config
 
 from dpjax import build, compilation, hosts, loop, models, rng, sharding
 from dpjax.dp import sampling
@@ -27,7 +28,8 @@ def launch(*commands):
     environment = {
         **os.environ,
         "PYTHONPATH": f"{here}:{os.path.dirname(here)}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        # Every process compiles for itself; optimising would take most of the time.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
     }
     children = [
         subprocess.Popen(
@@ -61,7 +63,7 @@ def assert_close(one, other):
 
 @pytest.fixture(scope="module")
 def run():
-    return build.build(two_processes.config())
+    return build.build(tiny_config(**two_processes.CHANGES))
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +153,7 @@ def test_resume_on_eight_devices_then_one_then_two_processes(run, eight, tmp_pat
     for devices, step in ((8, 7), (1, 13)):
         with pytest.raises(loop.Preempted):
             loop.train(on(run, devices), Workdir(path), stop=lambda now, step=step: now == step)
-    config = tmp_path / "c.py"
-    config.write_text("from two_processes import config\ndef get_config(arg=None): return config()")
+    config = two_processes.config_file(tmp_path / "c.py")
     flags = [f"--config={config}", f"--workdir={path}", f"--coordinator=localhost:{free_port()}"]
     done = launch(
         *[["-m", "dpjax.train", *flags, "--num_processes=2", f"--process_id={k}"] for k in range(2)]

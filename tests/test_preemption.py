@@ -242,7 +242,7 @@ def test_facts_are_fetched_a_step_late(run, tmp_path, monkeypatch):
 
     def log_noting(*arguments):
         events.append("log")
-        log(*arguments)
+        return log(*arguments)
 
     monkeypatch.setattr(phases, "prepare", prepare_noting)
     monkeypatch.setattr(loop, "_log", log_noting)

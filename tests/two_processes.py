@@ -15,12 +15,18 @@ from tiny import tiny_config
 from dpjax import build, compilation, hosts, loop, train
 from dpjax.storage import Workdir
 
+# Twenty steps whose physical batch divides neither by two processes nor by eight devices.
 STEPS = 20
+CHANGES = {"epochs": 2.5, "checkpoint_every": 10, "eval_every": 10, "physical_batch": 61}
 
 
-def config():
-    """Twenty steps whose physical batch divides neither by two processes nor by eight devices."""
-    return tiny_config(epochs=2.5, checkpoint_every=10, eval_every=10, physical_batch=61)
+def config_file(path, **changes):
+    """Writes the config as a file."""
+    path.write_text(
+        "from tiny import tiny_config\n"
+        f"def get_config(arg=None): return tiny_config(**{ ({**CHANGES, **changes})!r})\n"
+    )
+    return path
 
 
 def counting(run, log):
@@ -37,12 +43,8 @@ def counting(run, log):
 
 def mistake_of_one(process, directory):
     """One host's mistake ends both with its message."""
-    typo = "minni" if process == 1 else "mini"
-    file = directory / f"config_{process}.py"
-    file.write_text(
-        "from tiny import tiny_config\n"
-        f"def get_config(arg=None): return tiny_config(model__size={typo!r})"
-    )
+    size = "minni" if process == 1 else "mini"
+    file = config_file(directory / f"config_{process}.py", model__size=size)
     flags.FLAGS([__file__, f"--config={file}", f"--workdir={directory / 'typo'}"])
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
@@ -57,7 +59,7 @@ def main(port, process, directory):
     result = {"mistake": mistake_of_one(process, directory)}
     hosts.start = start
 
-    run, rows = build.build(config()), []
+    run, rows = build.build(tiny_config(**CHANGES)), []
     loop.train(counting(run, rows), Workdir(directory / "fresh"))
     result["rows"] = rows
 

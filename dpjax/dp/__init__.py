@@ -24,6 +24,7 @@ from dpjax.dp import accounting, bookkeeping, sampling
 from dpjax.dp.clipping import (
     ClippedSum,
     ClipRule,
+    PerExample,
     automatic,
     by_leaf,
     by_prefix,
@@ -36,7 +37,7 @@ from dpjax.dp.ledger import BudgetExceeded, Ledger, Phase, statement, to_markdow
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
-from dpjax.dp.per_example import PerExample, clipped_sum
+from dpjax.dp.per_example import clipped_sum
 from dpjax.dp.sampling import PADDING, chunks
 
 __all__ = [

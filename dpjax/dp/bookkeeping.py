@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp import per_example
 from dpjax.dp import site_products as products
-from dpjax.dp.clipping import ClipRule
+from dpjax.dp.clipping import ClipRule, PerExample
 from dpjax.dp.jaxpr_sites import Key, Site, Traced, trace
 from dpjax.dp.jaxpr_taps import derived_weight, evaluate
 from dpjax.dp.site_algebra import KINDS, Form, conv_sum, has_patches
@@ -135,7 +134,7 @@ def _plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> _Plan:
 
 def microbatch_sum(
     loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
-) -> tuple[PyTree, per_example.PerExample]:
+) -> tuple[PyTree, PerExample]:
     """Sums the clipped per-example gradients of one microbatch.
 
     Args:
@@ -182,7 +181,7 @@ def microbatch_sum(
             for leaf in group.leaves:
                 if groups[leaf] == index:
                     total[leaf] = pulled[leaf]
-    facts = per_example.PerExample(
+    facts = PerExample(
         loss=jnp.where(mask, loss, 0.0),
         norms=jnp.where(mask[:, None], norms, 0.0),
         factors=factors,

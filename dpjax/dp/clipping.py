@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import numpy as np
 __all__ = [
     "ClipRule",
     "ClippedSum",
+    "PerExample",
     "automatic",
     "by_leaf",
     "by_prefix",
@@ -69,6 +70,22 @@ class ClippedSum:
             return NotImplemented
         value = jax.tree.map(jnp.add, self.value, other.value)
         return ClippedSum(value, jnp.maximum(self.sensitivity, other.sensitivity))
+
+
+class PerExample(NamedTuple):
+    """Facts about each example of a batch. NOT private: log them as `nonprivate/...` only.
+
+    Attributes:
+        loss: `[batch]` float32, 0 for padding.
+        norms: `[batch, groups]` float32 gradient norms before clipping, 0 for padding.
+        factors: `[batch, groups]` float32 scale factors, 0 for padding and non-finite examples.
+        real: `[batch]` bool, False for padding.
+    """
+
+    loss: jax.Array
+    norms: jax.Array
+    factors: jax.Array
+    real: jax.Array
 
 
 @functools.partial(

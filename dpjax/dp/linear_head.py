@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpjax.dp.clipping import ClippedSum, ClipRule
-from dpjax.dp.per_example import PerExample
+from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 
 __all__ = ["Rows", "clipped_head_sum", "head_sum", "rows"]
 

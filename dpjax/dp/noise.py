@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
@@ -109,7 +110,7 @@ def gaussian(
         )
         return private, GaussianState(step=state.step + 1)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def aggregate(
@@ -147,9 +148,9 @@ def aggregate(
     def update(
         updates: PyTree, state: GaussianState, params: PyTree | None = None
     ) -> tuple[PyTree, GaussianState]:
-        return noise.update(_clip_stacked(updates, rule), state, params)  # type: ignore[arg-type]
+        return noise.update(_clip_stacked(updates, rule), state, params)
 
-    return optax.GradientTransformation(noise.init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(noise.init, update)
 
 
 def _clip_stacked(grads: PyTree, rule: ClipRule) -> ClippedSum:
@@ -175,5 +176,5 @@ def _clip_stacked(grads: PyTree, rule: ClipRule) -> ClippedSum:
 def _check(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -> None:
     if isinstance(value, jax.core.Tracer):
         return
-    if not (0 <= float(value) < float("inf")) or (value == 0 and not zero):
+    if not (0 <= np.asarray(value) < np.inf) or (value == 0 and not zero):
         raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")

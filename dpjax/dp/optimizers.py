@@ -77,9 +77,9 @@ def lamb(
 
 
 class AdamCorrectedState(NamedTuple):
-    """State of `scale_by_adam_corrected`: step count and the two moments."""
+    """State of `scale_by_adam_corrected`: number of updates and the two moments."""
 
-    count: jax.Array
+    step: jax.Array
     mu: PyTree
     nu: PyTree
 
@@ -114,15 +114,15 @@ def scale_by_adam_corrected(
         updates: PyTree, state: AdamCorrectedState, params: PyTree | None = None
     ) -> tuple[PyTree, AdamCorrectedState]:
         del params
-        count = state.count + 1
+        step = state.step + 1
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
-        nu_hat = optax.tree.bias_correction(nu, b2, count)
+        mu_hat = optax.tree.bias_correction(mu, b1, step)
+        nu_hat = optax.tree.bias_correction(nu, b2, step)
         scaled = jax.tree.map(
             lambda m, v: m / jnp.sqrt(jnp.maximum(v - noise_variance, eps)), mu_hat, nu_hat
         )
-        return scaled, AdamCorrectedState(count, mu, nu)
+        return scaled, AdamCorrectedState(step, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

@@ -8,36 +8,20 @@ engine materialises one microbatch of per-example gradients; the book-keeping en
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpjax.dp import bookkeeping
-from dpjax.dp.clipping import ClippedSum, ClipRule
+from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 
-__all__ = ["METHODS", "PerExample", "clipped_sum", "cut"]
+__all__ = ["METHODS", "clipped_sum", "cut"]
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 METHODS = ("auto", "bookkeeping", "vmap")
-
-
-class PerExample(NamedTuple):
-    """Facts about each example of a batch. NOT private: log them as `nonprivate/...` only.
-
-    Attributes:
-        loss: `[batch]` float32, 0 for padding.
-        norms: `[batch, groups]` float32 gradient norms before clipping, 0 for padding.
-        factors: `[batch, groups]` float32 scale factors, 0 for padding and non-finite examples.
-        real: `[batch]` bool, False for padding.
-    """
-
-    loss: jax.Array
-    norms: jax.Array
-    factors: jax.Array
-    real: jax.Array
 
 
 def clipped_sum(
