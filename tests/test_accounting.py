@@ -159,7 +159,7 @@ def test_rdp_is_never_below_pld(sigma, q, steps):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.floats(0.8, 5.0), st.floats(0.01, 0.3), st.integers(1, 100), st.integers(1, 60))
+@given(st.floats(0.8, 5.0), st.floats(0.01, 0.3), st.integers(1, 100), st.integers(30, 60))
 def test_truncation_costs_and_vanishes_above_every_sample(sigma, q, steps, size):
     plain = spent(accounting.poisson(sigma, q, steps))
     cut = spent(accounting.truncated_poisson(sigma, q, size, 60, steps))

@@ -76,7 +76,8 @@ def truncated_poisson(
 ) -> dpa.DpEvent:
     """As `poisson`, but a sample above `max_batch_size` is cut to a random subset (2508.15089).
 
-    Only for accountant="pld". Costs more than `poisson`: the newcomer may displace another example.
+    Only for accountant="pld". A newcomer may displace another example, so truncation well above
+    the expected size costs more than `poisson`; truncation far below it samples less, and costs less.
     """
     event = dpa.TruncatedSubsampledGaussianDpEvent(
         dataset_size=count("num_examples", num_examples),
