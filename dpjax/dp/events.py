@@ -77,7 +77,7 @@ def truncated_poisson(
     """As `poisson`, but a sample above `max_batch_size` is cut to a random subset (2508.15089).
 
     Only for accountant="pld". A newcomer may displace another example, so truncation well above
-    the expected size costs more than `poisson`; truncation far below it samples less, and costs less.
+    the expected size costs more than `poisson`; far below it, fewer are sampled, and it costs less.
     """
     event = dpa.TruncatedSubsampledGaussianDpEvent(
         dataset_size=count("num_examples", num_examples),
