@@ -184,7 +184,8 @@ def _run_phase(
                 row["idle_fraction"] = feeding.idle_fraction
                 row["recompiles"] = compiled.beyond_first("accumulate", "update")
                 job.workdir.append_metrics(end, row)
-                bar.set_postfix(_postfix(row))
+                rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
+                bar.set_postfix(_postfix(row, rate))
                 if not math.isfinite(loss):
                     raise TrainingFailed(_ADVICE.format(step=end, config=config))
             if (
@@ -274,8 +275,8 @@ def _evaluate(job: _Job, trainable: Params, frozen: Params, step: int) -> dict[s
     return row
 
 
-def _postfix(row: dict[str, Any]) -> dict[str, str]:
-    shown = {"loss": row["eval/nll"], "acc": row["eval/accuracy"]}
+def _postfix(row: dict[str, Any], examples_per_second: float) -> dict[str, str]:
+    shown = {"loss": row["eval/nll"], "acc": row["eval/accuracy"], "ex/s": examples_per_second}
     if "epsilon" in row:
         shown["eps"] = row["epsilon"]
     return {name: f"{value:.3g}" for name, value in shown.items()}

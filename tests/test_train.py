@@ -247,7 +247,9 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("examples N", "1,617", "sigma sqrt(T)", "neighbouring", "epsilon 1", "accountant"):
         assert word in done.stdout
-    assert "step" in done.stderr  # the progress bar is not in what is piped
+    assert all(
+        word in done.stderr for word in ("step", "eps=", "loss=", "ex/s=")
+    )  # the progress bar is not in what is piped
     made = {p.name for p in (tmp_path / "w").iterdir()}
     assert made >= {
         "config.json", "metrics.jsonl", "environment.json", "checkpoints", "privacy.json",
