@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 __all__ = ["default", "differences", "load", "unknown_field"]
 
@@ -53,7 +53,7 @@ def default() -> ConfigDict:
             },
             "model": {
                 "name": "vit",  # vit, resnet8, resnet_v2, wide_resnet, efficientnet_lite,
-                # or text_encoder
+                # text_encoder, or MODULE:FUNCTION of yours (num_classes, head_init, dtype -> Model)
                 "size": "mini",  # of the named family; for vit: mini, ti16, s16, b16
                 "options": {},  # overrides of the size's fields, such as depth or image_size
                 "weights": placeholder(str),  # file, or name of published weights; None: random
@@ -69,7 +69,7 @@ def default() -> ConfigDict:
                 "fraction": 0.0,  # of the epochs that train the head alone
                 "learning_rate": placeholder(float),  # None: the optimizer's
                 "noise_ratio": 1.0,  # sigma of this phase over sigma of the next
-                "keep_optimizer": False,  # the head's moments go on in the next phase
+                "keep_optimizer": False,  # the head's moments go on, counters start anew
             },
             # None trains without privacy.
             "dp": {
@@ -79,13 +79,41 @@ def default() -> ConfigDict:
                 "max_batch_size": placeholder(int),  # for truncated_poisson
                 "clipping": "flat",  # flat, per_layer, automatic, global
                 "bound": 1.0,  # C, in units of gradient norm
+                # C by fraction of the epochs, instead of `bound`: ((0.0, 0.1), (0.95, 20.0)) ends
+                # with a larger one (arXiv 2106.07830). Costs no privacy: noise is relative to C.
+                "bound_schedule": (),
+                # Let C follow a quantile of the gradient norms, from `bound` on (arXiv 1905.03871).
+                # The noised count that it needs is accounted: the gradient gets a bit more noise.
+                "adaptive": {
+                    "quantile": placeholder(float),  # share of norms that are to be below C
+                    "rate": 0.2,  # log C moves by up to this in a step
+                    "lower_bound": 0.1,  # C never falls below it (arXiv 2506.01396)
+                    "count_noise": placeholder(float),  # standard deviation; None: B / 20
+                },
                 "normalised": True,  # divide by C: sensitivity 1, learning rate independent of C
                 "gamma": 0.01,  # of automatic clipping
                 "method": "auto",  # auto, bookkeeping, vmap
+                # Fit one temperature on a share of the training data that nothing else reads, at
+                # the same epsilon and delta, which disjoint data pays once (arXiv 2210.08248). The
+                # head of weights.safetensors is scaled by it.
+                "temperature": {
+                    "share": 0.0,  # of the training examples; 0: none
+                    "bound": 5.0,  # on an example's derivative of the loss
+                    "steps": 10,  # noised signs of the derivative, each halving the range
+                },
             },
-            "batch_size": 256,  # expected (logical) batch size B
+            # Expected (logical) batch size B; "auto": the choice of `dpjax.planner`, which looks
+            # at N, epochs, epsilon and delta alone.
+            "batch_size": FieldReference(256, field_type=object),
+            # B by fraction of the epochs, instead of `batch_size`, such as ((0.0, 256),
+            # (0.5, 1024)). Sigma is the same throughout, so that the whole meets the budget.
+            "batch_size_schedule": (),
             "epochs": 15.0,  # E; steps are round(E N / B)
-            "physical_batch": 64,  # examples sent to the devices at once; 0: as many as fit
+            # Decay of a moving average of the parameters, evaluated beside them and saved as
+            # weights_ema.safetensors; it costs no privacy (arXiv 2204.13650). 0: none
+            "ema": 0.0,
+            # Examples sent to the devices at once; "auto": as many as fit, from compiled memory.
+            "physical_batch": FieldReference(64, field_type=object),
             "microbatch": placeholder(int),  # examples per device in memory at once
             # Parameters and optimiser state: "replicated", or spread over the devices: "fsdp" for
             # all of them, "fsdp:REGEX" for those whose path matches.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from dpjax import data, dp, finetune, models
 from dpjax.models import Model
 from dpjax.step import Hyper
 
-__all__ = ["augmentation", "choose", "clip_rule", "finetuning_set", "model", "optimizer", "size"]
+__all__ = ["adaptive_bound", "augmentation", "choose", "clip_rule", "finetuning_set", "model",
+           "model_title", "optimizer", "size"]  # fmt: skip
 
 
 def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -29,8 +31,8 @@ def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
     raise ValueError(f"{field}={name!r} must be one of {', '.join(sorted(table))}.{hint}")
 
 
-def clip_rule(config: ConfigDict) -> dp.ClipRule:
-    """Makes the clipping rule of `config.dp`."""
+def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
+    """Makes the clipping rule of `config.dp`, at its bound or at another."""
     make = choose(
         "dp.clipping",
         config.clipping,
@@ -42,31 +44,72 @@ def clip_rule(config: ConfigDict) -> dp.ClipRule:
         },
     )
     try:
-        rule: dp.ClipRule = make(config.bound, normalised=config.normalised)
+        rule: dp.ClipRule = make(
+            config.bound if bound is None else bound, normalised=config.normalised
+        )
     except ValueError as error:
         raise ValueError(f"dp.{error}") from error
     return rule
 
 
+def adaptive_bound(config: ConfigDict) -> dp.QuantileBound | None:
+    """Makes the rule by which the bound of `config.dp` follows a quantile; None: it does not."""
+    adaptive = config.adaptive
+    if adaptive.quantile is None:
+        return None
+    if config.clipping != "flat":
+        raise ValueError(f"dp.adaptive.quantile needs dp.clipping='flat', got {config.clipping!r}.")
+    if config.bound_schedule:
+        raise ValueError("dp.adaptive.quantile and dp.bound_schedule exclude each other.")
+    try:
+        made = dp.quantile_bound(
+            adaptive.quantile, rate=adaptive.rate, lower_bound=adaptive.lower_bound
+        )
+    except ValueError as error:
+        raise ValueError(f"dp.adaptive.{error}") from error
+    if config.bound < adaptive.lower_bound:
+        raise ValueError(
+            f"dp.bound={config.bound} must be >= dp.adaptive.lower_bound={adaptive.lower_bound}."
+        )
+    return made
+
+
+_MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
+    "vit": (models.vision_transformer, models.SIZES),
+    "resnet_v2": (models.resnet_v2, models.RESNETS),
+    "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
+    "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
+    "resnet8": (models.resnet8, None),
+    "text_encoder": (models.text_encoder, models.TEXT_SIZES),
+}
+
+
+def model_title(config: ConfigDict) -> str:
+    """Returns family and size, where there is one, of `config.model`."""
+    _, sizes = _family(config.name)
+    return config.name if sizes is None else f"{config.name} {config.size}"
+
+
 def model(config: ConfigDict, num_classes: int) -> Model:
     """Makes the model of `config.model`."""
-    make, sizes = choose(
-        "model.name",
-        config.name,
-        {
-            "vit": (models.vision_transformer, models.SIZES),
-            "resnet_v2": (models.resnet_v2, models.RESNETS),
-            "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
-            "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
-            "resnet8": (models.resnet8, None),
-            "text_encoder": (models.text_encoder, models.TEXT_SIZES),
-        },
-    )
+    make, sizes = _family(config.name)
     arguments = [num_classes]
     if sizes is not None:
         arguments.insert(0, size("model.options", sizes, config))
     made: Model = make(*arguments, head_init=config.head_init, dtype=config.dtype)
     return made
+
+
+def _family(name: str) -> tuple[Callable[..., Model], Any]:
+    """A family of ours and its sizes, or a function "module:function" of the user's."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        family: tuple[Callable[..., Model], Any] = choose("model.name", name, _MODELS)
+        return family
+    try:
+        return getattr(importlib.import_module(module), function), None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model.name={name!r} cannot be imported: {error}.") from error
 
 
 def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:
@@ -105,7 +148,7 @@ def finetuning_set(text: str) -> finetune.FineTuningSet:
 
 
 def optimizer(
-    config: ConfigDict, steps: int, batch_size: int, *, private: bool
+    config: ConfigDict, steps: int, *, private: bool
 ) -> Callable[[Hyper], optax.GradientTransformation]:
     """Makes the optimiser factory of `config.optimizer`; private ones take a `ClippedSum`."""
     name, options = config.name, dict(config.options)
@@ -121,12 +164,12 @@ def optimizer(
             return hyper.learning_rate * shape(count)
 
         if not private:
-            return optax.chain(optax.scale(1 / batch_size), make(rate, **options))
+            return optax.chain(optax.scale(1 / hyper.batch_size), make(rate, **options))
         if hyper.rule is None or hyper.noise_key is None:
             raise TypeError("a private optimiser needs hyper.rule and hyper.noise_key.")
         extra = {"sensitivity": hyper.rule.sensitivity()} if name == "adam_corrected" else {}
         return make(
-            rate, hyper.noise_multiplier, batch_size, key=hyper.noise_key, **extra, **options
+            rate, hyper.noise_multiplier, hyper.batch_size, key=hyper.noise_key, **extra, **options
         )
 
     return factory

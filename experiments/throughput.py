@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "batch": 32,
             "dtype": "float32",  # of activations: float32 or bfloat16
             "rounds": 7,
-            "steps": 1,  # gradients per engine and round
+            "steps": 2,  # gradients per engine and round; other processes ran before the first
             "microbatch": 0,  # examples at once for vmap and bookkeeping; 0 is the batch
             "classes": 100,
         }
@@ -171,6 +171,38 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """One row for each case: what ours costs, and how much faster it is than the peers."""
+    peers = ("vmap", "jax_privacy", "opacus_hooks", "opacus_ghost")
+    titles = [name.replace("_", " ") for name in peers]
+    lines = [
+        "| model:set | non-private, examples/s | ours, time / non-private (min, max) | memory | "
+        + " | ".join(f"{t}, time / own non-private" for t in titles)
+        + " | ours / "
+        + " | ours / ".join(titles[1:])
+        + " (examples/s) |",
+        "|---|" + "---|" * (2 * len(peers) + 2),
+    ]
+    for case, engines in results.items():
+        ours, plain = engines.get("bookkeeping", {}), engines.get("nonprivate", {})
+        if "seconds" not in ours or "seconds" not in plain:
+            continue
+
+        def first(name: str, key: str, engines: dict[str, Any] = engines) -> str:
+            values = engines.get(name, {}).get(key)
+            return "-" if values is None else f"{values[0]:.2f}"
+
+        lines.append(
+            f"| {case} | {plain['examples_per_second']:.1f} | **{_span(ours['ratio'])}** | "
+            f"{ours['temp_ratio']:.2f} | "
+            + " | ".join(first(name, "ratio") for name in peers)
+            + " | "
+            + " | ".join(first(name, "over_bookkeeping") for name in peers[1:])
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 def _span(values: list[float] | None) -> str:
     return "-" if not values else f"{values[0]:.2f} ({values[1]:.2f}, {values[2]:.2f})"
 
@@ -183,6 +215,7 @@ def draw(results: dict[str, dict[str, Any]], path: str) -> None:
     from matplotlib import pyplot as plt
 
     names = [e for e in ENGINES if e not in ("nonprivate", "torch_nonprivate")]
+    results = {c: r for c, r in results.items() if any("ratio" in facts for facts in r.values())}
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.6 * len(results)), layout="constrained")
     height = 0.8 / len(names)
     for k, name in enumerate(names):
@@ -227,6 +260,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"[{number + 1}/{len(cases)}] {model}:{subset}", file=sys.stderr, flush=True)
         results[f"{model}:{subset}"] = measure(model, subset, _ENGINES.value, config)
         print(table({f"{model}:{subset}": results[f"{model}:{subset}"]}), flush=True)
+    print("\n" + summary(results))
     micro = throughput_micro.measure() if _MICRO.value else {}
     if micro:
         print("\n" + throughput_micro.table(micro))

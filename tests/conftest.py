@@ -1,6 +1,7 @@
 """Everything runs on eight host devices with JAX's strictest checks on."""
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -22,3 +23,25 @@ jax.config.update("jax_debug_key_reuse", True)
 # The same examples in every run: a red suite means a change, never the luck of a draw.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+def _stage(nodeid):
+    if nodeid.startswith("dpjax/"):
+        return "doctests"
+    return {"tests/test_quality.py": "lint and types", "tests/test_docs.py": "docs"}.get(
+        nodeid.partition("::")[0], "tests"
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints where the time went: seconds of each stage, and of the slowest files."""
+    stages, files = collections.Counter(), collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            seconds = getattr(report, "duration", 0.0)
+            if seconds:
+                stages[_stage(report.nodeid)] += seconds
+                files[report.nodeid.partition("::")[0]] += seconds
+    terminalreporter.section("seconds, summed over workers")
+    for name, seconds in [*stages.most_common(), *files.most_common(8)]:
+        terminalreporter.write_line(f"{seconds:8.1f}  {name}")

@@ -16,6 +16,7 @@ DATA = {
     "cifar100": (50_000, 100, (32, 32, 3)),
     "sun397": (87_002, 397, (224, 224, 3)),
     "cassava": (5_656, 5, (224, 224, 3)),
+    "movie_reviews": (8_454, 2, (64,)),
     "newsgroups": (11_314, 20, (128,)),
     "scratch_wrn": (50_000, 10, (32, 32, 3)),
 }
@@ -45,7 +46,7 @@ def test_config_builds(path):
     )
     assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, trainable)
     steps = dp.num_steps(num_examples, config.batch_size, config.epochs)
-    names.optimizer(config.optimizer, steps, config.batch_size, private=config.dp is not None)
+    names.optimizer(config.optimizer, steps, private=config.dp is not None)
     if config.dp is None:
         return
     names.clip_rule(config.dp)

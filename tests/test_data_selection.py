@@ -116,3 +116,23 @@ def test_holdout_of_a_subset_reports_rows_of_the_split():
     part = data.subset(DATASET, 6, seed=0)
     rest, held = data.holdout(part, 2, seed=0)
     assert set(held.rows) | set(rest.rows) == set(part.rows)
+
+
+def test_a_random_share_looks_at_nothing_but_rows():
+    dataset = toy(np.repeat([0, 1, 2], [600, 300, 100]), 3)
+    rest, share = data.random_share(dataset, 0.2, seed=1)
+    assert sorted([*rest.rows, *share.rows]) == list(range(1000))
+    assert abs(len(share) - 200) < 5 * np.sqrt(1000 * 0.2 * 0.8)
+    other = toy(np.roll(dataset.labels, 37), 3)
+    np.testing.assert_array_equal(data.random_share(other, 0.2, seed=1)[1].rows, share.rows)
+    # A row that comes or goes moves no other row.
+    fewer = dataset.select(np.delete(np.arange(1000), [3, 999]))
+    kept = np.setdiff1d(share.rows, [3, 999])
+    np.testing.assert_array_equal(data.random_share(fewer, 0.2, seed=1)[1].rows, kept)
+    assert set(data.random_share(dataset, 0.2, seed=2)[1].rows) != set(share.rows)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan"), 1e-9])
+def test_bad_shares(share):
+    with pytest.raises(ValueError, match="share="):
+        data.random_share(toy(np.zeros(5, int), 1), share, seed=0)

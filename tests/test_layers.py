@@ -13,14 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "dpjax"
 # other. A new module needs a line here.
 LEVELS = (
     {"dp", "models", "data", "rng", "sharding", "config", "metrics", "hosts", "checkpoints",
-     "compilation", "shards"},
-    {"feature_set", "lora", "storage", "sweep", "planner"},
+     "compilation", "shards", "averaging", "schedules", "selection", "guide"},
+    {"feature_set", "lora", "storage", "sweep", "planner", "proposals", "selection"},
     {"finetune", "plan", "report"},
     {"step"},
     {"names", "features"},
-    {"build", "export", "heads"},
-    {"phases", "describe", "feed"},
-    {"capacity"},
+    {"budget", "export", "heads"},
+    {"build"},
+    {"phases", "describe", "feed", "canaries", "search"},
+    {"capacity", "temperature"},
+    {"results", "audit", "search"},
     {"loop"},
     {"train"},
 )  # fmt: skip

@@ -5,7 +5,7 @@ from dpjax.data.datasets import load, load_text
 from dpjax.data.images import ImageSpec
 from dpjax.data.pipeline import Prefetcher, chunks, prefetch
 from dpjax.data.preprocess import chain, preprocess, random_crop, random_flip, random_shift
-from dpjax.data.selection import holdout, subset
+from dpjax.data.selection import holdout, random_share, subset
 from dpjax.data.sources import prepare as prepare_archive
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "preprocess",
     "random_crop",
     "random_flip",
+    "random_share",
     "random_shift",
     "subset",
 ]

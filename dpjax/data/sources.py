@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dpjax.data import archives, newsgroups
+from dpjax.data import archives, folders, newsgroups, reviews
 from dpjax.data.archives import Arrays, Contents
 from dpjax.data.atomic import prepare_builder
 from dpjax.data.images import encode_png
@@ -135,8 +135,8 @@ def prepare(
     """Prepares a data set from its published archive, as TFDS would, without TensorFlow.
 
     Args:
-      name: one of `SOURCES`, e.g. "cifar10".
-      source: the archive, or a directory holding its files.
+      name: one of `SOURCES`, e.g. "cifar10"; or any other, for a directory of images.
+      source: the archive, or a directory holding its files; or one of images, see `folders`.
       data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
       checked: whether sizes, class counts and pixel statistics must be the real data set's.
 
@@ -147,13 +147,18 @@ def prepare(
     Raises:
       ValueError: on an unknown name, or a source that is missing, damaged or something else.
     """
-    if name not in SOURCES:
+    path = Path(source).expanduser()
+    if name not in SOURCES and not folders.is_folder(path):
         raise ValueError(
-            f"dataset={name!r} must be one of {sorted(SOURCES)}.{nearest(name, SOURCES)}"
+            f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r} a "
+            f"directory of images, train/CLASS/IMAGE.{nearest(name, SOURCES)}"
         )
-    entry = SOURCES[name] if checked else dataclasses.replace(SOURCES[name], expected=None)
     try:
-        builder_class = entry.builder_class(name, Path(source).expanduser())
+        if name not in SOURCES:
+            builder_class = folders.builder_class(name, path)
+        else:
+            entry = SOURCES[name] if checked else dataclasses.replace(SOURCES[name], expected=None)
+            builder_class = entry.builder_class(name, path)
     except ValueError as error:
         raise ValueError(f"source={str(source)!r} is not {name}: {error}") from error
     return prepare_builder(builder_class, data_dir_or_default(data_dir))
@@ -223,6 +228,11 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
             mean=(0.2860,),
             std=(0.3530,),
         ),
+    ),
+    "movie_reviews": TextArchive(
+        "vaderSentiment-3.3.2.tar.gz (pip download --no-binary :all: vaderSentiment==3.3.2)",
+        reviews.builder_class,
+        {"train": 8454, "test": 2114},
     ),
     "newsgroups20": TextArchive(
         "20news-bydate.tar.gz", newsgroups.builder_class, {"train": 11_314, "test": 7532}

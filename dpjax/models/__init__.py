@@ -5,14 +5,23 @@ from __future__ import annotations
 from dpjax.models.bit import RESNETS, ResNetConfig, resnet_v2
 from dpjax.models.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
 from dpjax.models.fetch import WEIGHTS, locate
-from dpjax.models.model import InputSpec, Model, Params, TextSpec, dense_head, flatten, unflatten
+from dpjax.models.model import (
+    InputSpec,
+    Model,
+    Params,
+    TextSpec,
+    dense_head,
+    flatten,
+    from_linen,
+    unflatten,
+)
 from dpjax.models.small_resnet import resnet8
 from dpjax.models.text import TEXT_SIZES, TextConfig, text_encoder
 from dpjax.models.text_tokens import tokenizer
 from dpjax.models.validate import check_examples_independent
 from dpjax.models.vit import SIZES, ViTConfig, vision_transformer
 from dpjax.models.vit_weights import to_timm
-from dpjax.models.weights import load_weights, read_tensors, save_weights
+from dpjax.models.weights import load_plain, load_weights, read_tensors, save_weights
 from dpjax.models.wrn import WRN_16_4, WideResNetConfig, wide_resnet
 
 __all__ = [
@@ -36,6 +45,8 @@ __all__ = [
     "dense_head",
     "efficientnet_lite",
     "flatten",
+    "from_linen",
+    "load_plain",
     "load_weights",
     "locate",
     "read_tensors",

@@ -24,7 +24,15 @@ from safetensors import numpy as safetensors_numpy
 from dpjax.models.model import Params, flatten, unflatten
 from dpjax.models.torch_pickle import read_torch_pickle
 
-__all__ = ["Source", "Tensors", "load_weights", "read_tensors", "save_weights", "translate"]
+__all__ = [
+    "Source",
+    "Tensors",
+    "load_plain",
+    "load_weights",
+    "read_tensors",
+    "save_weights",
+    "translate",
+]
 
 Tensors = dict[str, np.ndarray]
 
@@ -210,3 +218,8 @@ def load_weights(path: str | os.PathLike[str], like: Params, *, head: str | None
     """
     table = {name: Source(name, tuple(leaf.shape)) for name, leaf in flatten(like).items()}
     return translate(like, read_tensors(path), table, origin=os.fspath(path), head=head)
+
+
+def load_plain(params: Params, path: str, *, head: bool = False) -> Params:
+    """The `Loader` of a model that has no layout but its own: reads what `save_weights` wrote."""
+    return load_weights(path, params, head=None if head else "head")

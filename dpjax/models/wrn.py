@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpjax.models.layers import GroupNorm, StandardizedConv
-from dpjax.models.model import InputSpec, Model, Params, compute_dtype, from_linen
-from dpjax.models.weights import load_weights
+from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
+from dpjax.models.weights import load_plain
 
 __all__ = ["WRN_16_4", "WideResNetConfig", "wide_resnet"]
 
@@ -92,10 +92,6 @@ class _Backbone(nn.Module):
         return x.mean(axis=(-3, -2), dtype=jnp.float32)
 
 
-def _load(params: Params, path: str, *, head: bool = False) -> Params:
-    return load_weights(path, params, head=None if head else "head")
-
-
 def wide_resnet(
     config: WideResNetConfig,
     num_classes: int,
@@ -122,7 +118,7 @@ def wide_resnet(
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),
         InputSpec(config.image_size, config.channels, half, half),
-        _load,
+        load_plain,
         width=config.features,
         num_classes=num_classes,
         head_init=head_init,

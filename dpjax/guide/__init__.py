@@ -1,0 +1,9 @@
+"""Guides, for reading; there is no code here.
+
+.. include:: own_model_and_data.md
+.. include:: recipes.md
+.. include:: pods.md
+.. include:: threat_model.md
+.. include:: evidence.md
+.. include:: changes.md
+"""

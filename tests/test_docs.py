@@ -1,0 +1,85 @@
+"""What the documentation tells people to do works."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpjax.data import prepare
+
+ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "dpjax" / "guide"
+TEXTS = [ROOT / "README.md", *sorted(GUIDE.glob("*.md")), *ROOT.glob("experiments/README.md")]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """The `python -m` commands of all shell blocks, continued lines joined."""
+    joined = "\n".join(blocks(text, "sh")).replace("\\\n", " ")
+    return re.findall(r"python -m (\S+)(.*?)(?:#.*|&& .*)?$", joined, re.MULTILINE)
+
+
+def test_api_reference_builds(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pdoc", "dpjax", "--docformat",
+         "google", "-o", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    modules = {p.stem for p in (ROOT / "dpjax").iterdir() if p.suffix == ".py" or p.is_dir()}
+    pages = {p.stem for p in (tmp_path / "dpjax").iterdir()}
+    assert {m for m in modules if not m.startswith("__")} <= pages
+    guide = (tmp_path / "dpjax" / "guide.html").read_text()
+    for path in GUIDE.glob("*.md"):
+        title = path.read_text().splitlines()[0].removeprefix("# ")
+        assert title in guide, path
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.stem)
+def test_commands_exist(path):
+    text = path.read_text()
+    for module, _ in commands(text):
+        assert importlib.util.find_spec(module) is not None, module
+    for file in re.findall(r"\b(?:configs|experiments|tests|dpjax)/[\w/]+\.(?:py|md)", text):
+        assert (ROOT / file).exists(), file
+
+
+def run(code):
+    names = {"__name__": "documentation"}
+    exec(compile(code, "documentation", "exec"), names)
+    return names
+
+
+def test_the_optax_example_of_the_readme_runs():
+    (code,) = (b for b in blocks((ROOT / "README.md").read_text(), "python") if "optax" in b)
+    names = run(code)
+    assert names["mechanism"].epsilon(1e-5) <= 2.0
+    assert names["accuracy"] > 0.9
+
+
+def test_the_worked_example_runs(tmp_path, monkeypatch):
+    text = (GUIDE / "own_model_and_data.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for code in blocks(text, "python"):
+        name = re.match(r"# (\w+\.py)\n", code)
+        if name:
+            Path(name[1]).write_text(code)
+        else:
+            run(code)
+    (first, flags), (second, more) = commands(text)
+    assert (first, second) == ("dpjax.data.prepare", "dpjax.train")
+    assert prepare.main(flags.split()) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", second, *more.split()], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "epsilon" in (tmp_path / "run" / "privacy.md").read_text()
