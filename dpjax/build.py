@@ -16,36 +16,15 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpjax import data, dp, finetune, models, names, rng, sharding
+from dpjax import budget, data, dp, finetune, models, names, planner, rng, sharding
+from dpjax.budget import Phase, Temperature
 from dpjax.dp.per_example import METHODS
 from dpjax.models import Model, Params
-from dpjax.step import Hyper, LossFn
+from dpjax.step import LossFn
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 __all__ = ["Phase", "Run", "build", "functions"]
-
-
-class Phase(NamedTuple):
-    """One stretch of training: what trains, for how long, under which mechanism.
-
-    Attributes:
-        name: "train", or the fine-tuning set.
-        trainable: predicate on parameter paths.
-        steps: number of updates.
-        mechanism: None without privacy.
-        optimizer: makes the transform from traced values.
-        learning_rate: base learning rate.
-        keep_optimizer: whether optimiser state of leaves that the phase before trained goes on.
-    """
-
-    name: str
-    trainable: Callable[[str], bool]
-    steps: int
-    mechanism: dp.Mechanism | None
-    optimizer: Callable[[Hyper], optax.GradientTransformation]
-    learning_rate: float
-    keep_optimizer: bool = False
 
 
 class Run(NamedTuple):
@@ -60,7 +39,10 @@ class Run(NamedTuple):
         merge: turns trained parameters into plain weights.
         apply: `(params, uint8 inputs [batch, ...]) -> logits`.
         loss_fn: `(params, example) -> loss` of one example.
-        rule: clipping rule; None without privacy.
+        rule: clipping rule, at the first phase's bound; None without privacy.
+        adaptive: how the bound follows a quantile; None if it does not.
+        temperature: None if no temperature is fitted.
+        batch_plan: why the batch size is what it is, if the config left it to the planner.
         phases: what is executed, in order.
         ledger: nothing executed yet; None without privacy.
         layout: where parameters, optimiser state and batches live.
@@ -75,6 +57,9 @@ class Run(NamedTuple):
     apply: Callable[[Params, jax.Array], jax.Array]
     loss_fn: LossFn
     rule: dp.ClipRule | None
+    adaptive: dp.QuantileBound | None
+    temperature: Temperature | None
+    batch_plan: planner.Plan | None
     phases: tuple[Phase, ...]
     ledger: dp.Ledger | None
     layout: sharding.Layout
@@ -93,26 +78,19 @@ def build(config: ConfigDict) -> Run:
         ValueError: naming the field and its value, or what is missing where.
     """
     _check_values(config)
-    rule = names.clip_rule(config.dp) if config.dp is not None else None
+    adaptive = names.adaptive_bound(config.dp) if config.dp is not None else None
+    rule = None
+    for _, bound in reversed(budget.bounds(config)):  # the first one stays
+        rule = names.clip_rule(config.dp, bound) if config.dp is not None else None
     train, test = _data(config)
-    if config.batch_size > len(train):
-        raise ValueError(
-            f"batch_size={config.batch_size} must be <= the {len(train)} training examples."
-        )
+    train, temperature = budget.temperature(config, train)
+    sizes, plan = budget.batch_sizes(config, len(train))
     tuning = names.finetuning_set(config.finetune)(names.model(config.model, train.num_classes))
     params = _initial(tuning.model, config)
     apply, loss_fn = functions(tuning.model, config.data, train.shape)
     models.check_examples_independent(apply, params, _probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
-    phases = _phases(config, tuning, dp.num_steps(len(train), config.batch_size, config.epochs))
-    ledger = None
-    if config.dp is not None:
-        phases = _with_noise(config, phases, len(train))
-        ledger = dp.Ledger(
-            tuple(dp.Phase(p.name, p.mechanism) for p in phases if p.mechanism is not None),
-            epsilon=config.dp.epsilon,
-            delta=config.dp.delta,
-        )
+    phases = budget.phases(config, tuning, sizes, len(train))
     return Run(
         config=config,
         train=train,
@@ -123,8 +101,11 @@ def build(config: ConfigDict) -> Run:
         apply=apply,
         loss_fn=loss_fn,
         rule=rule,
+        adaptive=adaptive,
+        temperature=temperature,
+        batch_plan=plan,
         phases=phases,
-        ledger=ledger,
+        ledger=budget.ledger(config, phases, temperature),
         layout=sharding.layout(config.sharding),
     )
 
@@ -150,60 +131,6 @@ def _data(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
     if config.data.subset is not None:
         train = data.subset(train, config.data.subset, seed=config.seed)
     return train, held
-
-
-def _phases(config: ConfigDict, tuning: finetune.FineTuning, steps: int) -> tuple[Phase, ...]:
-    """Splits the steps between linear probing and the fine-tuning set; no noise yet."""
-    fraction = config.lp.fraction
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"lp.fraction={fraction} must be in [0, 1].")
-    probing = round(fraction * steps)
-    rate = config.lp.learning_rate or config.optimizer.learning_rate
-    if not 0 < rate < math.inf:
-        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
-    planned = [
-        ("linear-probe", finetune.head()(tuning.model).trainable, probing, rate, False),
-        (
-            "train",
-            tuning.trainable,
-            steps - probing,
-            config.optimizer.learning_rate,
-            config.lp.keep_optimizer,
-        ),
-    ]
-    private = config.dp is not None
-    return tuple(
-        Phase(
-            name=name,
-            trainable=trainable,
-            steps=count,
-            mechanism=None,
-            optimizer=names.optimizer(config.optimizer, count, config.batch_size, private=private),
-            learning_rate=rate,
-            keep_optimizer=keep,
-        )
-        for name, trainable, count, rate, keep in planned
-        if count
-    )
-
-
-def _with_noise(
-    config: ConfigDict, phases: tuple[Phase, ...], num_examples: int
-) -> tuple[Phase, ...]:
-    """Gives every phase a mechanism, so that their composition meets the one budget."""
-    if not 0 < config.lp.noise_ratio < math.inf:
-        raise ValueError(f"lp.noise_ratio={config.lp.noise_ratio} must be > 0 and finite.")
-    mechanisms = dp.calibrated_phases(
-        epsilon=config.dp.epsilon,
-        delta=config.dp.delta,
-        num_examples=num_examples,
-        batch_size=config.batch_size,
-        steps=[phase.steps for phase in phases],
-        noise_ratios=[config.lp.noise_ratio] * (len(phases) - 1) + [1.0],
-        sampler=config.dp.sampler,
-        max_batch_size=config.dp.max_batch_size,
-    )
-    return tuple(p._replace(mechanism=m) for p, m in zip(phases, mechanisms, strict=True))
 
 
 def _initial(net: Model, config: ConfigDict) -> Params:
@@ -268,14 +195,20 @@ def _probe(spec: models.InputSpec | models.TextSpec, shape: tuple[int, ...]) -> 
 
 
 def _check_values(config: ConfigDict) -> None:
-    for field in ("batch_size", "log_every", "checkpoint_every", "epochs",
+    for field in ("log_every", "checkpoint_every", "epochs",
                   "keep_checkpoints", "microbatch", "eval_every"):  # fmt: skip
         value = config[field]
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{field}={value} must be > 0.")
-    for field in ("physical_batch", "keep_best"):
-        if config[field] < 0:
-            raise ValueError(f"{field}={config[field]} must be >= 0.")
+    if not 0 <= config.lp.fraction <= 1:
+        raise ValueError(f"lp.fraction={config.lp.fraction} must be in [0, 1].")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"ema={config.ema} must be in [0, 1).")
+    size = config.physical_batch
+    if size != "auto" and not (isinstance(size, int) and size > 0):
+        raise ValueError(f"physical_batch={size!r} must be 'auto' or a whole number > 0.")
+    if config.keep_best < 0:
+        raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.dp is not None:
         names.choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
     if config.model.dtype not in _DTYPES:

@@ -21,7 +21,7 @@ class DoesNotFit(ValueError):
 
 
 def physical_batch(run: Run, private_seed: int) -> int:
-    """Returns the number of rows of a chunk: the config's, or for 0 as many as fit.
+    """Returns the number of rows of a chunk: the config's, or for "auto" as many as fit.
 
     It is a multiple of whole microbatches on every device.
 
@@ -30,10 +30,11 @@ def physical_batch(run: Run, private_seed: int) -> int:
     """
     config, layout = run.config, run.layout
     unit = layout.mesh.size * (config.microbatch or 1)
-    if config.physical_batch:
+    if config.physical_batch != "auto":
         return -(-config.physical_batch // unit) * unit
     # Two standard deviations of the size of a Poisson batch: few batches need a chunk more.
-    enough = min(config.batch_size + 2 * math.sqrt(config.batch_size), len(run.train))
+    largest_batch = max(phase.batch_size for phase in run.phases)
+    enough = min(largest_batch + 2 * math.sqrt(largest_batch), len(run.train))
     limit = sharding.memory_per_device(layout.mesh)
     needs = [peak_bytes(run, index, private_seed) for index in range(len(run.phases))]
     return int(hosts.first(min(largest(need, limit, unit, enough) for need in needs)))
@@ -54,7 +55,7 @@ def largest(need: Callable[[int], int], limit: int, unit: int, enough: float) ->
     low, high = need(unit), need(4 * unit)
     if low > limit:
         raise DoesNotFit(
-            f"physical_batch=0: {unit} rows need {low:,} bytes a device of {limit:,}. Set a "
+            f"physical_batch='auto': {unit} rows need {low:,} bytes a device of {limit:,}. Set a "
             "microbatch, train fewer parameters, or take sharding='fsdp'."
         )
     slope = max(1.0, (high - low) / (3 * unit))
@@ -80,7 +81,7 @@ def peak_bytes(run: Run, index: int, private_seed: int) -> Callable[[int], int]:
     params = like(finetune.split(run.params, run.phases[index].trainable), whole)
     totals = like(jax.eval_shape(steps.begin, state)[1], spread)
     update = _program_bytes(steps.update, state, totals, hyper)
-    resident = _bytes(state) if run.layout.spread else _bytes(state.opt)
+    resident = _bytes(state) if run.layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:
         batch = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from dpjax import dp, finetune, rng
+from dpjax import dp, finetune, names, rng
+from dpjax.budget import Phase
 from dpjax.build import Run
 from dpjax.dp import ledger as dp_ledger
 from dpjax.models import Params
@@ -26,16 +28,20 @@ def describe(run: Run) -> str:
         "data set": f"{run.train.name}, split {run.train.split} (held out: {run.test.split})",
         "examples N": f"{len(run.train):,} (held out {len(run.test):,})",
         "classes": run.train.num_classes,
-        "model": f"{config.model.name} {config.model.size}, weights {config.model.weights}",
+        "model": f"{names.model_title(config.model)}, weights {config.model.weights}",
         "parameters": f"{finetune.count(trainable):,} trainable ({config.finetune}), "
         f"{finetune.count(frozen):,} frozen",
         "steps T": f"{sum(p.steps for p in run.phases):,} ({config.epochs:g} epochs"
         + "".join(f", {p.name} {p.steps:,}" for p in run.phases if len(run.phases) > 1)
         + ")",
-        "batch": f"{config.batch_size:,} expected, {config.physical_batch or 'as many as fit'} "
-        "physical",
+        "batch": f"{_each(run, lambda p: f'{p.batch_size:,}')} expected, "
+        f"{config.physical_batch} physical",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
     }
+    if run.batch_plan is not None:
+        rows["batch chosen"] = f"by the planner, from public facts. {run.batch_plan.reason}"
+    if config.ema:
+        rows["average"] = f"of the parameters, decay {config.ema:g}; evaluated as eval/ema"
     mechanism = phase.mechanism
     if mechanism is None:
         rows["privacy"] = "NONE: dp=None trains without privacy"
@@ -43,19 +49,45 @@ def describe(run: Run) -> str:
         rows |= {
             "budget": f"epsilon {config.dp.epsilon:g}, delta {config.dp.delta:g}",
             "neighbouring": mechanism.relation,
-            "sampler": f"{mechanism.sampler}, q = {mechanism.sampling_prob:.6g}",
+            "sampler": _each(run, lambda p: p.mechanism.sampler if p.mechanism else "")
+            + f", q = {_each(run, lambda p: f'{p.batch_size / len(run.train):.6g}')}",
             "accountant": mechanism.accountant,
-            "noise sigma": f"{mechanism.noise_multiplier:.4f}",
+            "noise sigma": _each(
+                run, lambda p: f"{p.mechanism.noise_multiplier:.4f}" if p.mechanism else ""
+            ),
             "sigma sqrt(T)": f"{_cumulative_noise(run):.2f}",
-            "clipping": f"{config.dp.clipping}, bound {config.dp.bound:g}, "
-            f"{'normalised' if config.dp.normalised else 'not normalised'}",
+            "clipping": _clipping(run),
             "clipping engine": _engine(run, trainable, frozen),
             "seed": "OS entropy"
             if config.private_seed is None
             else dp_ledger.SEED_POLICIES["fixed"],
         }
+        if run.temperature is not None:
+            rows["temperature"] = (
+                f"fitted on {len(run.temperature.data):,} examples that do not train, "
+                f"sigma {run.temperature.mechanism.noise_multiplier:.4f}, within the same budget"
+            )
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _each(run: Run, fact: Callable[[Phase], str]) -> str:
+    """A fact of every phase, where it differs from the phase before."""
+    facts = [fact(phase) for phase in run.phases]
+    return " then ".join(now for now, before in zip(facts, ["", *facts]) if now != before)
+
+
+def _clipping(run: Run) -> str:
+    """The clipping rule in words."""
+    config, mechanism = run.config.dp, run.phases[0].mechanism
+    words = f"{config.clipping}, bound {_each(run, lambda p: f'{p.bound:g}')}"
+    if run.adaptive is not None and mechanism is not None:
+        counts = _each(run, lambda p: f"{p.mechanism.count_noise:g}" if p.mechanism else "")
+        words += (
+            f" at first, then following the {run.adaptive.quantile:g} quantile of the norms, never "
+            f"below {run.adaptive.lower_bound:g} (its count query, of noise {counts}, is accounted)"
+        )
+    return words + (", normalised to sensitivity 1" if config.normalised else ", not normalised")
 
 
 def _cumulative_noise(run: Run) -> float:
@@ -87,6 +119,8 @@ def _engine(run: Run, trainable: Params, frozen: Params) -> str:
 def ledger_after(run: Run, steps: int) -> dp.Ledger:
     """Returns the ledger of a run that has executed `steps` steps, phase after phase.
 
+    What is beyond the last phase was spent on fitting the temperature.
+
     Raises:
         dp.BudgetExceeded: the budget does not cover them.
     """
@@ -96,6 +130,8 @@ def ledger_after(run: Run, steps: int) -> dp.Ledger:
     for index, phase in enumerate(run.phases):
         ledger = ledger.charge(index, min(steps, phase.steps))
         steps -= min(steps, phase.steps)
+    if run.temperature is not None:
+        ledger = ledger.charge(len(run.phases), steps)
     return ledger
 
 
@@ -104,14 +140,22 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
     config = run.config
     return dp.statement(
         ledger,
-        clipping=(
-            f"{config.dp.clipping}, bound {config.dp.bound}"
-            f"{', normalised to sensitivity 1' if config.dp.normalised else ''}"
-        ),
+        clipping=_clipping(run),
         seed_policy="os_entropy" if config.private_seed is None else "fixed",
         released=[
             "the trained parameters in weights.safetensors and in every checkpoint",
             "the number of executed steps, and every evaluation on public held-out data",
+            *(["the average of the parameters, in weights_ema.safetensors"] if config.ema else []),
+            *(
+                ["the clip bound of every step, clip_bound in metrics.jsonl"]
+                if run.adaptive is not None
+                else []
+            ),
+            *(
+                ["the temperature in eval.json, fitted on a part of the data of its own"]
+                if run.temperature is not None
+                else []
+            ),
         ],
         not_charged=[
             "rows named nonprivate/... in metrics.jsonl: losses, norms and sizes of private "
@@ -142,12 +186,24 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
         "data": run.train.digest,
         "num_examples": len(run.train),
         "phases": {
-            f"{index}_{phase.name}": dataclasses.asdict(phase.mechanism)
-            if phase.mechanism is not None
-            else {"steps": phase.steps}
+            f"{index}_{phase.name}": {
+                "steps": phase.steps,
+                "batch_size": phase.batch_size,
+                "bound": phase.bound,
+                "training": phase.training,
+                "keep_optimizer": phase.keep_optimizer,
+                **(dataclasses.asdict(phase.mechanism) if phase.mechanism is not None else {}),
+            }
             for index, phase in enumerate(run.phases)
         },
+        "ema": run.config.ema,
     }
+    if run.temperature is not None:
+        facts["temperature"] = {
+            **dataclasses.asdict(run.temperature.mechanism),
+            "bound": run.temperature.bound,
+            "data": run.temperature.data.digest,
+        }
     if run.rule is not None and run.ledger is not None:
         facts |= {
             "epsilon": run.ledger.epsilon,
@@ -156,7 +212,7 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             "clipping": {
                 "kind": run.rule.kind,
                 "grouping": run.rule.grouping.__name__,
-                "bound": np.asarray(run.rule.threshold).tolist(),
+                "adaptive": None if run.adaptive is None else run.adaptive._asdict(),
                 "gamma": float(run.rule.gamma),
                 "normalised": run.rule.normalised,
             },

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpjax import dp, metrics, sharding
-from dpjax.build import Phase, Run
+from dpjax.budget import Phase
+from dpjax.build import Run
 from dpjax.models import Params
 from dpjax.sharding import Layout
 from dpjax.step import eval_step
@@ -59,7 +60,7 @@ def chunks(
 def _indices(run: Run, phase: Phase, seed: int, step: int) -> np.ndarray:
     if phase.mechanism is not None:
         return phase.mechanism.indices(seed, step)
-    prob = run.config.batch_size / len(run.train)
+    prob = phase.batch_size / len(run.train)
     return dp.sampling.poisson(seed, step, num_examples=len(run.train), sampling_prob=prob)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from dpjax import dp, metrics, rng
+from dpjax.averaging import moving_average
 from dpjax.dp import linear_head
 from dpjax.features import FeatureSet
 from dpjax.models import Params
@@ -62,6 +63,11 @@ class Point:
             raise ValueError(f"learning_rate={self.learning_rate} must be > 0 and finite.")
         if (self.rule is None) != (self.mechanism is None):
             raise ValueError("rule and mechanism must both be given, or both be None.")
+        if self.mechanism is not None and self.mechanism.count_noise is not None:
+            raise ValueError(
+                f"mechanism.count_noise={self.mechanism.count_noise} must be None: the bound of a "
+                "head does not adapt."
+            )
 
 
 class Heads(NamedTuple):
@@ -124,10 +130,9 @@ def train_heads(
         points: the runs; all private, or none.
         steps: T of every run.
         batch_size: expected batch size B; the number of examples for full batches.
-        optimizer: as `build.optimizer(...)` makes it, for these steps and this batch size.
+        optimizer: as `names.optimizer` makes it, for these steps and this batch size.
         head: where every run starts, `initial_head` by default.
-        ema_decay: of the average of the iterates, in [0, 1); early on (1 + t) / (10 + t) if that
-            is smaller (arXiv 2204.13650).
+        ema_decay: of the average of the iterates, see `averaging.moving_average`.
         at_once: points trained together; memory grows with it, results do not depend on it.
 
     Returns:
@@ -153,7 +158,9 @@ def train_heads(
     done: dict[int, Any] = {}
     for group in groups:
         padded = [*group, *[group[-1]] * (size - len(group))]  # one shape: compiled once
-        hypers = jax.tree.map(lambda *x: jnp.stack(x), *[_hyper(points[i]) for i in padded])
+        hypers = jax.tree.map(
+            lambda *x: jnp.stack(x), *[_hyper(points[i], batch_size) for i in padded]
+        )
         chosen = batches[points[group[0]].private_seed] if batches else None
         made = jax.device_get(
             _run(
@@ -194,8 +201,7 @@ def _run(
                 grads, facts = linear_head.clipped_head_sum(state.trainable, hyper.rule, here, mask)
             updates, opt = transform.update(grads, state.opt, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trainable)
+            average = moving_average(average, trainable, ema_decay, state.step)
             summary = _summary(facts, hyper.rule)
             return (TrainState(state.step + 1, trainable, opt), average), summary
 
@@ -216,7 +222,7 @@ def _summary(facts: dp.PerExample, rule: dp.ClipRule | None) -> dict[str, jax.Ar
     return {"loss": jnp.sum(facts.loss) / some, "clipped": clipped / some, "count": count}
 
 
-def _hyper(point: Point) -> Hyper:
+def _hyper(point: Point, batch_size: int) -> Hyper:
     """The traced values of a run, as the loop makes them for its first phase."""
     mechanism = point.mechanism
     key = None if mechanism is None else jax.random.fold_in(rng.noise_key(point.private_seed), 0)
@@ -229,6 +235,7 @@ def _hyper(point: Point) -> Hyper:
         rule=rule,
         noise_key=key,
         augment_key=rng.public_key(0, "augment"),
+        batch_size=jnp.float32(batch_size),
     )
 
 

@@ -19,14 +19,15 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from dpjax import capacity, compilation, data, feed, finetune, hosts, metrics, phases, rng, sharding
+from dpjax import capacity, compilation, data, feed, finetune, hosts, phases, results, rng, sharding
 from dpjax.build import Run
 from dpjax.checkpoints import Checkpoints, Unreadable
 from dpjax.config import differences
 from dpjax.describe import describe, identity, ledger_after, statement
 from dpjax.dp import ledger as dp_ledger
-from dpjax.models import Params, flatten, unflatten
-from dpjax.step import Hyper, Steps, TrainState, carry_over
+from dpjax.metrics import EvalSums
+from dpjax.models import Params
+from dpjax.step import Hyper, Steps, TrainState, at_bound
 from dpjax.storage import OtherRun, Workdir, code_digest, digest
 
 __all__ = ["Preempted", "TrainingFailed", "describe", "train"]
@@ -72,7 +73,8 @@ def train(
     workdir.create(config)
     private_seed = _private_seed(run, workdir)
     size = capacity.physical_batch(run, private_seed)
-    evaluate = feed.evaluator(run, run.layout, 4 * size if config.physical_batch else size)
+    eval_size = size if config.physical_batch == "auto" else 4 * size
+    evaluate = feed.evaluator(run, run.layout, eval_size)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
@@ -89,12 +91,11 @@ def train(
             first = span.stop
             if span.stop >= done:  # else its outcome is in the checkpoint
                 params, state = _run_phase(job, index, span, params, state, done)
-    spending.record(first)
-    sums = evaluate(params)
-    results = metrics.summarise(sums)
-    workdir.save_weights(run.merge(params))
-    workdir.write("eval.json", {**results, "reliability": metrics.reliability(sums)._asdict()})
-    return results
+    fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
+    spending.record(first + fitting)
+    return results.finish(
+        run, workdir, params, state, evaluate=evaluate, private_seed=private_seed, size=eval_size
+    )
 
 
 class _Spending:
@@ -125,7 +126,7 @@ class _Job(NamedTuple):
     spending: _Spending
     private_seed: int
     size: int  # of a physical chunk
-    evaluate: Callable[[Params], metrics.EvalSums]
+    evaluate: Callable[[Params], EvalSums]
     stop: Callable[[int], bool]
 
 
@@ -146,9 +147,7 @@ def _run_phase(
     if before is not None and done > span.start:
         state = before
     else:
-        state = steps.init(sharding.place(trainable, layout.shardings(trainable)), hyper)
-        if before is not None and phase.keep_optimizer:
-            state = carry_over(state, before)
+        state = phases.first_state(run, index, steps, hyper, trainable, before)
     about = {
         "phase": index,
         "config": digest(config),
@@ -171,7 +170,9 @@ def _run_phase(
     with data.prefetch(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
             job.spending.record(end)
+            began = time.perf_counter()
             state, done = _run_block(job, steps, state, frozen, hyper, feeding, begin, end, bar)
+            rate = (done - begin) * phase.batch_size / (time.perf_counter() - began)
             if done < end:
                 job.spending.record(done)
                 if done not in job.checkpoints.steps():
@@ -179,12 +180,14 @@ def _run_phase(
                 raise Preempted(f"stopped after step {done} as asked; the same command resumes.")
             loss = None
             if end % _eval_every(config, _total(run)) == 0 or end == span.stop:
-                row = _evaluate(job, layout.gather(state.trainable), frozen, end)
+                row: dict[str, Any] = results.row(run, job.evaluate, state, frozen)
                 loss = row["eval/nll"]
+                if run.ledger is not None:
+                    row["epsilon"] = ledger_after(run, end).spent()
+                row["examples_per_second"] = rate
                 row["idle_fraction"] = feeding.idle_fraction
                 row["recompiles"] = compiled.beyond_first("accumulate", "update")
                 job.workdir.append_metrics(end, row)
-                rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
                 bar.set_postfix(_postfix(row, rate))
                 if not math.isfinite(loss):
                     raise TrainingFailed(_ADVICE.format(step=end, config=config))
@@ -213,7 +216,6 @@ def _run_block(
     Facts are fetched one step late, so that the devices never wait for the host.
     """
     pending: tuple[int, int, dict[str, jax.Array]] | None = None
-    arrived = (begin, time.perf_counter())  # the step whose facts came last, and when
     step = begin
     try:
         for step in range(begin, end):
@@ -221,21 +223,23 @@ def _run_block(
                 end = step
                 break
             whole, totals = steps.begin(state)
+            now = at_bound(hyper, state)
             number = jnp.asarray(step, jnp.int32)
             while True:
                 chunk = next(chunks)
                 batch = sharding.to_mesh(chunk.batch, job.run.layout.mesh)
-                totals = steps.accumulate(totals, whole, frozen, batch, number, hyper)
+                totals = steps.accumulate(totals, whole, frozen, batch, number, now)
                 if chunk.last:
                     break
             state, facts = steps.update(state, totals, hyper)
             if pending is not None:
-                arrived, pending = _log(job, *pending, arrived), None
+                _log(job, *pending)
+                pending = None
             if (step + 1) % job.run.config.log_every == 0 or step + 1 == end:
                 pending = (step + 1, chunk.rows, facts)
             bar.update()
         if pending is not None:
-            _log(job, *pending, arrived)
+            _log(job, *pending)
     except Exception:
         with contextlib.suppress(OSError):  # a full disk: the statement reports too much, then
             job.spending.record(step + 1)
@@ -243,36 +247,24 @@ def _run_block(
     return state, end
 
 
-def _log(
-    job: _Job, step: int, rows: int, facts: dict[str, jax.Array], before: tuple[int, float]
-) -> tuple[int, float]:
+def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
     """Writes one step's row, and stops a run whose parameters are not finite."""
     got = {name: float(value) for name, value in jax.device_get(facts).items()}
-    now = time.perf_counter()
-    seconds = (now - before[1]) / (step - before[0])
     count = max(got["count"], 1.0)
     row = {
         "nonprivate/loss": got["loss"] / count,
         "nonprivate/batch_size": got["count"],
         "nonprivate/dropped_examples": got["dropped"],
         "nonprivate/padding_fraction": 1 - got["count"] / rows,
-        "examples_per_second": got["count"] / seconds,
     }
     if job.run.rule is not None:
         row["nonprivate/grad_norm"] = got["norm"] / count
         row["nonprivate/clipped_fraction"] = got["clipped"] / count
+    if "bound" in got:
+        row["clip_bound"] = got["bound"]
     job.workdir.append_metrics(step, row)
     if got["diverged"]:
         raise TrainingFailed(_ADVICE.format(step=step - 1, config=job.run.config))
-    return step, now
-
-
-def _evaluate(job: _Job, trainable: Params, frozen: Params, step: int) -> dict[str, Any]:
-    results = metrics.summarise(job.evaluate(finetune.join(trainable, frozen)))
-    row = {f"eval/{name}": value for name, value in results.items()}
-    if job.run.ledger is not None:
-        row["epsilon"] = ledger_after(job.run, step).spent()
-    return row
 
 
 def _postfix(row: dict[str, Any], examples_per_second: float) -> dict[str, str]:
@@ -317,16 +309,12 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
         problems = [text for text in hosts.gather(problem) if text is not None]
         if not problems:
             job.spending.record(step, floor=about["charged"])
-            return step, _overlay(run.params, tree["earlier"]), tree["state"]
+            return step, results.overlay(run.params, tree["earlier"]), tree["state"]
         print(f"warning: {problems[0]}. Falling back to the one before.", file=sys.stderr)
         checkpoints.set_aside(step)
         hosts.gather(None)  # nobody looks before it is done
         checkpoints.reload()
     return 0, run.params, None
-
-
-def _overlay(params: Params, changes: Params) -> Params:
-    return unflatten({**flatten(params), **flatten(changes)})
 
 
 def _private_seed(run: Run, workdir: Workdir) -> int:

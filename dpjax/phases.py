@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpjax import finetune, rng
+from dpjax import finetune, rng, sharding
 from dpjax.build import Run
 from dpjax.models import Params, flatten, unflatten
-from dpjax.step import Hyper, Steps, make_steps
+from dpjax.step import Hyper, Steps, TrainState, carry_over, make_steps
 
-__all__ = ["checkpoint_like", "prepare", "trained_before"]
+__all__ = ["checkpoint_like", "first_state", "prepare", "trained_before"]
+
+
+# Phases of one training differ in traced values alone: the second compiles nothing.
+_make_steps = functools.lru_cache(maxsize=2)(make_steps)
 
 
 def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
-    """Makes the functions of a phase, and its traced values; each phase has keys of its own."""
+    """Makes the functions of a phase, and its traced values.
+
+    Each training has keys of its own; the phases of one training share them, for they share the
+    counters, too.
+    """
     config, phase = run.config, run.phases[index]
-    steps = make_steps(
+    steps = _make_steps(
         run.loss_fn,
         phase.optimizer,
         run.layout,
@@ -26,15 +36,57 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
         method=config.dp.method if config.dp is not None else "auto",
         microbatch_size=config.microbatch,
     )
-    private = phase.mechanism is not None
-    sigma = phase.mechanism.noise_multiplier if phase.mechanism is not None else 0.0
-    return steps, Hyper(
+    hyper = Hyper(
         learning_rate=jnp.asarray(phase.learning_rate, jnp.float32),
-        noise_multiplier=jnp.asarray(sigma, jnp.float32),
-        rule=run.rule,
-        noise_key=jax.random.fold_in(rng.noise_key(private_seed), index) if private else None,
-        augment_key=jax.random.fold_in(rng.public_key(config.seed, "augment"), index),
+        noise_multiplier=jnp.zeros((), jnp.float32),
+        rule=None,
+        noise_key=None,
+        augment_key=jax.random.fold_in(rng.public_key(config.seed, "augment"), phase.training),
+        batch_size=jnp.asarray(phase.batch_size, jnp.float32),
+        ema_decay=jnp.asarray(config.ema, jnp.float32) if config.ema else None,
     )
+    mechanism = phase.mechanism
+    if mechanism is None or run.rule is None:
+        return steps, hyper
+    hyper = hyper._replace(
+        noise_multiplier=jnp.asarray(mechanism.gradient_noise_multiplier, jnp.float32),
+        rule=dataclasses.replace(run.rule, threshold=phase.bound),
+        noise_key=jax.random.fold_in(rng.noise_key(private_seed), phase.training),
+    )
+    if mechanism.count_noise is not None:
+        hyper = hyper._replace(
+            adaptive=run.adaptive,
+            count_noise=jnp.asarray(mechanism.count_noise, jnp.float32),
+            count_key=rng.noise_key(private_seed, "count"),
+        )
+    return steps, hyper
+
+
+def first_state(
+    run: Run,
+    index: int,
+    steps: Steps,
+    hyper: Hyper,
+    trainable: Params,
+    before: TrainState | None,
+) -> TrainState:
+    """Returns the state in which a phase begins.
+
+    Args:
+        run: its phases.
+        index: of the phase.
+        steps: from `prepare`.
+        hyper: from `prepare`.
+        trainable: parameters that train in this phase.
+        before: the state in which the phase before it ended; None for the first one.
+    """
+    phase = run.phases[index]
+    if before is not None and run.phases[index - 1].training == phase.training:
+        return before
+    state = steps.init(sharding.place(trainable, run.layout.shardings(trainable)), hyper)
+    if before is None:
+        return state
+    return carry_over(state, before, moments=phase.keep_optimizer)
 
 
 def trained_before(run: Run, index: int, frozen: Params) -> Params:

@@ -29,9 +29,12 @@ def draw_private_seed() -> int:
     return secrets.randbits(_BITS)
 
 
-def noise_key(private_seed: int) -> jax.Array:
-    """Returns the noise key, 64 bits: all that JAX's threefry2x32 takes."""
-    words = np.frombuffer(_derive(private_seed, "noise")[:8], np.uint32)
+def noise_key(private_seed: int, stream: str = "noise") -> jax.Array:
+    """Returns the key of a stream of noise, 64 bits: all that JAX's threefry2x32 takes.
+
+    Streams are "noise" (of gradients), "count" (of an adaptive bound) and "temperature".
+    """
+    words = np.frombuffer(_derive(private_seed, stream)[:8], np.uint32)
     return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
 
 

@@ -8,6 +8,7 @@ over devices at the start of `update`, right before the noise is drawn, once, in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,12 +19,13 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from dpjax import dp, metrics
+from dpjax.averaging import moving_average
 from dpjax.finetune import join
 from dpjax.models import Params
 from dpjax.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "carry_over", "eval_step",
-           "make_steps"]  # fmt: skip
+__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
+           "eval_step", "make_steps"]  # fmt: skip
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `index` [n] int32, `mask` [n] bool (False is padding)."""
@@ -35,14 +37,18 @@ class TrainState(NamedTuple):
     """What a step changes. Frozen parameters are not state.
 
     Attributes:
-        step: int32 scalar, executed steps.
+        step: int32 scalar, executed steps, over all phases.
         trainable: parameters that train.
         opt: state of the optimiser, noise transform included.
+        average: moving average of `trainable`; None without.
+        bound: clip bound of the next step, float32 scalar; None if it does not adapt.
     """
 
     step: jax.Array
     trainable: Params
     opt: Any
+    average: Params | None = None
+    bound: jax.Array | None = None
 
 
 class Hyper(NamedTuple):
@@ -50,10 +56,15 @@ class Hyper(NamedTuple):
 
     Attributes:
         learning_rate: base learning rate.
-        noise_multiplier: sigma; ignored without privacy.
+        noise_multiplier: sigma of the gradient; ignored without privacy.
         rule: clipping rule; None trains without privacy.
         noise_key: key of the noise; None without privacy.
         augment_key: public key of the augmentations.
+        batch_size: expected batch size B.
+        ema_decay: of the average of the parameters; None keeps none.
+        adaptive: how the bound follows a quantile; None leaves it as it is in `rule`.
+        count_noise: standard deviation of the noise on the count that `adaptive` looks at.
+        count_key: key of that noise.
     """
 
     learning_rate: jax.Array
@@ -61,6 +72,11 @@ class Hyper(NamedTuple):
     rule: dp.ClipRule | None
     noise_key: jax.Array | None
     augment_key: jax.Array
+    batch_size: jax.Array
+    ema_decay: jax.Array | None = None
+    adaptive: dp.QuantileBound | None = None
+    count_noise: jax.Array | None = None
+    count_key: jax.Array | None = None
 
 
 class Totals(NamedTuple):
@@ -68,8 +84,9 @@ class Totals(NamedTuple):
 
     Attributes:
         grads: a `ClippedSum`, or without privacy a plain tree of gradient sums.
-        facts: sums over examples, NOT private: count, loss, norm, clipped, dropped; and
-            "diverged", which is > 0 if a parameter was not finite before the step.
+        facts: sums over examples, NOT private: count, loss, norm, clipped, dropped, and "below",
+            the centred count, which leaves `update` noised or not at all; and "diverged", which is
+            > 0 if a parameter was not finite before the step.
     """
 
     grads: Any
@@ -83,7 +100,7 @@ class Steps(NamedTuple):
         init: `(trainable, hyper) -> TrainState`.
         begin: `(state) -> (whole trainable parameters, empty Totals)`.
         accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`, with parameters
-            that are whole on every device; donates totals.
+            that are whole on every device, and `at_bound(hyper, state)`; donates totals.
         update: `(state, totals, hyper) -> (TrainState, facts)`; donates state.
     """
 
@@ -173,7 +190,16 @@ def make_steps(
         return Totals(grads, facts)
 
     def init(trainable: Params, hyper: Hyper) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer(hyper).init(trainable))
+        bound = None
+        if hyper.adaptive is not None and hyper.rule is not None:
+            bound = jnp.asarray(hyper.rule.threshold, jnp.float32)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            opt=optimizer(hyper).init(trainable),
+            average=None if hyper.ema_decay is None else trainable,
+            bound=bound,
+        )
 
     def update(
         state: TrainState, totals: Totals, hyper: Hyper
@@ -189,8 +215,16 @@ def make_steps(
                 lambda x: x[0], mesh=mesh, in_specs=rows, out_specs=everywhere, check_vma=False
             )
             grads = dp.ClippedSum(grads, first(totals.grads.sensitivity))
-        updates, opt = optimizer(hyper).update(grads, state.opt, state.trainable)
-        after = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt)
+        transform = optimizer(at_bound(hyper, state))
+        updates, opt = transform.update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        average, bound, below = state.average, state.bound, facts.pop("below")
+        if average is not None:
+            average = moving_average(average, trainable, jnp.asarray(hyper.ema_decay), state.step)
+        if bound is not None:
+            facts["bound"] = bound
+            bound = _next_bound(hyper, state, below)
+        after = TrainState(state.step + 1, trainable, opt, average, bound)
         return jax.lax.with_sharding_constraint(after, layout.shardings(after)), facts
 
     def first_state(trainable: Params, hyper: Hyper) -> TrainState:
@@ -212,20 +246,50 @@ def make_steps(
     )
 
 
-def carry_over(state: TrainState, before: TrainState) -> TrainState:
-    """Returns a new phase's state with the moments that the phase before it had, where it had any.
+def at_bound(hyper: Hyper, state: TrainState) -> Hyper:
+    """Returns the values of one step: those of the run, with the state's bound if it adapts."""
+    if state.bound is None or hyper.rule is None:
+        return hyper
+    return hyper._replace(rule=dataclasses.replace(hyper.rule, threshold=state.bound))
 
-    Counters start anew (each phase has its own schedule and its own noise key); the moments of
-    leaves that did not train before are those of `state`.
+
+def carry_over(state: TrainState, before: TrainState, *, moments: bool = True) -> TrainState:
+    """Returns a training's first state with what goes on from the training before it.
+
+    That is the number of executed steps, the bound, and the averages of the leaves that trained
+    before; with `moments` also the optimiser's moments of those leaves. The optimiser's counters
+    start anew, for the learning rate has a schedule of its own, the noise a key of its own, and the
+    leaves that begin to train have moments of zero to be corrected for.
     """
-    known = {keystr(path): leaf for path, leaf in tree_leaves_with_path(before.opt)}
-    trained = [keystr(path) for path, _ in tree_leaves_with_path(state.trainable)]
+    average = _overlay(state.average, before.average)
+    opt = state.opt
+    if moments:
+        trained = [keystr(path) for path, _ in tree_leaves_with_path(state.trainable)]
+        opt = _overlay(opt, before.opt, lambda name: name.endswith(tuple(trained)))
+    return TrainState(before.step, state.trainable, opt, average, before.bound)
 
-    def moment(path: Any, leaf: jax.Array) -> jax.Array:
+
+def _overlay(tree: Any, before: Any, chosen: Callable[[str], bool] = lambda name: True) -> Any:
+    """Replaces the chosen leaves by those of `before` at the same path, where there are any."""
+    known = {keystr(path): leaf for path, leaf in tree_leaves_with_path(before)}
+
+    def leaf_of(path: Any, leaf: jax.Array) -> jax.Array:
         name = keystr(path)
-        return known.get(name, leaf) if name.endswith(tuple(trained)) else leaf
+        return known.get(name, leaf) if chosen(name) else leaf
 
-    return state._replace(opt=jax.tree_util.tree_map_with_path(moment, state.opt))
+    return jax.tree_util.tree_map_with_path(leaf_of, tree)
+
+
+def _next_bound(hyper: Hyper, state: TrainState, below: jax.Array) -> jax.Array:
+    if hyper.adaptive is None or hyper.count_key is None or hyper.count_noise is None:
+        raise TypeError("a bound that adapts needs hyper.adaptive, count_noise and count_key.")
+    return hyper.adaptive.following(
+        jnp.asarray(state.bound),
+        below,
+        count_noise=hyper.count_noise,
+        expected_batch_size=hyper.batch_size,
+        key=jax.random.fold_in(hyper.count_key, state.step),
+    )
 
 
 def eval_step(
@@ -240,7 +304,7 @@ def eval_step(
     return jax.jit(step, out_shardings=replicated(layout.mesh))
 
 
-_FACTS = ("count", "loss", "norm", "clipped", "dropped", "diverged")
+_FACTS = ("count", "loss", "norm", "clipped", "dropped", "below", "diverged")
 
 
 def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Array]:
@@ -253,6 +317,8 @@ def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Arr
         "norm": jnp.sum(jnp.where(finite, norms, 0.0)),
         "clipped": jnp.sum(finite & above, dtype=jnp.float32),
         "dropped": jnp.sum(facts.real & ~finite, dtype=jnp.float32),
+        # Exactly 1/2 or -1/2 an example, also where a norm is not a number.
+        "below": jnp.sum(jnp.where(facts.real, jnp.where(finite & ~above, 0.5, -0.5), 0.0)),
     }
 
 

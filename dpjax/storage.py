@@ -144,10 +144,10 @@ class Workdir:
             rows = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["step"] <= step]
             self.write("metrics.jsonl", "".join(_dumps(r, indent=None) + "\n" for r in rows))
 
-    def save_weights(self, params: Any) -> None:
-        """Writes `weights.safetensors`."""
+    def save_weights(self, params: Any, name: str = "weights.safetensors") -> None:
+        """Writes parameters as a `.safetensors` file."""
         if self.writes:
-            save_weights(params, self.path / "weights.safetensors")
+            save_weights(params, self.path / name)
 
     def losses(self) -> dict[int, float]:
         """Returns the held-out loss of every step that was evaluated."""

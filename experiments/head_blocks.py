@@ -67,12 +67,12 @@ class Block:
 
 
 @functools.cache  # one factory, one compilation
-def _transform(name: str, steps: int, batch_size: int, *, private: bool) -> heads.Optimizer:
+def _transform(name: str, steps: int, *, private: bool) -> heads.Optimizer:
     config = configs.default().optimizer
     with config.unlocked():
         config.name = "sgd" if name == "momentum" else name
         config.options = {"momentum": 0.9} if name == "momentum" else {}
-    return names.optimizer(config, steps, batch_size, private=private)
+    return names.optimizer(config, steps, private=private)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def train(block: Block, train_set: FeatureSet, made: Sequence[heads.Point]) -> h
         made,
         steps=block.steps,
         batch_size=batch_size,
-        optimizer=_transform(block.optimizer, block.steps, batch_size, private=private),
+        optimizer=_transform(block.optimizer, block.steps, private=private),
         at_once=12,
     )
 

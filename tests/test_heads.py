@@ -16,25 +16,44 @@ from dpjax.storage import Workdir
 STEPS, BATCH, EXAMPLES = 6, 40, 200
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_equals_the_head_of_the_loop(private, tmp_path):
+def on_cached_features(run):
+    """The run whose data sets hold features, and whose model is the head alone."""
+    train, test = (
+        features.as_dataset(features.compute_features(run.model, run.params, d), d)
+        for d in (run.train, run.test)
+    )
+
+    def apply(params, inputs):
+        return models.dense_head(params["head"], inputs)
+
+    def loss_fn(params, example):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            apply(params, example["input"]), example["label"]
+        )
+
+    return run._replace(train=train, test=test, apply=apply, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "private",
+        "not private",
+        pytest.param("private, loop on cached features", marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_head_of_the_loop(case, tmp_path):
     config = tiny_config(finetune="head", epochs=1.2)
-    if not private:
+    if case == "not private":
         config.dp = None
     run = build.build(config)
-    loop.train(run, Workdir(tmp_path / "w"))
+    loop.train(on_cached_features(run) if "cached" in case else run, Workdir(tmp_path / "w"))
     want = models.read_tensors(tmp_path / "w" / "weights.safetensors")
     phase = run.phases[0]
+    seed = config.seed if run.rule is None else config.private_seed
     made = heads.train_heads(
         features.compute_features(run.model, run.params, run.train),
-        [
-            heads.Point(
-                phase.learning_rate,
-                config.private_seed if private else config.seed,
-                run.rule,
-                phase.mechanism,
-            )
-        ],
+        [heads.Point(phase.learning_rate, seed, run.rule, phase.mechanism)],
         steps=phase.steps,
         batch_size=config.batch_size,
         optimizer=phase.optimizer,

@@ -100,3 +100,55 @@ def test_markdown_says_the_same():
     assert "adding or removing one training example" in text
     assert "40 of 40" in text
     assert "- search" in text
+
+
+def in_parts(*done):
+    """Training, and half of its cost on examples of their own."""
+    small = dp.calibrated(epsilon=1.0, delta=1e-4, num_examples=100, batch_size=100, steps=5)
+    mechanisms = [("train", MECHANISM, "train"), ("temperature", small, "temperature")]
+    phases = tuple(
+        dp.Phase(name, mechanism, steps, part)
+        for (name, mechanism, part), steps in zip(mechanisms, done)
+    )
+    return dp.Ledger(phases, epsilon=2.0, delta=1e-4)
+
+
+def test_disjoint_parts_cost_what_the_dearest_does():
+    book = in_parts(40, 0)
+    assert book.spent() == MECHANISM.epsilon(1e-4)
+    book = book.charge(1, 5)
+    assert book.spent_by_part() == {
+        "train": MECHANISM.epsilon(1e-4),
+        "temperature": pytest.approx(1.0, rel=1e-2),
+    }
+    assert book.spent() == MECHANISM.epsilon(1e-4)
+    assert in_parts(0, 5).spent() == pytest.approx(1.0, rel=1e-2)
+    facts = statement(book)
+    assert facts["epsilon"] == max(facts["epsilon_by_part"].values())
+    text = dp.to_markdown(facts)
+    assert "disjoint parts" in text
+    assert "- temperature: epsilon" in text
+    assert "disjoint parts" not in dp.to_markdown(statement(ledger()))
+
+
+def test_one_part_composes_and_no_part_may_pass_the_budget():
+    with pytest.raises(ValueError, match="more than the budget"):
+        dp.Ledger((dp.Phase("a", MECHANISM), dp.Phase("b", MECHANISM)), epsilon=2.0, delta=1e-4)
+    dear = dp.calibrated(epsilon=3.0, delta=1e-4, num_examples=100, batch_size=100, steps=5)
+    parts = (dp.Phase("a", MECHANISM), dp.Phase("b", dear, part="other"))
+    with pytest.raises(ValueError, match="more than the budget"):
+        dp.Ledger(parts, epsilon=2.0, delta=1e-4)
+    with pytest.raises(dp.BudgetExceeded, match="'temperature'"):
+        in_parts(0, 0).charge(1, 6)
+
+
+def test_the_statement_knows_the_noise_of_the_count():
+    (mechanism,) = dp.calibrated_phases(
+        epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=[40], count_noises=[1.0]
+    )
+    facts = statement(ledger(mechanism).charge(0, 40))
+    assert facts["epsilon"] == MECHANISM.epsilon(1e-4)
+    assert facts["gradient_noise_multiplier"] > facts["noise_multiplier"]
+    assert facts["phases"][0]["count_noise"] == 1.0
+    assert "of it, for gradients" in dp.to_markdown(facts)
+    assert "of it, for gradients" not in dp.to_markdown(statement(ledger()))

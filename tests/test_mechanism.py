@@ -174,3 +174,22 @@ def test_bad_phases():
         dp.calibrated_phases(
             **BUDGET, num_examples=10**3, batch_size=50, steps=[1, 2], noise_ratios=[1.0]
         )
+
+
+def test_phases_of_several_batch_sizes_share_sigma_and_meet_the_budget():
+    sizes, steps = [20, 100, 1000, 100], [25, 5, 1, 3]
+    phases = dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=sizes, steps=steps)
+    assert [p.expected_batch_size for p in phases] == sizes
+    assert [p.sampler for p in phases] == ["poisson", "poisson", "full_batch", "poisson"]
+    (sigma,) = {p.noise_multiplier for p in phases}
+    accountant = dp_accounting.pld.PLDAccountant()
+    for size, count in zip(sizes, steps):
+        event = dp_accounting.GaussianDpEvent(sigma)
+        if size < 1000:
+            event = dp_accounting.PoissonSampledDpEvent(size / 1000, event)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(event, count))
+    spent = accounting.epsilon([p.event() for p in phases], BUDGET["delta"])
+    assert 0.99 * BUDGET["epsilon"] < spent <= BUDGET["epsilon"]
+    assert spent == pytest.approx(accountant.get_epsilon(BUDGET["delta"]), rel=1e-2)
+    with pytest.raises(ValueError, match="batch_size="):
+        dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=[20], steps=[1, 2])

@@ -9,7 +9,8 @@ import pytest
 from test_sharding import collectives
 
 from dpjax import compilation, dp, sharding
-from dpjax.step import Hyper, carry_over, make_steps
+from dpjax.averaging import moving_average
+from dpjax.step import Hyper, at_bound, carry_over, make_steps
 
 SIZE = 16
 
@@ -55,6 +56,7 @@ def hyper(**changes):
         rule=dp.flat(0.5),
         noise_key=jax.random.key(3),
         augment_key=jax.random.key(4),
+        batch_size=jnp.float32(SIZE),
     )
     return base._replace(**changes)
 
@@ -175,15 +177,119 @@ def test_parameters_that_are_not_finite_are_reported_a_step_later():
     assert facts["diverged"] == 0
 
 
+def adaptive_hyper(**changes):
+    """Bound and average in the state; the noise of the count can be told from the count."""
+    return hyper(
+        ema_decay=jnp.float32(0.9),
+        adaptive=dp.quantile_bound(0.5, rate=0.5, lower_bound=0.01),
+        count_noise=jnp.float32(3.0),
+        count_key=jax.random.key(5),
+        **changes,
+    )
+
+
+def run_adaptive(text, devices, count=3):
+    """Returns the states before and after each step, and the facts."""
+    layout, steps, _ = make(text, devices, optimizer=sgd)
+    params = parameters()
+    now = adaptive_hyper()
+    state = steps.init(sharding.place(params, layout.shardings(params)), now)
+    seen, facts = [jax.device_get(state)], []
+    for step in range(count):
+        whole, totals = steps.begin(state)
+        for _ in range(2):
+            totals = steps.accumulate(
+                totals, whole, {}, batch(layout, real=13), jnp.int32(step), at_bound(now, state)
+            )
+        state, found = steps.update(state, totals, now)
+        seen.append(jax.device_get(state))
+        facts.append(jax.device_get(found))
+    return layout, state, seen, facts
+
+
+@pytest.fixture(scope="module")
+def adaptive_on_one_device():
+    return run_adaptive("replicated", 1)
+
+
+@pytest.mark.parametrize("text", ["replicated", "fsdp"])
+def test_bound_and_average_are_the_same_on_a_mesh(adaptive_on_one_device, text):
+    layout, state, seen, _ = run_adaptive(text, 8)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7)
+    jax.tree.map(close, seen, adaptive_on_one_device[2])
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(layout.shardings(state))):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_the_bound_follows_the_noised_count_and_nothing_else(adaptive_on_one_device):
+    _, _, seen, facts = adaptive_on_one_device
+    for step, found in enumerate(facts):
+        assert "below" not in found  # the count leaves noised, as the next bound, or not at all
+        before, after = seen[step].bound, seen[step + 1].bound
+        assert found["bound"] == before
+        below = 26 - found["clipped"]
+        noise = 3.0 * jax.random.normal(jax.random.fold_in(jax.random.key(5), step))
+        share = (below - 13 + noise) / SIZE + 0.5
+        assert after == pytest.approx(before * np.exp(-0.5 * (share - 0.5)), rel=1e-5)
+        without_noise = before * np.exp(-0.5 * ((below - 13) / SIZE))
+        assert abs(after / without_noise - 1) > 1e-4
+    assert 0 < facts[0]["clipped"] < 26  # there is something to count
+
+
+def test_noise_and_sensitivity_follow_the_bound():
+    """An empty batch is noise alone, in units of the state's bound and not of the rule's."""
+    layout, steps, _ = make(devices=2, optimizer=sgd)
+    params = parameters()
+    state = steps.init(sharding.place(params, layout.shardings(params)), adaptive_hyper())
+    for bound in (0.5, 4.0):
+        before = jax.device_get(state.trainable)
+        place = state.bound.sharding
+        state = state._replace(bound=jax.device_put(jnp.float32(bound), place))
+        now = at_bound(adaptive_hyper(), state)
+        whole, totals = steps.begin(state)
+        totals = steps.accumulate(totals, whole, {}, batch(layout, real=0), jnp.int32(0), now)
+        state, _ = steps.update(state, totals, adaptive_hyper())
+        moved = jax.tree.map(lambda a, b: np.ravel(a - b), jax.device_get(state.trainable), before)
+        moved = np.concatenate(jax.tree.leaves(moved))
+        want = 0.5 * bound / SIZE
+        assert abs(np.std(moved) / want - 1) < 6 / np.sqrt(2 * moved.size)
+
+
+def test_the_average_is_that_of_the_iterates(adaptive_on_one_device):
+    _, _, seen, _ = adaptive_on_one_device
+    want = seen[0].trainable
+    for step, state in enumerate(seen[1:]):
+        want = moving_average(want, state.trainable, 0.9, step)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.average, want)
+        assert np.abs(want["head"]["kernel"] - state.trainable["head"]["kernel"]).max() > 1e-4
+
+
+def test_an_adapting_bound_never_recompiles():
+    with compilation.counting() as count:
+        run_adaptive("replicated", 8)
+    assert count.beyond_first("accumulate", "update") == 0
+
+
 def test_moments_go_on_and_counters_start_anew():
     before, _ = run(*make(devices=2), 2)
     noise, (adam_state, *rest) = before.opt
     head = lambda tree: {"head": tree["head"]}  # noqa: E731
     adam_state = adam_state._replace(mu=head(adam_state.mu), nu=head(adam_state.nu))
-    probed = before._replace(trainable=head(before.trainable), opt=(noise, (adam_state, *rest)))
-    got = carry_over(make(devices=2)[2], probed)
-    moments = got.opt[1][0]
-    np.testing.assert_array_equal(moments.mu["head"]["kernel"], adam_state.mu["head"]["kernel"])
-    np.testing.assert_array_equal(moments.nu["head"]["kernel"], adam_state.nu["head"]["kernel"])
-    assert not np.any(moments.mu["body"]["kernel"])
-    assert moments.count == got.opt[0].step == 0
+    probed = before._replace(
+        trainable=head(before.trainable),
+        opt=(noise, (adam_state, *rest)),
+        average={"head": {"kernel": jnp.full((8, 3), 7.0)}},
+        bound=jnp.float32(0.3),
+    )
+    fresh = make(devices=2)[2]
+    fresh = fresh._replace(average=fresh.trainable, bound=jnp.float32(1.0))
+    for moments in (True, False):
+        got = carry_over(fresh, probed, moments=moments)
+        for name in ("mu", "nu"):
+            found, kept = getattr(got.opt[1][0], name), getattr(adam_state, name)
+            assert np.array_equal(found["head"]["kernel"], kept["head"]["kernel"]) == moments
+            assert not np.any(found["body"]["kernel"])
+        assert got.opt[1][0].count == got.opt[0].step == 0
+        assert (got.step, got.bound) == (2, jnp.float32(0.3))
+        assert np.all(got.average["head"]["kernel"] == 7)
+        np.testing.assert_array_equal(got.average["body"]["kernel"], parameters()["body"]["kernel"])

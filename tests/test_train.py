@@ -47,7 +47,10 @@ def test_files(finished):
 
 
 def test_private_facts_are_named_so(finished):
-    allowed = ("step", "epsilon", "examples_per_second", "idle_fraction", "recompiles")
+    # A rate is counted in expected examples, and a bound follows from a noised count.
+    allowed = (
+        "step", "epsilon", "examples_per_second", "idle_fraction", "recompiles", "clip_bound",
+    )  # fmt: skip
     for row in read_jsonl(finished[1] / "metrics.jsonl"):
         for name in row:
             assert name in allowed or name.startswith(("eval/", "nonprivate/")), name
@@ -186,6 +189,60 @@ MISTAKES = {
     "microbatch": ({"microbatch": 0}, "microbatch=0"),
     "method": ({"dp__method": "ghost"}, "method='ghost'"),
     "dtype": ({"model__dtype": "int32"}, "dtype='int32'"),
+    "average": ({"ema": 1.0}, "ema=1.0"),
+    "schedule of bounds": ({"dp__bound_schedule": ((0.1, 1.0),)}, "dp.bound_schedule=((0.1, 1.0)"),
+    "stage without steps": (
+        {"dp__bound_schedule": ((0.0, 1.0), (0.999, 2.0))},
+        "2.0 would not see a single step",
+    ),
+    "schedule of batches": (
+        {"batch_size_schedule": ((0.0, 200), (0.5, 10**6))},
+        "batch_size=1000000",
+    ),
+    "planned batch": ({"batch_size": "autoo"}, "batch_size='autoo' must be 'auto'"),
+    "planned without privacy": ({"batch_size": "auto", "dp": None}, "dp=None has none"),
+    "planned and scheduled": (
+        {"batch_size": "auto", "batch_size_schedule": ((0.0, 200),)},
+        "exclude each other",
+    ),
+    "planned for another sampler": (
+        {"batch_size": "auto", "dp__sampler": "fixed_size"},
+        "dp.sampler='poisson'",
+    ),
+    "quantile": ({"dp__adaptive__quantile": 1.5}, "dp.adaptive.quantile=1.5"),
+    "adaptive rate": (
+        {"dp__adaptive__quantile": 0.5, "dp__adaptive__rate": 0.0},
+        "dp.adaptive.rate=0.0",
+    ),
+    "lower bound": (
+        {"dp__adaptive__quantile": 0.5, "dp__bound": 0.01},
+        "dp.adaptive.lower_bound=0.1",
+    ),
+    "count noise": (
+        {"dp__adaptive__quantile": 0.5, "dp__adaptive__count_noise": 0.1},
+        "count_noise=0.1",
+    ),
+    "adaptive clipping of another kind": (
+        {"dp__adaptive__quantile": 0.5, "dp__clipping": "automatic"},
+        "dp.clipping='flat'",
+    ),
+    "adaptive and scheduled": (
+        {"dp__adaptive__quantile": 0.5, "dp__bound_schedule": ((0.0, 1.0),)},
+        "exclude each other",
+    ),
+    "share": ({"dp__temperature__share": 1.5}, "dp.temperature: share=1.5"),
+    "temperature of replaced examples": (
+        {"dp__temperature__share": 0.1, "dp__sampler": "fixed_size"},
+        "fixed_size",
+    ),
+    "temperature bound": (
+        {"dp__temperature__share": 0.1, "dp__temperature__bound": 0.0},
+        "dp.temperature.bound=0.0",
+    ),
+    "temperature steps": (
+        {"dp__temperature__share": 0.1, "dp__temperature__steps": 0},
+        "dp.temperature: steps=0",
+    ),
 }
 
 

@@ -21,6 +21,7 @@ or a ready optimiser, and take the numbers from a `Mechanism`:
 """
 
 from dpjax.dp import accounting, bookkeeping, sampling
+from dpjax.dp.adaptive import QuantileBound, quantile_bound
 from dpjax.dp.clipping import (
     ClippedSum,
     ClipRule,
@@ -39,6 +40,7 @@ from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
 from dpjax.dp.per_example import clipped_sum
 from dpjax.dp.sampling import PADDING, chunks
+from dpjax.dp.temperature import fit_temperature
 
 __all__ = [
     "PADDING",
@@ -49,6 +51,7 @@ __all__ = [
     "Mechanism",
     "PerExample",
     "Phase",
+    "QuantileBound",
     "accounting",
     "adam",
     "adam_corrected",
@@ -61,6 +64,7 @@ __all__ = [
     "calibrated_phases",
     "chunks",
     "clipped_sum",
+    "fit_temperature",
     "flat",
     "gaussian",
     "global_",
@@ -68,6 +72,7 @@ __all__ = [
     "num_steps",
     "one_group",
     "per_layer",
+    "quantile_bound",
     "sampling",
     "scale_by_adam_corrected",
     "sgd",

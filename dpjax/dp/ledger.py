@@ -23,11 +23,21 @@ class BudgetExceeded(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One mechanism of a run, its name, and how many of its steps were executed."""
+    """One mechanism of a run, and how many of its steps were executed.
+
+    Attributes:
+        name: for people.
+        mechanism: what is paid for.
+        steps_done: executed steps.
+        part: which part of the data it reads. Phases on one part compose. Different parts must be
+            disjoint, and which part an example is in must depend neither on the data's values nor
+            on which other examples there are.
+    """
 
     name: str
     mechanism: Mechanism
     steps_done: int = 0
+    part: str = "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +51,10 @@ class Ledger:
 
     Guarantees:
         No ledger exists whose executed steps exceed a phase's planned steps, or whose planned
-        composition exceeds the budget.
+        composition exceeds the budget. One example is in one part of the data: the cost of a part
+        is that of its phases composed, and the run's is that of the dearest part (parallel
+        composition: adding, removing or replacing an example changes one part, and what reads the
+        others sees nothing of it but what was released under the guarantee of its own part).
     """
 
     phases: tuple[Phase, ...]
@@ -53,7 +66,8 @@ class Ledger:
         accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
         if len({(p.mechanism.relation, p.mechanism.accountant) for p in self.phases}) != 1:
             raise ValueError("all phases must share one neighbouring relation and accountant.")
-        planned = self._epsilon([(p.mechanism, p.mechanism.steps) for p in self.phases])
+        whole = [dataclasses.replace(p, steps_done=p.mechanism.steps) for p in self.phases]
+        planned = max(_spent_by_part(whole, self.delta).values())
         if not planned <= self.epsilon * (1 + 1e-9):
             raise ValueError(
                 f"the planned steps cost epsilon={planned:.6g}, more than the budget "
@@ -99,21 +113,30 @@ class Ledger:
 
     def spent(self) -> float:
         """Returns epsilon (nats) of the executed steps at the budget's delta."""
-        return self._epsilon([(p.mechanism, p.steps_done) for p in self.phases])
+        return max(self.spent_by_part().values())
 
-    def _epsilon(self, executed: Sequence[tuple[Mechanism, int]]) -> float:
-        # Steps of equal law are counted together: composed apart, they would only add rounding.
-        steps: dict[Mechanism, int] = {}
-        for mechanism, count in executed:
-            law = dataclasses.replace(mechanism, steps=1)
-            steps[law] = steps.get(law, 0) + count
-        events = [law.event(count) for law, count in steps.items() if count]
-        if not events:
-            return 0.0
-        some = self.phases[0].mechanism
-        return accounting.epsilon(
-            events, self.delta, accountant=some.accountant, relation=some.relation
-        )
+    def spent_by_part(self) -> dict[str, float]:
+        """Returns epsilon (nats) for an example of each part of the data."""
+        return _spent_by_part(self.phases, self.delta)
+
+
+def _spent_by_part(phases: Sequence[Phase], delta: float) -> dict[str, float]:
+    # Steps of equal law are counted together: composed apart, they would only add rounding.
+    steps: dict[str, dict[Mechanism, int]] = {}
+    for phase in phases:
+        law = dataclasses.replace(phase.mechanism, steps=1)
+        laws = steps.setdefault(phase.part, {})
+        laws[law] = laws.get(law, 0) + phase.steps_done
+    some = phases[0].mechanism
+    spent = {}
+    for part, laws in steps.items():
+        events = [law.event(count) for law, count in laws.items() if count]
+        spent[part] = 0.0
+        if events:
+            spent[part] = accounting.epsilon(
+                events, delta, accountant=some.accountant, relation=some.relation
+            )
+    return spent
 
 
 def statement(
@@ -134,8 +157,8 @@ def statement(
         not_charged: what used private data outside the budget.
 
     Returns:
-        The contents of `privacy.json`. `epsilon` is that of the executed steps; with one phase,
-        `noise_multiplier` and the like are numbers, with several, lists in phase order.
+        The contents of `privacy.json`. `epsilon` is that of the executed steps. Where all phases
+        agree, `noise_multiplier` and the like are numbers, else lists in phase order.
     """
     if seed_policy not in SEED_POLICIES:
         raise ValueError(f"seed_policy={seed_policy!r} must be one of {sorted(SEED_POLICIES)}.")
@@ -149,11 +172,13 @@ def statement(
         "epsilon": ledger.spent(),
         "delta": ledger.delta,
         "epsilon_budget": ledger.epsilon,
+        "epsilon_by_part": ledger.spent_by_part(),
         "unit_of_privacy": "one training example",
         "neighboring_relation": mechanisms[0].relation,
         "sampler": each("sampler"),
         "accountant": mechanisms[0].accountant,
         "noise_multiplier": each("noise_multiplier"),
+        "gradient_noise_multiplier": each("gradient_noise_multiplier"),
         "sampling_prob": each("sampling_prob"),
         "expected_batch_size": each("expected_batch_size"),
         "num_examples": each("num_examples"),
@@ -162,11 +187,20 @@ def statement(
         "phases": [
             {
                 "name": p.name,
+                "part": p.part,
                 "steps_done": p.steps_done,
                 "steps_planned": p.mechanism.steps,
                 **{
                     k: getattr(p.mechanism, k)
-                    for k in ("sampler", "noise_multiplier", "sampling_prob", "max_batch_size")
+                    for k in (
+                        "sampler",
+                        "noise_multiplier",
+                        "gradient_noise_multiplier",
+                        "count_noise",
+                        "sampling_prob",
+                        "max_batch_size",
+                        "num_examples",
+                    )
                 },
             }
             for p in ledger.phases
@@ -179,6 +213,10 @@ def statement(
     }
 
 
+_PARTS = (
+    "The private data is split into disjoint parts, whatever the data is. An example is in one "
+    "part only and pays for what reads that part, so the dearest part counts, and not the sum."
+)
 _RELATIONS = {
     "add_or_remove_one": "adding or removing one training example",
     "replace_one": "replacing one training example by another",
@@ -208,11 +246,19 @@ def to_markdown(facts: dict[str, Any]) -> str:
         "sampling probability q": facts["sampling_prob"],
         "expected batch size q N": facts["expected_batch_size"],
         "noise multiplier sigma": facts["noise_multiplier"],
+        "of it, for gradients": facts["gradient_noise_multiplier"],
         "steps executed of planned": f"{facts['steps_done']} of {facts['steps_planned']}",
         "clipping": facts["clipping"],
         "noise": facts["noise"],
     }
+    if facts["gradient_noise_multiplier"] == facts["noise_multiplier"]:
+        del rows["of it, for gradients"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    if len(facts["epsilon_by_part"]) > 1:
+        lines += ["", "## Parts", "", _PARTS, ""]
+        lines += [
+            f"- {part}: epsilon {spent:.4g}" for part, spent in facts["epsilon_by_part"].items()
+        ]
     lines += ["", "## Released under this guarantee", ""]
     lines += [f"- {item}" for item in facts["released"]]
     lines += ["", "## Not charged: outside this guarantee", ""]

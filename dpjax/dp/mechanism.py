@@ -17,6 +17,7 @@ import optax
 from dp_accounting import DpEvent
 
 from dpjax.dp import accounting, sampling
+from dpjax.dp.adaptive import gradient_noise_multiplier
 from dpjax.dp.noise import gaussian
 
 __all__ = ["SAMPLERS", "Mechanism", "calibrated", "calibrated_phases", "num_steps"]
@@ -32,16 +33,20 @@ class Mechanism:
         num_examples: N, the number of examples, taken as a public constant.
         sampling_prob: q in (0, 1], the probability that an example is in a batch.
         steps: T >= 1, the number of noise draws that are paid for.
-        noise_multiplier: sigma > 0, standard deviation of the noise on the sum over the clip
-            bound (the sum's sensitivity to adding or removing one example). Under "replace_one"
-            the sum moves by up to twice that; `event()` says so to the accountant.
+        noise_multiplier: sigma > 0 of the whole release of a step, which is what is accounted:
+            standard deviation of the noise on the sum over the clip bound (the sum's sensitivity
+            to adding or removing one example). Under "replace_one" the sum moves by up to twice
+            that; `event()` says so to the accountant.
         sampler: "poisson", "full_batch" (q = 1), "fixed_size" (without replacement) or
             "truncated_poisson". A batch that is merely shuffled cannot be expressed.
         max_batch_size: the cut of "truncated_poisson"; None for every other sampler.
+        count_noise: standard deviation of the noise on the count that an adaptive bound asks for
+            in every step, in examples; None where there is none. Gradient and count together have
+            `noise_multiplier`, so the gradient gets more noise; see `adaptive`.
 
     Guarantees:
         `event()` describes exactly the batches that `indices` draws and the noise that
-        `transform` adds, at a division by `expected_batch_size`.
+        `transform` adds, at a division by `expected_batch_size`, and the noised count.
 
     Raises:
         ValueError: a field out of range, naming it and its value.
@@ -53,6 +58,7 @@ class Mechanism:
     noise_multiplier: float
     sampler: str = "poisson"
     max_batch_size: int | None = None
+    count_noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -81,6 +87,15 @@ class Mechanism:
             )
         if self.max_batch_size is not None and self.max_batch_size < 1:
             raise ValueError(f"max_batch_size={self.max_batch_size} must be >= 1.")
+        if self.count_noise is not None:
+            gradient_noise_multiplier(self.noise_multiplier, self.count_noise)  # raises
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """Noise multiplier of the gradient alone: what is left of the release beside the count."""
+        if self.count_noise is None:
+            return self.noise_multiplier
+        return gradient_noise_multiplier(self.noise_multiplier, self.count_noise)
 
     @property
     def expected_batch_size(self) -> float:
@@ -140,7 +155,7 @@ class Mechanism:
 
     def transform(self, *, key: jax.Array) -> optax.GradientTransformation:
         """Returns the noise transform that this mechanism accounts for."""
-        return gaussian(self.noise_multiplier, self.expected_batch_size, key=key)
+        return gaussian(self.gradient_noise_multiplier, self.expected_batch_size, key=key)
 
 
 def num_steps(num_examples: int, batch_size: float, epochs: float) -> int:
@@ -214,11 +229,12 @@ def calibrated_phases(
     epsilon: float,
     delta: float,
     num_examples: int,
-    batch_size: int,
+    batch_size: int | Sequence[int],
     steps: Sequence[int],
     noise_ratios: Sequence[float] | None = None,
     sampler: str = "poisson",
     max_batch_size: int | None = None,
+    count_noises: Sequence[float] | None = None,
     accountant: str = "",
 ) -> tuple[Mechanism, ...]:
     """Returns one mechanism per phase; their composition has the least noise within one budget.
@@ -227,54 +243,64 @@ def calibrated_phases(
         epsilon: budget of the whole, in nats.
         delta: in (0, 1/num_examples).
         num_examples: N.
-        batch_size: expected batch size of every phase.
+        batch_size: expected batch size of every phase, or of each.
         steps: of each phase.
         noise_ratios: noise multipliers of the phases relative to each other; equal by default.
         sampler: as for `calibrated`.
         max_batch_size: as for `calibrated`.
+        count_noises: of each phase, see `Mechanism.count_noise`; none by default. They do not
+            change the noise multipliers, which are those of gradient and count together.
         accountant: as for `calibrated`.
 
     Raises:
         ValueError: an impossible budget, naming field and value.
     """
-    ratios = [1.0] * len(steps) if noise_ratios is None else list(noise_ratios)
-    if len(ratios) != len(steps) or not steps:
-        raise ValueError(f"noise_ratios={ratios} must have one entry for each of steps={steps}.")
-    if not 1 <= batch_size <= num_examples:
-        raise ValueError(f"batch_size={batch_size} must be in [1, num_examples={num_examples}].")
+    count = len(steps)
+    ratios = [1.0] * count if noise_ratios is None else list(noise_ratios)
+    sizes = [batch_size] * count if isinstance(batch_size, (int, np.integer)) else list(batch_size)
+    for name, given in (
+        ("noise_ratios", ratios), ("batch_size", sizes), ("count_noises", count_noises or sizes),
+    ):  # fmt: skip
+        if len(given) != count or not count:
+            raise ValueError(f"{name}={given} must have one entry for each of steps={steps}.")
+    for size in sizes:
+        if not 1 <= size <= num_examples:
+            raise ValueError(f"batch_size={size} must be in [1, num_examples={num_examples}].")
     accounting.check_budget(epsilon, delta, num_examples=num_examples)
-    if sampler == "poisson" and batch_size == num_examples:
-        sampler = "full_batch"
     phases = [
         Mechanism(
             num_examples=num_examples,
-            sampling_prob=batch_size / num_examples,
-            steps=count,
+            sampling_prob=size / num_examples,
+            steps=length,
             noise_multiplier=ratio,
-            sampler=sampler,
+            sampler="full_batch" if sampler == "poisson" and size == num_examples else sampler,
             max_batch_size=max_batch_size,
         )
-        for count, ratio in zip(steps, ratios, strict=True)
+        for size, length, ratio in zip(sizes, steps, ratios, strict=True)
     ]
-    if len(set(ratios)) == 1:
-        # Equal phases cost exactly what one phase of all their steps does.
-        merged = [dataclasses.replace(phases[0], steps=sum(steps), noise_multiplier=1.0)]
-    else:
-        merged = phases
+    # Steps of equal law cost exactly what one phase of all of them does.
+    laws: dict[Mechanism, int] = {}
+    for phase in phases:
+        law = dataclasses.replace(phase, steps=1)
+        laws[law] = laws.get(law, 0) + phase.steps
+    # Where all are equal, the event is the one of `calibrated`, and so is what is cached of it.
+    scale = ratios[0] if len(set(ratios)) == 1 else 1.0
 
     def scaled(mechanism: Mechanism, sigma: float) -> Mechanism:
-        return dataclasses.replace(mechanism, noise_multiplier=mechanism.noise_multiplier * sigma)
+        noise = mechanism.noise_multiplier / scale * sigma
+        return dataclasses.replace(mechanism, noise_multiplier=noise)
 
     sigma = accounting.calibrate_noise_multiplier(
-        lambda s: [scaled(m, s).event() for m in merged],
+        lambda s: [scaled(law, s).event(length) for law, length in laws.items()],
         epsilon=epsilon,
         delta=delta,
         accountant=accountant or phases[0].accountant,
         relation=phases[0].relation,
     )
-    if len(merged) == 1:
-        return tuple(dataclasses.replace(m, noise_multiplier=sigma) for m in phases)
-    return tuple(scaled(m, sigma) for m in phases)
+    made = [scaled(phase, sigma) for phase in phases]
+    if count_noises is not None:
+        made = [dataclasses.replace(m, count_noise=c) for m, c in zip(made, count_noises)]
+    return tuple(made)
 
 
 def _event(

@@ -1,0 +1,79 @@
+"""What is measured of a run on held-out data, and what a finished one leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dpjax import feed, finetune, metrics, temperature
+from dpjax.build import Run
+from dpjax.models import Params, flatten, unflatten
+from dpjax.step import TrainState
+from dpjax.storage import Workdir
+
+__all__ = ["finish", "overlay", "row"]
+
+Evaluate = Callable[[Params], metrics.EvalSums]
+
+
+def row(run: Run, evaluate: Evaluate, state: TrainState, frozen: Params) -> dict[str, float]:
+    """Returns `eval/accuracy` and the like, and `eval/ema/...` of the average if there is one."""
+
+    def measured(prefix: str, trainable: Params) -> dict[str, float]:
+        whole = finetune.join(run.layout.gather(trainable), frozen)
+        return _named(prefix, metrics.summarise(evaluate(whole)))
+
+    average = {} if state.average is None else measured("eval/ema/", state.average)
+    return {**measured("eval/", state.trainable), **average}
+
+
+def finish(
+    run: Run,
+    workdir: Workdir,
+    params: Params,
+    state: TrainState | None,
+    *,
+    evaluate: Evaluate,
+    private_seed: int,
+    size: int,
+) -> dict[str, Any]:
+    """Evaluates and writes what is released: the weights, their average, the temperature.
+
+    Args:
+        run: trained, and charged for the temperature too.
+        workdir: of the run.
+        params: all parameters.
+        state: after the last step.
+        evaluate: sums metrics over the held-out data.
+        private_seed: of the run.
+        size: examples in a chunk of an evaluation, over all hosts.
+
+    Returns:
+        What stands in `eval.json`: metrics of weights.safetensors, `ema/...` of
+        weights_ema.safetensors, and with a temperature (which is in the first of them only) its
+        value and `before_temperature/...`.
+    """
+    weights, sums = run.merge(params), evaluate(params)
+    results = metrics.summarise(sums)
+    if run.temperature is not None:
+        value = temperature.fit(run, run.temperature, params, private_seed=private_seed, size=size)
+        weights = temperature.scale_head(weights, run.model.head, value)
+        before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
+        sums = feed.evaluator(temperature.scaled(run, value), run.layout, size)(params)
+        results = {**metrics.summarise(sums), "temperature": value, **before}
+    workdir.save_weights(weights)
+    if state is not None and state.average is not None:
+        average = overlay(params, run.layout.gather(state.average))
+        results |= _named("ema/", metrics.summarise(evaluate(average)))
+        workdir.save_weights(run.merge(average), "weights_ema.safetensors")
+    workdir.write("eval.json", {**results, "reliability": metrics.reliability(sums)._asdict()})
+    return results
+
+
+def overlay(params: Params, changes: Params) -> Params:
+    """Returns parameters with some leaves replaced."""
+    return unflatten({**flatten(params), **flatten(changes)})
+
+
+def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
