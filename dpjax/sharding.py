@@ -23,6 +23,7 @@ __all__ = [
     "AXIS",
     "Layout",
     "batch_sharding",
+    "gather_leaves",
     "layout",
     "local_rows",
     "make_mesh",
@@ -70,9 +71,7 @@ class Layout:
 
     def gather(self, tree: PyTree) -> PyTree:
         """Returns the tree with every leaf whole on every device."""
-        if self.spread is None:
-            return tree
-        return _gather(self.mesh)(tree)
+        return tree if self.spread is None else _gather(self)(tree)
 
     def _axis(self, path: tuple[Any, ...], leaf: Any) -> int:
         keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
@@ -84,8 +83,8 @@ class Layout:
 
 
 @functools.cache
-def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
-    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+def _gather(layout: Layout) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: gather_leaves(tree, layout.axes(tree), layout.mesh))
 
 
 def layout(text: str, devices: Sequence[jax.Device] | None = None) -> Layout:
@@ -189,6 +188,35 @@ def sum_over_devices(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
         check_vma=False,
     )(*leaves)
     return jax.tree.unflatten(treedef, summed)
+
+
+def gather_leaves(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
+    """Makes leaves that are spread along `axes` whole on every device: one all-gather for all."""
+    leaves, treedef = jax.tree.flatten(tree)
+    along = jax.tree.leaves(axes)
+    cut = [i for i, a in enumerate(along) if a >= 0]
+
+    def local(*parts: jax.Array) -> list[jax.Array]:
+        moved = {i: jnp.moveaxis(parts[i], along[i], 0) for i in cut}
+        whole = list(parts)
+        mine = jnp.concatenate([x.ravel() for x in moved.values()])
+        rows = jax.lax.all_gather(mine, AXIS)  # [devices, this device's pieces of all leaves]
+        ends = np.cumsum([x.size for x in moved.values()])[:-1]
+        for (i, x), piece in zip(moved.items(), jnp.split(rows, ends, axis=1)):
+            full = piece.reshape(x.shape[0] * mesh.size, *x.shape[1:]).astype(x.dtype)
+            whole[i] = jnp.moveaxis(full, 0, along[i])
+        return whole
+
+    if not cut:
+        return tree
+    gathered = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=tuple(partition(a) for a in along),
+        out_specs=partition(-1),
+        check_vma=False,
+    )(*leaves)
+    return jax.tree.unflatten(treedef, gathered)
 
 
 def _joined(function: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:

@@ -3,7 +3,8 @@
     python -m dpjax.sweep --config=FILE --workdir=DIR
 
 FILE is a config or a study: a module with `get_config(arg)` and `sweep()`, which yields one dict of
-flat overrides per point, as {"dp.epsilon": 1.0, "optimizer.learning_rate": 3e-3}. Point k runs in
+flat overrides per point, as {"dp.epsilon": 1.0, "optimizer.learning_rate": 3e-3}. With FILE:ARG, a
+`sweep(arg)` is given the argument too. Point k runs in
 DIR/NNN, exactly as `python -m dpjax.train --config=FILE --workdir=DIR --sweep_index=k` runs it,
 which is the line for an array job. Other flags of `dpjax.train` go to every point; --table_only
 runs nothing.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import io
 import json
 import runpy
@@ -49,17 +51,19 @@ def points(path: str, config: ConfigDict) -> list[Row]:
     Every point is tried on the config first, so that a typo fails before anything runs.
 
     Args:
-        path: of the file.
+        path: of the file, "FILE" or "FILE:ARGUMENT".
         config: what the points override; it is left as it is.
 
     Raises:
         ValueError: the file has no `sweep()`, or a point names an unknown field or gives a field
             a value of another type.
     """
+    path, _, argument = path.partition(":")
     module = runpy.run_path(path)
     if "sweep" not in module:
         raise ValueError(f"config={path!r} defines no sweep().")
-    found = [dict(point) for point in module["sweep"]()]
+    given = (argument or None,) if inspect.signature(module["sweep"]).parameters else ()
+    found = [dict(point) for point in module["sweep"](*given)]
     for index, overrides in enumerate(found):
         try:
             apply(config.copy_and_resolve_references(), overrides)
@@ -178,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--table_only", action="store_true", help="run nothing")
     known, others = parser.parse_known_args(argv)
     try:
-        found = points(known.config.partition(":")[0], load(known.config))
+        found = points(known.config, load(known.config))
     except Exception as error:  # whatever a config file raises is the user's to see
         print(f"error: {error}", file=sys.stderr)
         return 2

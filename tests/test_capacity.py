@@ -38,7 +38,7 @@ def test_too_little_for_the_smallest_chunk():
 
 @pytest.fixture(scope="module")
 def run():
-    return build.build(tiny_config(finetune="head", physical_batch=0))
+    return build.build(tiny_config(finetune="head", physical_batch="auto"))
 
 
 def test_bytes_grow_with_the_chunk_and_cover_its_rows(run):
@@ -49,7 +49,7 @@ def test_bytes_grow_with_the_chunk_and_cover_its_rows(run):
     assert large - small > pixels
 
 
-def test_zero_is_chosen_from_memory(run, monkeypatch):
+def test_auto_is_chosen_from_memory(run, monkeypatch):
     monkeypatch.setattr(capacity, "peak_bytes", lambda run, index, seed: lambda rows: 100 * rows)
     assert capacity.physical_batch(run, 5) == 232  # 200 + 2 sqrt(200), in eights
     monkeypatch.setattr(sharding, "memory_per_device", lambda mesh: 12_000)
@@ -57,3 +57,9 @@ def test_zero_is_chosen_from_memory(run, monkeypatch):
     run.config.physical_batch, given = 60, run.config.physical_batch
     assert capacity.physical_batch(run, 5) == 64
     run.config.physical_batch = given
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "all"])
+def test_other_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=f"physical_batch={size!r} must be 'auto' or"):
+        build.build(tiny_config(physical_batch=size))

@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import two_processes
+import yaml
 from tiny import tiny_config
 
 from dpjax import build, compilation, hosts, loop, models, rng, sharding
@@ -17,48 +19,60 @@ from dpjax.dp import sampling
 from dpjax.storage import Workdir, read_jsonl
 
 compilation.keep_on_disk()
+LAUNCH = Path(__file__).parent.parent / "configs" / "launch"
 
 # Parameters that start at zero move by 1e-3 a step: 1e-8 is far below the rounding of one step.
 CLOSE = {"rtol": 1e-5, "atol": 1e-8}
 
 
-def launch(*commands):
-    """Runs one process per command, with two host devices each; returns (code, output) of each."""
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Optimising would take most of the time of this file."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def start(*command, **environment):
+    """Starts a command with two host devices."""
     here = os.path.dirname(__file__)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{here}:{os.path.dirname(here)}",
-        # Every process compiles for itself; optimising would take most of the time.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, *command], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for command in commands
-    ]  # fmt: skip
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={
+            **os.environ,
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{here}:{os.path.dirname(here)}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            **environment,
+        },
+    )  # fmt: skip
+
+
+def said(children):
+    """Waits until they end without an error; returns what each of them printed."""
     try:
-        return [(child.communicate(timeout=300)[0], child.returncode)[::-1] for child in children]
+        texts = [child.communicate(timeout=300)[0] for child in children]
     finally:
         for child in children:
             child.kill()
+    assert [child.returncode for child in children] == [0] * len(children), texts
+    return texts
 
 
 def free_port():
+    """One that process 0 can listen at."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
-def weights(path):
-    return models.read_tensors(path / "weights.safetensors")
+        return str(server.getsockname()[1])
 
 
 def assert_close(one, other):
-    other = weights(other)
-    for name, value in weights(one).items():
-        np.testing.assert_allclose(other[name], value, err_msg=name, **CLOSE)
+    """Both the parameters and their average."""
+    for file in ("weights.safetensors", "weights_ema.safetensors"):
+        got = models.read_tensors(other / file)
+        for name, value in models.read_tensors(one / file).items():
+            np.testing.assert_allclose(got[name], value, err_msg=name, **CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +93,44 @@ def on(run, devices, text="replicated"):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two real processes did: their directory and their two reports."""
+def recipe(tmp_path_factory):
+    """The directory of the run by the documented command in two processes, and what it printed."""
     path = tmp_path_factory.mktemp("two")
-    script, port = two_processes.__file__, str(free_port())
-    for code, said in launch(*[(script, port, str(k), str(path)) for k in range(2)]):
-        assert code == 0, said
+    config = two_processes.config_file(path / "c.py")
+    flags = [f"--config={config}", f"--workdir={path / 'w'}"]
+    (text,) = said([start(LAUNCH / "two_processes.sh", *flags, PORT=free_port())])
+    return path / "w", text
+
+
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+    """The directory in which `two_processes.py` took over from eight devices and one; reports."""
+    path = tmp_path_factory.mktemp("resumed")
+    for devices, step in ((8, 3), (1, two_processes.FIRST)):
+        with pytest.raises(loop.Preempted):
+            loop.train(
+                on(run, devices),
+                Workdir(path / "resumed"),
+                stop=lambda now, step=step: now == step,
+            )
+    script, where = two_processes.__file__, f"localhost:{free_port()}"
+    said([start(sys.executable, script, where, str(k), str(path)) for k in range(2)])
     return path, [json.loads((path / f"result_{k}.json").read_text()) for k in range(2)]
 
 
-def test_two_processes_give_the_parameters_of_one(two, eight):
-    path, _ = two
-    assert_close(path / "fresh", eight)
-    sizes = [
-        [row["nonprivate/batch_size"] for row in read_jsonl(p / "metrics.jsonl") if
-         "nonprivate/batch_size" in row]
-        for p in (path / "fresh", eight)
-    ]  # fmt: skip
-    assert sizes[0] == sizes[1]
-    assert len(sizes[0]) == two_processes.STEPS
+def test_two_processes_give_the_parameters_of_one(recipe, eight):
+    assert_close(recipe[0], eight)
+
+
+def test_every_topology_uses_the_examples_that_were_drawn(recipe, eight, run):
+    seed = rng.sampler_seed(run.config.private_seed)
+    steps = [p for p in run.phases for _ in range(p.steps)]
+    drawn = [phase.mechanism.indices(seed, step).size for step, phase in enumerate(steps)]
+    assert len(drawn) == two_processes.STEPS
+    for path in (recipe[0], eight):
+        rows = read_jsonl(path / "metrics.jsonl")
+        used = [r["nonprivate/batch_size"] for r in rows if "nonprivate/batch_size" in r]
+        assert used == drawn
 
 
 @pytest.mark.parametrize(("devices", "text"), [(1, "replicated"), (8, "fsdp")])
@@ -106,29 +139,42 @@ def test_other_devices_and_layouts_give_them_too(run, eight, devices, text, tmp_
     assert_close(tmp_path / "w", eight)
 
 
-def test_each_host_reads_only_its_rows_and_every_example_is_used_once(two, run):
-    mechanism = run.phases[0].mechanism
-    seed = rng.sampler_seed(run.config.private_seed)
-    drawn = np.concatenate([mechanism.indices(seed, t) for t in range(two_processes.STEPS)])
-    read = [np.array(report["rows"]) for report in two[1]]
-    np.testing.assert_array_equal(np.sort(np.concatenate(read)), np.sort(drawn))
-    assert abs(len(read[0]) / len(read[1]) - 1) < 0.5
-    # Step by step: the hosts' shares are disjoint.
-    assert len(sampling.chunks(mechanism.indices(seed, 0), 64)) > 1
-
-
-def test_files_are_written_once(two):
-    path = two[0] / "fresh"
+def test_one_host_speaks_and_writes(recipe):
+    path, text = recipe
+    for words in ("examples N", "held-out evaluation", "results in"):
+        assert text.count(words) == 1
     steps = [r["step"] for r in read_jsonl(path / "metrics.jsonl") if "nonprivate/loss" in r]
     assert steps == list(range(1, two_processes.STEPS + 1))
     assert json.loads((path / "environment.json").read_text())["processes"] == 2
 
 
+def test_each_host_reads_only_its_share_of_every_chunk(two, run):
+    """Hosts read ahead of the steps: what they have read begins with what was executed."""
+    mechanism = run.phases[-1].mechanism
+    seed = rng.sampler_seed(run.config.private_seed)
+
+    def share(host, end):
+        halves = [
+            chunk.reshape(2, -1)[host]
+            for step in range(two_processes.FIRST, end)
+            for chunk in sampling.chunks(mechanism.indices(seed, step), 64)
+        ]
+        return [row for half in halves for row in half.tolist() if row >= 0]
+
+    for host, report in enumerate(two[1]):
+        executed = share(host, stopped_at(two[0]))
+        assert report["rows"][: len(executed)] == executed
+        assert report["rows"] == share(host, two_processes.STEPS)[: len(report["rows"])]
+
+
+def stopped_at(path):
+    return json.loads((path / "resumed" / "privacy.json").read_text())["steps_done"]
+
+
 def test_hosts_that_disagree_are_told_before_any_step(two):
     for report in two[1]:
-        said = report["disagreement"]
-        assert "config: host 1 has" in said
-        assert "data: host 1 has" in said
+        assert "config: host 1 has" in report["disagreement"]
+        assert "data: host 1 has" in report["disagreement"]
     assert not (two[0] / "other").exists()
 
 
@@ -143,28 +189,25 @@ def test_sigterm_to_one_host_saves_all_before_the_same_step(two):
     path, reports = two
     assert reports[0]["preempted"] == reports[1]["preempted"]
     assert reports[0]["preempted"].endswith("the same command resumes.")
-    steps = json.loads((path / "stopped" / "privacy.json").read_text())["steps_done"]
-    assert 3 <= steps < two_processes.STEPS
-    assert (path / "stopped" / "checkpoints" / str(steps)).is_dir()
+    assert two_processes.FIRST < stopped_at(path) < two_processes.STEPS
+    assert (path / "resumed" / "checkpoints" / str(stopped_at(path))).is_dir()
 
 
-def test_resume_on_eight_devices_then_one_then_two_processes(run, eight, tmp_path):
-    path = tmp_path / "w"
-    for devices, step in ((8, 7), (1, 13)):
-        with pytest.raises(loop.Preempted):
-            loop.train(on(run, devices), Workdir(path), stop=lambda now, step=step: now == step)
-    config = two_processes.config_file(tmp_path / "c.py")
-    flags = [f"--config={config}", f"--workdir={path}", f"--coordinator=localhost:{free_port()}"]
-    done = launch(
-        *[["-m", "dpjax.train", *flags, "--num_processes=2", f"--process_id={k}"] for k in range(2)]
-    )
-    assert [code for code, _ in done] == [0, 0], done
-    assert "held-out evaluation" in done[0][1]
-    assert "examples N" not in done[1][1]  # one host speaks
+def test_the_secret_of_a_release_is_drawn_once_for_all_hosts(two):
+    path, reports = two
+    file = path / "release" / "private_seed.json"
+    kept = json.loads(file.read_text())["private_seed"]
+    assert [report["private_seed"] for report in reports] == [kept, kept]
+    assert kept.bit_length() > 100
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_resume_on_eight_devices_then_one_then_two_processes_then_eight(two, run, eight):
+    path = two[0] / "resumed"
+    loop.train(run, Workdir(path))
     assert_close(path, eight)
-    assert json.loads((path / "privacy.json").read_text()) == json.loads(
-        (eight / "privacy.json").read_text()
-    )
+    statements = [json.loads((p / "privacy.json").read_text()) for p in (path, eight)]
+    assert statements[0] == statements[1]
 
 
 SLURM = {
@@ -214,6 +257,28 @@ def test_half_a_start_is_refused(arguments, text, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=text):
         hosts.start(*arguments)
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_the_recipes_are_shell_scripts(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+    assert "python" in script.read_text()
+
+
+def test_the_recipe_for_kubernetes_tells_every_pod_its_place(monkeypatch):
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    for entry in pod["containers"][0]["env"]:
+        monkeypatch.setenv(entry["name"], entry["value"])
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")  # as Kubernetes sets it
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
+    hosts.start()
+    assert calls == [(f"dpjax-0.{service['metadata']['name']}:29500", spec["completions"], 3)]
+    assert spec["parallelism"] == spec["completions"]
+    assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"] == "dpjax"
 
 
 def test_one_process_agrees_with_itself():

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, out of disk, or resumed as something else."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,19 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from test_storage import files_no_longer_than
 from tiny import tiny_config
 
-from dpjax import build, compilation, dp, loop, models, phases, train
-from dpjax.checkpoints import Checkpoints, Unwritable
+from dpjax import build, compilation, dp, loop, models, phases, sweep, train
+from dpjax.checkpoints import Unwritable
 from dpjax.storage import OtherRun, Workdir, read_jsonl
 
 STEPS = 10
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # children compile in half the time
 compilation.keep_on_disk()  # the runs of this file are all the same program
 
 
 @pytest.fixture(scope="module")
 def run():
-    return build.build(tiny_config(finetune="head", epochs=1.2, eval_every=5))
+    """Its state has an average of the parameters and a bound that adapts."""
+    return build.build(
+        tiny_config(finetune="head", epochs=1.2, eval_every=5, ema=0.9, dp__adaptive__quantile=0.5)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +41,18 @@ def whole(run, tmp_path_factory):
     return path
 
 
-def weights(path):
-    return models.read_tensors(path / "weights.safetensors")
+def weights(path, file="weights.safetensors"):
+    return models.read_tensors(path / file)
 
 
 def assert_same_weights(one, other):
-    other = weights(other)
-    for name, value in weights(one).items():
-        np.testing.assert_array_equal(other[name], value, err_msg=name)
+    """The parameters, and their average if there is one."""
+    files = sorted(p.name for p in one.glob("weights*"))
+    assert files == sorted(p.name for p in other.glob("weights*"))
+    for file in files:
+        got = weights(other, file)
+        for name, value in weights(one, file).items():
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
 def statement(path):
@@ -56,6 +66,7 @@ def checkpoint_steps(path):
 def test_what_is_measured(whole):
     rows = list(read_jsonl(whole / "metrics.jsonl"))
     assert [row["recompiles"] for row in rows if "recompiles" in row] == [0, 0]
+    assert all(0 <= row["idle_fraction"] < 1 for row in rows if "recompiles" in row)
     for row in rows:
         if "nonprivate/batch_size" in row:
             padded = row["nonprivate/batch_size"] / (1 - row["nonprivate/padding_fraction"])
@@ -114,18 +125,23 @@ def test_a_failure_leaves_the_executed_steps_in_the_statement(run, tmp_path):
     assert statement(tmp_path / "w")["steps_done"] == 4  # step 3 may have been begun
 
 
-def test_a_full_disk_ends_the_run_and_the_one_before_goes_on(run, whole, tmp_path, monkeypatch):
-    path, real = tmp_path / "w", Checkpoints.save
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_the_run_and_the_one_before_goes_on(run, whole, tmp_path):
+    path = tmp_path / "w"
+    config = run.config.copy_and_resolve_references()
+    config.log_every = 100  # so that the metrics are smaller than a checkpoint
+    with contextlib.ExitStack() as limits:
 
-    def save(self, step, *arguments, **options):
-        if step == 6:
-            raise Unwritable("a checkpoint could not be written")
-        real(self, step, *arguments, **options)
+        def fill_the_disk(step):
+            if step == 5:
+                while not (path / "checkpoints" / "3").is_dir():
+                    time.sleep(0.01)
+                limits.enter_context(files_no_longer_than(3500))
+            return False
 
-    monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(Unwritable):
-        loop.train(run, Workdir(path))
-    monkeypatch.undo()
+        with pytest.raises(Unwritable, match="checkpoint 3 is whole"):
+            loop.train(run._replace(config=config), Workdir(path), stop=fill_the_disk)
     assert checkpoint_steps(path) == [3]
     loop.train(run, Workdir(path))
     assert_same_weights(path, whole)
@@ -150,6 +166,15 @@ def test_truncated_checkpoints_fall_back_to_the_one_before(run, whole, harmed, t
     assert statement(path)["steps_done"] == STEPS
 
 
+def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept(run, tmp_path):
+    config = run.config.copy_and_resolve_references()
+    config.update(keep_best=1, keep_checkpoints=1, eval_every=2, checkpoint_every=100)
+    loop.train(run._replace(config=config), Workdir(tmp_path / "w"))
+    losses = Workdir(tmp_path / "w").losses()
+    assert sorted(losses) == [2, 4, 6, 8, 10]
+    assert checkpoint_steps(tmp_path / "w") == sorted({min(losses, key=losses.get), 10})
+
+
 def with_mechanism(run, **changes):
     phase = run.phases[0]
     mechanism = dataclasses.replace(phase.mechanism, **changes)
@@ -167,7 +192,7 @@ OTHERS = {
     "sampling_prob": lambda run: with_mechanism(run, sampling_prob=0.01),
     "num_examples": lambda run: with_mechanism(run, num_examples=1000),
     "steps": lambda run: with_mechanism(run, steps=20),
-    "clipping.bound": lambda run: run._replace(rule=dp.flat(2.0, normalised=True)),
+    "bound": lambda run: run._replace(phases=(run.phases[0]._replace(bound=2.0),)),
     "clipping.kind": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
     "data": lambda run: run._replace(train=run.train.select(np.arange(1617)[::-1])),
 }
@@ -180,6 +205,20 @@ def test_a_checkpoint_of_another_run_is_refused(run, whole, field):
     with pytest.raises(OtherRun, match=rf"run\.(phases\.0_train\.)?{field}: "):
         loop.train(OTHERS[field](run), Workdir(whole))
     assert before == [(whole / name).read_bytes() for name in files]
+
+
+REFUSED = {
+    "dp.epsilon": 2.5, "dp.delta": 2e-4, "dp.clipping": "global", "dp.bound": 2.0,
+    "batch_size": 100, "epochs": 2.0, "data.subset": 0.5, "seed": 1, "private_seed": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_workdir_of_another_config_is_refused_unless_asked(field, run, whole):
+    config = run.config.copy_and_resolve_references()
+    sweep.apply(config, {field: REFUSED[field]})
+    with pytest.raises(OtherRun, match=rf"config\.{field}: .* --restart"):
+        Workdir(whole).check(config)
 
 
 def test_a_lost_private_seed_is_not_replaced(tmp_path):
@@ -260,14 +299,9 @@ EXITS = {
 }
 
 
-@pytest.mark.parametrize("code", EXITS)
-def test_exit_codes(code, run, tmp_path, monkeypatch, capsys):
-    def outcome(*arguments, **options):
-        if isinstance(EXITS[code], Exception):
-            raise EXITS[code]
-        return EXITS[code]()
-
-    monkeypatch.setattr(loop, "train", outcome)
+@pytest.fixture
+def main(run, tmp_path, monkeypatch):
+    """Calls the command in this process, with `train` in place of the training."""
     monkeypatch.setattr(build, "build", lambda config: run)
     monkeypatch.setattr("dpjax.report.figures", lambda path: [])
     monkeypatch.setattr("dpjax.hosts.catch_signals", lambda: None)
@@ -276,10 +310,41 @@ def test_exit_codes(code, run, tmp_path, monkeypatch, capsys):
     config.write_text(
         "from tiny import tiny_config\ndef get_config(arg=None): return tiny_config()"
     )
-    flags.FLAGS([__file__, f"--config={config}", f"--workdir={tmp_path / 'w'}"])
-    assert train.main([__file__]) == code
+
+    def call(outcome, *arguments):
+        monkeypatch.setattr(loop, "train", outcome)
+        flags.FLAGS.unparse_flags()
+        given = [f"--config={config}", f"--workdir={tmp_path / 'w'}", *arguments]
+        flags.FLAGS([__file__, *given])
+        return train.main([__file__])
+
+    return call
+
+
+@pytest.mark.parametrize("code", EXITS)
+def test_exit_codes(code, main, capsys):
+    def outcome(*arguments, **options):
+        if isinstance(EXITS[code], Exception):
+            raise EXITS[code]
+        return EXITS[code]()
+
+    assert main(outcome) == code
     if isinstance(EXITS[code], Exception):
         assert str(EXITS[code]) in capsys.readouterr().err
+
+
+def test_restart_moves_the_run_of_another_config_aside(main, tmp_path, capsys):
+    other = Workdir(tmp_path / "w")
+    other.create(tiny_config(dp__epsilon=1.0))
+
+    def outcome(run, workdir, **options):
+        assert not workdir.path.exists()
+        return {}
+
+    assert main(outcome) == 2
+    assert "config.dp.epsilon: 1.0 != 2.0" in capsys.readouterr().err
+    assert main(outcome, "--restart") == 0
+    assert Workdir(tmp_path / "w.1").read("config.json")["dp"]["epsilon"] == 1.0
 
 
 CONFIG = """
@@ -296,7 +361,7 @@ def command(tmp_path, epochs):
         [sys.executable, "-m", "dpjax.train", f"--config={tmp_path / 'c.py'}",
          f"--workdir={tmp_path / 'w'}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", **QUICK},
     )  # fmt: skip
 
 
@@ -313,3 +378,16 @@ def test_sigterm_to_the_command(tmp_path):
     assert checkpoint_steps(tmp_path / "w") == [steps]
     assert len(list(read_jsonl(metrics))) == steps > 0
     assert Path(tmp_path / "w" / "config.json").is_file()
+
+
+def test_three_rounds_of_kill_9(tmp_path):
+    """The stress command, which is `kill -9` at random moments; by hand with 20 rounds."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.stress", f"--workdir={tmp_path / 'w'}", "--rounds=3",
+         "--seed=10"],  # of the three kills, the second falls into the start
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+        env={**os.environ, **QUICK},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills, " in done.stdout
+    assert ", 0 problems" in done.stdout

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpjax import sharding
+from experiments import scaling
 
 TREE = {
     "head": {"kernel": np.zeros((24, 16), np.float32), "bias": np.zeros(3, np.float32)},
@@ -63,14 +64,16 @@ def test_sum_over_devices(text, count):
         assert sorted(found) == ["all-reduce"] + ["reduce-scatter"] * (text != "replicated")
 
 
-def test_gather_and_place():
-    layout = sharding.layout("fsdp")
+@pytest.mark.parametrize("text", ["fsdp", "fsdp:head"])
+def test_gather_and_place(text):
+    layout = sharding.layout(text)
     values = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), TREE)
     placed = sharding.place(values, layout.shardings(values))
     assert placed["head"]["kernel"].sharding.shard_shape((24, 16)) == (3, 16)
     whole = layout.gather(placed)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(whole))
     jax.tree.map(np.testing.assert_array_equal, whole, values)
+    assert collectives(jax.jit(layout.gather).lower(placed).compile()) == ["all-gather"]
 
 
 def test_one_process_reads_every_row_once():
@@ -85,3 +88,16 @@ def test_memory_per_device_is_a_share_of_the_machine():
     one = sharding.memory_per_device(sharding.make_mesh(jax.devices()[:1]))
     eight = sharding.memory_per_device(sharding.make_mesh())
     assert 0 < eight == one // 8
+
+
+def test_the_scaling_table_reads_bytes_off_programs():
+    text = """
+      %all-reduce.1 = f32[423]{0} all-reduce(f32[423]{0} %x), channel_id=1
+      %ag = (f32[2,3]{1,0}, f32[4,3]{1,0}) all-gather-start(f32[2,3]{1,0} %y), dimensions={0}
+      %reduce-scatter = f32[2,24]{1,0} reduce-scatter(f32[16,24]{1,0} %z)
+      ROOT %sum = f32[] add(f32[] %a, f32[] %b)"""
+    assert scaling.collectives(text) == [
+        ("all-reduce", 4 * 423),
+        ("all-gather", 4 * 12),
+        ("reduce-scatter", 4 * 16 * 24),
+    ]

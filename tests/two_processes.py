@@ -1,4 +1,7 @@
-"""One of the two processes of `test_multiprocess.py`: PORT PROCESS_ID DIRECTORY."""
+"""One of the two processes of `test_multiprocess.py`: ADDRESS PROCESS_ID DIRECTORY.
+
+DIRECTORY/resumed holds a run that was stopped before step FIRST.
+"""
 
 import contextlib
 import dataclasses
@@ -15,9 +18,14 @@ from tiny import tiny_config
 from dpjax import build, compilation, hosts, loop, train
 from dpjax.storage import Workdir
 
-# Twenty steps whose physical batch divides neither by two processes nor by eight devices.
+# Twenty steps of two phases, whose bound adapts and whose parameters are averaged; the physical
+# batch divides neither by two processes nor by eight devices.
 STEPS = 20
-CHANGES = {"epochs": 2.5, "checkpoint_every": 10, "eval_every": 10, "physical_batch": 61}
+FIRST = 5  # the step from which the two processes resume, in the second phase
+CHANGES = {
+    "epochs": 2.5, "checkpoint_every": 10, "eval_every": 10, "physical_batch": 61,
+    "finetune": "film", "lp__fraction": 0.2, "ema": 0.9, "dp__adaptive__quantile": 0.5,
+}  # fmt: skip
 
 
 def config_file(path, **changes):
@@ -52,17 +60,14 @@ def mistake_of_one(process, directory):
     return {"code": code, "said": said.getvalue()}
 
 
-def main(port, process, directory):
+def main(address, process, directory):
     compilation.keep_on_disk()
-    hosts.start(f"localhost:{port}", 2, process)
+    hosts.start(address, 2, process)
     hosts.start, start = lambda *arguments: None, hosts.start
     result = {"mistake": mistake_of_one(process, directory)}
     hosts.start = start
 
     run, rows = build.build(tiny_config(**CHANGES)), []
-    loop.train(counting(run, rows), Workdir(directory / "fresh"))
-    result["rows"] = rows
-
     other = run.config.copy_and_resolve_references()
     other.seed = process
     data = run.train.select(range(process, len(run.train)))
@@ -71,17 +76,24 @@ def main(port, process, directory):
     except hosts.Disagreement as error:
         result["disagreement"] = str(error)
 
+    released = run.config.copy_and_resolve_references()
+    released.private_seed = None
+    workdir = Workdir(directory / "release")
+    workdir.create(released)
+    result["private_seed"] = loop._private_seed(run._replace(config=released), workdir)
+
     asked = hosts.catch_signals()
 
     def stop(step):
-        if step == 3 and process == 1:
+        if step == FIRST + 1 and process == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return asked(step)
 
     try:
-        loop.train(run, Workdir(directory / "stopped"), stop=stop)
+        loop.train(counting(run, rows), Workdir(directory / "resumed"), stop=stop)
     except loop.Preempted as error:
         result["preempted"] = str(error)
+    result["rows"] = rows
     (directory / f"result_{process}.json").write_text(json.dumps(result))
 
 
