@@ -125,6 +125,14 @@ def default() -> ConfigDict:
                 "warmup": 0,  # steps of linear warm-up
                 "options": {},  # of the optax optimiser, such as b1 or momentum
             },
+            # After training, attack the guarantee on runs of its own, see `dpjax.audit`; the result
+            # stands in the statement. Its files are not covered by the run's guarantee.
+            "audit": {
+                "count": 0,  # canaries of a single run; 0 leaves the audit out
+                "canaries": "gradient",  # gradient, mislabelled, random
+                "runs": 1,  # or an even number of runs in two worlds
+                "confidence": 0.95,
+            },
             "log_every": 1,
             "eval_every": placeholder(int),  # steps; None: ten times a run
             "checkpoint_every": 50,

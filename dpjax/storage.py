@@ -28,7 +28,8 @@ _PACKAGES = (
 # Fields in which a resumed run may differ from the run it resumes: they move sums by rounding
 # at most, or say what is written down.
 _FREE = {
-    "checkpoint_every", "data.data_dir", "dp.method", "eval_every", "keep_best",
+    "audit.canaries", "audit.confidence", "audit.count", "audit.runs", "checkpoint_every",
+    "data.data_dir", "dp.method", "eval_every", "keep_best",
     "keep_checkpoints", "log_every", "microbatch", "physical_batch", "sharding",
 }  # fmt: skip
 

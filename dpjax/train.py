@@ -40,7 +40,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    from dpjax import build, capacity, compilation, dp, hosts, loop, report, storage, sweep
+    from dpjax import audit, build, capacity, compilation, dp, hosts, loop, report, storage, sweep
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
         if not _RESTART.value:
             workdir.check(config)
         plan = build.build(config)
+        if config.audit.count:
+            audit.check(plan, **config.audit)
     except (ValueError, TypeError, FileNotFoundError) as error:
         problem = str(error)
     # A host that ended alone would leave the others waiting for it.
@@ -79,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
             workdir.move_aside()
             hosts.gather(None)
         results = loop.train(plan, workdir, stop=hosts.catch_signals())
+        audited = audit.attach(plan, workdir) if config.audit.count else ""
     except (storage.OtherRun, hosts.Disagreement, capacity.DoesNotFit) as error:
         return _mistake(str(error))
     except (loop.TrainingFailed, dp.BudgetExceeded) as error:
@@ -93,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
     if workdir.writes:
         report.figures(workdir.path)
         print(_results(results))
+        print(audited, end="\n" * bool(audited))
         print(f"results in {workdir.path}")
     return 0
 

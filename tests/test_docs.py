@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_broken
 
 from dpjax.data import prepare
 
@@ -83,3 +84,7 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "epsilon" in (tmp_path / "run" / "privacy.md").read_text()
+
+
+def test_the_catch_table_is_that_of_the_tests():
+    assert test_broken.catch_table().strip() in (GUIDE / "evidence.md").read_text()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dpjax"
 # other. A new module needs a line here.
 LEVELS = (
     {"dp", "models", "data", "rng", "sharding", "config", "metrics", "hosts", "checkpoints",
-     "compilation", "shards", "averaging", "schedules", "selection", "guide"},
+     "compilation", "shards", "averaging", "schedules", "guide"},
     {"feature_set", "lora", "storage", "sweep", "planner", "proposals", "selection"},
     {"finetune", "plan", "report"},
     {"step"},
@@ -22,7 +22,7 @@ LEVELS = (
     {"build"},
     {"phases", "describe", "feed", "canaries", "search"},
     {"capacity", "temperature"},
-    {"results", "audit", "search"},
+    {"results", "audit"},
     {"loop"},
     {"train"},
 )  # fmt: skip

@@ -253,6 +253,8 @@ def to_markdown(facts: dict[str, Any]) -> str:
     }
     if facts["gradient_noise_multiplier"] == facts["noise_multiplier"]:
         del rows["of it, for gradients"]
+    if "audit" in facts:
+        rows["audit"] = facts["audit"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     if len(facts["epsilon_by_part"]) > 1:
         lines += ["", "## Parts", "", _PARTS, ""]

@@ -1,0 +1,213 @@
+"""The known ways to lose privacy silently, each with the tests that own it and those that show that
+the owners can fail. Each row was an issue in another library; a row without both is a failure."""
+
+import ast
+import functools
+import json
+from pathlib import Path
+
+import jax
+import pytest
+import test_broken
+import test_rng
+import test_train
+
+from dpjax import rng
+
+TESTS = Path(__file__).parent
+CAUGHT = "test_broken.py::test_broken_trainers_are_caught"
+
+# pitfall -> (owning tests, tests that show that they can fail), each "file::test" or
+# "file::test[case]"
+PITFALLS = {
+    "noise per device, then summed or averaged": (
+        [
+            "test_step.py::test_noise_is_drawn_once_in_the_global_view",
+            "test_noise.py::test_values_do_not_depend_on_the_number_of_devices",
+            "test_train.py::test_every_step_draws_its_own_batch_and_noise",
+            "test_multiprocess.py::test_two_processes_give_the_parameters_of_one",
+            "test_broken.py::test_the_product_passes_every_check",
+        ],
+        [
+            f"{CAUGHT}[noise drawn on every device]",
+            "test_numerics.py::test_the_same_draw_on_every_device_is_seen",
+        ],
+    ),
+    "same key over leaves, steps, resume, or for dropout and noise": (
+        [
+            "test_noise.py::test_leaves_and_steps_are_uncorrelated",
+            "test_numerics.py::test_steps_leaves_and_neighbours_are_independent",
+            "test_train.py::test_cut_run_resumes_bit_for_bit",
+            "test_preemption.py::test_phases_resume_bit_for_bit_and_share_no_draw",
+            "test_rng.py::test_streams_differ",
+            "test_audit.py::test_no_seed_of_the_run_is_used_again",
+        ],
+        [
+            f"{CAUGHT}[one key for all steps]",
+            f"{CAUGHT}[one key for all leaves]",
+            "test_pitfalls.py::test_the_key_reuse_check_is_on",
+        ],
+    ),
+    "public or weak seed": (
+        [
+            "test_train.py::test_release_mode_takes_os_entropy_and_hides_it",
+            "test_ledger.py::test_statement_has_what_others_rely_on",
+            "test_rng.py::test_entropy",
+        ],
+        ["test_pitfalls.py::test_a_constant_seed_is_seen"],
+    ),
+    "noise in bfloat16": (
+        [
+            "test_noise.py::test_noise_is_float32_for_bfloat16_parameters",
+            "test_per_example.py::test_sums_are_float32_in_a_bfloat16_model",
+        ],
+        ["test_numerics.py::test_drift_would_show_in_half_precision"],
+    ),
+    "division by realised, padded or private size": (
+        [
+            "test_noise.py::test_the_division_is_by_the_expected_size",
+            "test_broken.py::test_the_product_passes_every_check",
+        ],
+        [
+            "test_noise.py::test_division_by_the_realised_or_padded_size_is_seen",
+            f"{CAUGHT}[division by the realised size]",
+        ],
+    ),
+    "accumulation counted as one draw, shuffling as Poisson, truncation uncounted, rate rounded": (
+        [
+            "test_mechanism.py::test_accounted_rate_is_configured_rate_is_empirical_rate",
+            "test_mechanism.py::test_truncated_event_knows_its_truncation",
+            "test_mechanism.py::test_nothing_shuffled_can_be_expressed",
+            "test_sampling.py::test_poisson_law",
+            "test_multiprocess.py::test_every_topology_uses_the_examples_that_were_drawn",
+        ],
+        [
+            "test_sampling.py::test_the_law_check_sees_a_shuffled_epoch",
+            f"{CAUGHT}[shuffling accounted as Poisson]",
+            f"{CAUGHT}[truncation unaccounted]",
+            f"{CAUGHT}[an example used twice]",
+        ],
+    ),
+    "more updates executed than calibrated": (
+        [
+            "test_ledger.py::test_no_step_past_the_budget",
+            "test_train.py::test_training_refuses_to_pass_the_budget",
+            "test_preemption.py::test_what_a_killed_process_reported_is_never_taken_back",
+        ],
+        [f"{CAUGHT}[budget overrun]"],
+    ),
+    "empty batch skipped": (
+        [
+            "test_noise.py::test_an_empty_batch_is_a_step_of_pure_noise",
+            "test_fuzz.py::test_tiny_data_sets_train_to_the_end",
+        ],
+        [f"{CAUGHT}[empty batches skipped]"],
+    ),
+    "NaN example poisons the sum": (
+        [
+            "test_per_example.py::test_a_poisoned_example_leaves_the_others_bit_for_bit",
+            "test_bookkeeping.py::test_poisoned_example_leaves_the_others_unchanged",
+            "test_fuzz.py::test_chunks_masks_and_broken_pixels_add_up",
+        ],
+        ["test_per_example.py::test_masking_by_multiplication_is_seen"],
+    ),
+    "frozen layers eat the clipping budget": (
+        [
+            "test_per_example.py::test_frozen_leaves_do_not_enter_the_norm",
+            "test_bookkeeping.py::test_frozen_parameters_cost_nothing",
+        ],
+        [f"{CAUGHT}[frozen layers in the norm]"],
+    ),
+    "BatchNorm under vmap": (
+        [
+            "test_models_validate.py::test_batch_norm_in_training_mode_is_refused_behind_a_zero_head",
+            "test_models_validate.py::test_any_coupling_is_refused",
+        ],
+        ["test_models_validate.py::test_batch_norm_in_inference_mode_passes"],
+    ),
+    "search, early stopping, logged losses uncharged": (
+        [
+            "test_train.py::test_private_facts_are_named_so",
+            "test_search.py::test_the_cost_is_that_of_the_theorem",
+            "test_search.py::test_statements_say_what_was_tried_and_whether_it_is_charged",
+            "test_search.py::test_a_charged_search_keeps_the_budget",
+        ],
+        ["test_pitfalls.py::test_a_private_fact_without_its_label_is_seen"],
+    ),
+}
+
+
+@functools.cache
+def names_in(file):
+    tree = ast.parse((TESTS / file).read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def missing(name):
+    """What of "file::test[case]" does not exist; None if all of it does."""
+    file, _, test = name.partition("::")
+    test, _, case = test.partition("[")
+    if not (TESTS / file).is_file():
+        return f"no file {file}"
+    if test not in names_in(file):
+        return f"no test {test} in {file}"
+    if case and case.removesuffix("]") not in test_broken.BROKEN:
+        return f"no case {case}"
+    return None
+
+
+@pytest.mark.parametrize("pitfall", PITFALLS)
+def test_every_pitfall_is_owned_and_its_owners_can_fail(pitfall):
+    owners, companions = PITFALLS[pitfall]
+    assert owners
+    assert companions
+    assert [m for m in map(missing, owners + companions) if m] == []
+
+
+def test_a_missing_owner_is_seen():
+    assert missing("test_noise.py::test_of_nothing") == "no test test_of_nothing in test_noise.py"
+    assert missing("test_nothing.py::test_x") == "no file test_nothing.py"
+    assert missing(f"{CAUGHT}[no such mistake]") == "no case no such mistake]"
+
+
+def test_every_broken_trainer_shows_a_pitfall_or_a_law():
+    shown = {c for _, companions in PITFALLS.values() for c in companions}
+    rest = {name for name in test_broken.BROKEN if f"{CAUGHT}[{name}]" not in shown}
+    assert rest == {  # mistakes of the mechanism itself, which no row above is about
+        "no noise", "half the noise", "1/sqrt(2) of the noise", "no clipping",
+        "clipping after the mean",
+    }  # fmt: skip
+
+
+def pitfall_table() -> str:
+    """Returns the table as Markdown."""
+    lines = ["| pitfall | owned by | shown to fail by |", "|---|---|---|"]
+    for pitfall, columns in PITFALLS.items():
+        cells = ["<br>".join(f"`{name}`" for name in names) for names in columns]
+        lines.append(f"| {pitfall} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --- Companions that have no better home ---------------------------------------------------------
+
+
+def test_the_key_reuse_check_is_on():
+    key = jax.random.key(0)
+    jax.random.normal(key)
+    with pytest.raises(jax.errors.KeyReuseError):
+        jax.random.normal(key)
+
+
+def test_a_constant_seed_is_seen(monkeypatch):
+    monkeypatch.setattr(rng.secrets, "randbits", lambda bits: 7)
+    with pytest.raises(AssertionError):
+        test_rng.test_entropy()
+
+
+def test_a_private_fact_without_its_label_is_seen(tmp_path):
+    row = {"step": 1, "nonprivate/loss": 0.5, "epsilon": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    test_train.test_private_facts_are_named_so((None, tmp_path, None))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**row, "loss": 0.5}) + "\n")
+    with pytest.raises(AssertionError):
+        test_train.test_private_facts_are_named_so((None, tmp_path, None))
