@@ -1,8 +1,13 @@
-"""Figures of a run, rebuilt from its files alone: `python -m dpjax.report WORKDIR`."""
+"""Figures of a run, or a study's whole report, from files alone: `python -m dpjax.report WORKDIR`.
+
+A directory with `study.json` holds a study (see `experiments/study.py`): the file named there, seen
+from the directory in which this command runs, is asked for its `report(workdir)`.
+"""
 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from matplotlib import pyplot as plt
 
 from dpjax.storage import read_jsonl
 
-__all__ = ["figures", "main"]
+__all__ = ["figures", "main", "study"]
 
 
 def figures(workdir: Path) -> list[Path]:
@@ -35,6 +40,21 @@ def figures(workdir: Path) -> list[Path]:
     rows = list(read_jsonl(workdir / "metrics.jsonl"))
     final = json.loads((workdir / "eval.json").read_text())
     return [_learning_curve(workdir, rows), _reliability(workdir, final)]
+
+
+def study(workdir: Path) -> list[Path]:
+    """Rebuilds the tables and figures of a study; returns the files written.
+
+    Raises:
+        ValueError: the study's file is not there, or it defines no `report`.
+    """
+    file = json.loads((workdir / "study.json").read_text())["config"].partition(":")[0]
+    if not Path(file).is_file():
+        raise ValueError(f"study {file!r} is not a file: run this where {file!r} is.")
+    module = runpy.run_path(file)
+    if "report" not in module:
+        raise ValueError(f"study {file!r} defines no report().")
+    return list(module["report"](workdir))
 
 
 def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
@@ -97,7 +117,9 @@ def main(argv: list[str]) -> int:
         return 2
     for name in argv:
         try:
-            for path in figures(Path(name)):
+            workdir = Path(name)
+            rebuild = study if (workdir / "study.json").is_file() else figures
+            for path in rebuild(workdir):
                 print(path)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,198 @@
+"""Runs of a study that train a head alone, on features computed once: minutes become seconds.
+
+The files a run leaves are those of `dpjax.loop`, and so is the head, up to rounding (see
+`dpjax.heads`); only checkpoints are missing, and `weights.safetensors` holds the head alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpjax import budget, build, describe, dp, features, heads, metrics, names
+from dpjax.config import default, differences
+from dpjax.models import InputSpec
+from dpjax.storage import Workdir
+
+__all__ = ["Job", "fits", "groups", "train_group"]
+
+# Fields in which the runs of one group may differ: they are batched, and compile once.
+_BATCHED = ("optimizer.learning_rate", "dp.bound", "dp.epsilon", "private_seed")
+# Fields that the engine of heads knows; a run that changes another one takes the train loop.
+_KNOWN = (
+    "seed", "private_seed", "data.name", "data.data_dir", "data.train_split", "data.test_split",
+    "data.subset", "data.holdout", "finetune", "dp.epsilon", "dp.delta", "dp.clipping",
+    "dp.bound", "dp.normalised", "dp.gamma", "dp.sampler", "batch_size", "epochs", "log_every",
+    "physical_batch", "microbatch", "eval_every", "checkpoint_every", "dp.method",
+    "keep_checkpoints",
+)  # fmt: skip
+_KNOWN_TREES = ("model.", "optimizer.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One point: its config, and where its files go."""
+
+    config: ConfigDict
+    path: Path
+
+
+def fits(config: ConfigDict) -> bool:
+    """Whether a run is one that `dpjax.heads` trains: a head, and nothing that needs the images."""
+    if config.finetune != "head" or config.dp is None or config.private_seed is None:
+        return False
+    if not isinstance(names.model(config.model, 1).input, InputSpec):
+        return False
+    changed = [text.split(":")[0].removeprefix("config.") for text in _changes(config)]
+    return all(name in _KNOWN or name.startswith(_KNOWN_TREES) for name in changed)
+
+
+def _changes(config: ConfigDict) -> list[str]:
+    return differences(default().to_dict(), config.to_dict())
+
+
+def groups(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Groups jobs that can be trained together."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        shared = job.config.copy_and_resolve_references()
+        with shared.unlocked():
+            for name in _BATCHED:
+                shared.update_from_flattened_dict({name: None})
+        found.setdefault(json.dumps(shared.to_dict(), sort_keys=True), []).append(job)
+    return list(found.values())
+
+
+def train_group(
+    jobs: list[Job], measure: Callable[[build.Run, Any, Any], Any] | None = None
+) -> None:
+    """Trains the jobs of one group and writes the files of each run, `eval.json` last.
+
+    Args:
+        jobs: one of `groups`.
+        measure: see `run_study`; None measures nothing.
+
+    Raises:
+        ValueError: a mistake in a config, before anything is written.
+    """
+    runs = [_run(job, built) for job, built in _built(jobs)]
+    for job, run in zip(jobs, runs, strict=True):
+        workdir = Workdir(job.path)
+        workdir.check(job.config)
+        workdir.create(job.config)
+        facts = describe.statement(run, describe.ledger_after(run, _steps(run)))
+        workdir.write("privacy.json", facts)  # ahead of the steps it reports
+        workdir.write("privacy.md", dp.ledger.to_markdown(facts))
+    first = runs[0]
+    train, test = (
+        features.compute_features(first.model, first.params, d) for d in (first.train, first.test)
+    )
+    head = first.params[first.model.head]
+    trained = heads.train_heads(
+        train,
+        [_point(run) for run in runs],
+        steps=_steps(first),
+        batch_size=first.config.batch_size,
+        optimizer=first.phases[0].optimizer,
+        head={first.model.head: head},
+    )
+    for index, (job, run) in enumerate(zip(jobs, runs, strict=True)):
+        mine = jax.tree.map(lambda x, at=index: jnp.asarray(x[at]), trained.params)
+        facts = {name: values[index] for name, values in trained.facts.items()}
+        _write(run, Workdir(job.path), mine, facts, test, measure)
+
+
+def _built(jobs: list[Job]) -> list[tuple[Job, build.Run]]:
+    """Each job's run; data, model and calibration are shared by jobs of one epsilon."""
+    made: dict[float, build.Run] = {}
+    for job in jobs:
+        if job.config.dp.epsilon not in made:
+            made[job.config.dp.epsilon] = _build(job.config)
+    return [(job, made[job.config.dp.epsilon]) for job in jobs]
+
+
+def _build(config: ConfigDict) -> build.Run:
+    """`build.build`, without opening data and weights again that the last group had."""
+    shared = default()
+    with shared.unlocked():
+        for name in ("seed", "data", "model", "finetune"):
+            shared[name] = config[name]
+        shared.dp = None
+    shared.batch_size = 1
+    opened = _opened(json.dumps(shared.to_dict(), sort_keys=True))
+    tuning = names.finetuning_set(config.finetune)(opened.model)
+    sizes, plan = budget.batch_sizes(config, len(opened.train))
+    phases = budget.phases(config, tuning, sizes, len(opened.train))
+    return opened._replace(
+        batch_plan=plan, phases=phases, ledger=budget.ledger(config, phases, None)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(config: str) -> build.Run:
+    return build.build(ConfigDict(json.loads(config)))
+
+
+def _run(job: Job, built: build.Run) -> build.Run:
+    rate, bound = job.config.optimizer.learning_rate, job.config.dp.bound
+    return built._replace(
+        config=job.config,
+        rule=names.clip_rule(job.config.dp),
+        phases=tuple(p._replace(learning_rate=rate, bound=bound) for p in built.phases),
+    )
+
+
+def _steps(run: build.Run) -> int:
+    return run.phases[0].steps
+
+
+def _point(run: build.Run) -> heads.Point:
+    phase = run.phases[0]
+    return heads.Point(phase.learning_rate, run.config.private_seed, run.rule, phase.mechanism)
+
+
+def _write(
+    run: build.Run,
+    workdir: Workdir,
+    head: Any,
+    facts: dict[str, np.ndarray],
+    test: features.FeatureSet,
+    measure: Callable[[build.Run, Any, Any], Any] | None,
+) -> None:
+    (leaves,) = head.values()
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves.values()):
+        workdir.path.with_suffix(".failed").write_text("exit 3: parameters are not finite")
+        return
+    sums = _sums(leaves, jnp.asarray(test.values), jnp.asarray(test.labels))
+    found = metrics.summarise(sums)
+    workdir.drop_metrics_after(0)
+    steps = _steps(run)
+    for step in range(1, steps + 1):
+        if step % run.config.log_every == 0 or step == steps:
+            row = {f"nonprivate/{new}": float(facts[old][step - 1]) for old, new in _LOGGED}
+            workdir.append_metrics(step, row)
+    last = {f"eval/{name}": value for name, value in found.items()}
+    workdir.append_metrics(steps, last | {"epsilon": workdir.read("privacy.json")["epsilon"]})
+    workdir.save_weights(head)
+    if measure is not None:
+        workdir.write("measured.json", measure(run, run.params, {**run.params, **head}))
+    workdir.write("eval.json", {**found, "reliability": metrics.reliability(sums)._asdict()})
+
+
+_LOGGED = (("loss", "loss"), ("clipped", "clipped_fraction"), ("count", "batch_size"))
+
+
+@jax.jit
+def _sums(head: Any, inputs: jax.Array, labels: jax.Array) -> metrics.EvalSums:
+    logits = inputs @ head["kernel"]
+    logits = logits + jnp.broadcast_to(head["bias"], logits.shape)
+    return metrics.eval_sums(logits, labels, jnp.ones(labels.shape, bool), logits.shape[1])
