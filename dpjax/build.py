@@ -124,12 +124,17 @@ def _data(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
         return data.load_text(name, split=split, data_dir=data_dir, tokenize=tokenize)
 
     train = load(config.data.train_split)
-    if config.data.holdout is not None:
-        train, held = data.holdout(train, config.data.holdout, seed=config.seed)
-    else:
+    field = "data.holdout"
+    try:
+        if config.data.holdout is not None:
+            train, held = data.holdout(train, config.data.holdout, seed=config.seed)
+        field = "data.subset"
+        if config.data.subset is not None:
+            train = data.subset(train, config.data.subset, seed=config.seed)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    if config.data.holdout is None:
         held = load(config.data.test_split)
-    if config.data.subset is not None:
-        train = data.subset(train, config.data.subset, seed=config.seed)
     return train, held
 
 

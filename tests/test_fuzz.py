@@ -186,8 +186,6 @@ ALONGSIDE = {
 # Fields that the error calls by what they mean.
 CALLED = {
     "data__train_split": "split",
-    "data__subset": "amount",
-    "data__holdout": "amount",
     "batch_size_schedule": "batch_size",
 }
 

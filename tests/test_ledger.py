@@ -98,6 +98,7 @@ def test_markdown_says_the_same():
     assert "fixed seed: for study, not for release" in text
     assert f"{facts['epsilon']:.4g}" in text
     assert "adding or removing one training example" in text
+    assert "threefry2x32 (not a cryptographic generator)" in text
     assert "40 of 40" in text
     assert "- search" in text
 

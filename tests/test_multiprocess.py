@@ -175,6 +175,7 @@ def test_hosts_that_disagree_are_told_before_any_step(two):
     for report in two[1]:
         assert "config: host 1 has" in report["disagreement"]
         assert "data: host 1 has" in report["disagreement"]
+        assert "code: host 1 has" in report["disagreement"]
     assert not (two[0] / "other").exists()
 
 

@@ -71,10 +71,12 @@ def main(address, process, directory):
     other = run.config.copy_and_resolve_references()
     other.seed = process
     data = run.train.select(range(process, len(run.train)))
+    loop.code_digest, code_digest = lambda: f"edited on {process}", loop.code_digest
     try:
         loop.train(run._replace(config=other, train=data), Workdir(directory / "other"))
     except hosts.Disagreement as error:
         result["disagreement"] = str(error)
+    loop.code_digest = code_digest
 
     released = run.config.copy_and_resolve_references()
     released.private_seed = None

@@ -1,0 +1,261 @@
+"""Searches the points of a sweep: all of them, some at random, or those that Optuna proposes.
+
+    python -m dpjax.search --config=FILE --workdir=DIR --method=random --trials=20
+    python -m dpjax.search --config=FILE --workdir=DIR --method=optuna --trials=30
+    python -m dpjax.search --config=FILE --workdir=DIR --charge=10
+
+FILE is as for `dpjax.sweep`: `get_config` and `sweep()`. Trial t runs point k in
+DIR/trials/TTT/KKK, as `python -m dpjax.train --config=FILE --sweep_index=k` would. DIR/search.md
+and .csv list the trials, DIR/privacy.json and .md are the statement of the best one: how many
+points were tried, and whether that was charged. The same command goes on where it stopped.
+
+--method=optuna needs `pip install 'dpjax[tune]'` and the full product of its fields' values. Its
+trials are kept in DIR/optuna.journal; with --storage=URL of a database many workers, each running
+this command with a shared DIR, take part in one search. Runs are never pruned.
+
+--charge=MEAN draws the number of runs (geometric, of that mean) and their points at random, and
+gives each run so little of config.dp.epsilon that releasing the best one keeps the whole budget:
+see `dpjax.selection`. Exit codes: 0 done, 1 some run failed, 2 a mistake, 75 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpjax import build, names, proposals, selection, storage, sweep
+from dpjax.config import load
+from dpjax.dp import ledger
+
+__all__ = ["main"]
+
+Row = dict[str, Any]
+
+METHODS = ("grid", "random", "optuna")
+METRICS = {"accuracy": 1, "nll": -1, "ece": -1}  # of eval.json, and which way is up
+# Fields in which the runs of a charged search may differ: they do not touch the mechanism.
+_FREE = ("optimizer.", "model.", "finetune", "dp.bound", "dp.clipping", "dp.gamma", "dp.normalised")
+_STOPPED, _DIVERGED = 75, 3
+
+
+class _Stopped(Exception):
+    """A run was stopped by a signal; it is saved."""
+
+
+class _Job(NamedTuple):
+    """What all trials share."""
+
+    config: str
+    workdir: Path
+    found: list[Row]
+    metric: str
+    others: list[str]
+
+    def directory(self, trial: int, index: int) -> Path:
+        return sweep.point_directory(self.workdir / "trials" / f"{trial:03d}", index)
+
+    def run(self, trial: int, index: int) -> float | None:
+        """Runs a trial that has not ended; returns its metric, None if it failed or diverged."""
+        path = self.directory(trial, index)
+        if not (path / "eval.json").is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            command = [
+                sys.executable, "-m", "dpjax.train", f"--config={self.config}",
+                f"--workdir={path.parent}", f"--sweep_index={index}", *self.others,
+            ]  # fmt: skip
+            code = sweep.run_point(command, path)
+            if code == _STOPPED:
+                raise _Stopped
+            if code:
+                return None
+        return float(json.loads((path / "eval.json").read_text())[self.metric])
+
+    def rows(self) -> list[Row]:
+        """One row per trial that was begun, read from its files."""
+        rows = []
+        for trial in sorted((self.workdir / "trials").glob("[0-9]*")):
+            # A run that failed at once left a log and no directory.
+            for index in sorted({int(path.stem) for path in trial.glob("[0-9]*")}):
+                row = sweep.results(trial, self.found)[index]
+                rows.append({"trial": int(trial.name), **row})
+        return rows
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="dpjax.search", allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="a file with get_config and sweep")
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--method", default="random", help=", ".join(METHODS))
+    parser.add_argument("--trials", type=int, help="how many; all points by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the trials")
+    parser.add_argument("--metric", default="accuracy", help=", ".join(METRICS))
+    parser.add_argument("--storage", help="URL of a database, for many workers; for optuna")
+    parser.add_argument("--charge", type=float, help="mean number of runs of a charged search")
+    flags, others = parser.parse_known_args(argv)
+    try:
+        base = load(flags.config)
+        found = sweep.points(flags.config, base)
+        _check(flags, others, found)
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        failed = _run(_Job(flags.config, flags.workdir, found, flags.metric, others), flags, base)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except _Stopped:
+        print("stopped as asked; the same command goes on.", file=sys.stderr)
+        return _STOPPED
+    return int(failed)
+
+
+def _check(flags: argparse.Namespace, others: Sequence[str], found: Sequence[Row]) -> None:
+    names.choose("method", flags.method, dict.fromkeys(METHODS))
+    names.choose("metric", flags.metric, METRICS)
+    if flags.storage and flags.method != "optuna":
+        raise ValueError(f"storage={flags.storage!r} belongs to method='optuna'.")
+    if flags.method == "grid" and flags.trials is not None:
+        raise ValueError(f"trials={flags.trials} belongs to random and optuna: a grid is whole.")
+    if flags.method == "optuna":
+        proposals.require_optuna()
+        proposals.axes(found)
+    if flags.charge is None:
+        return
+    if not 1 < flags.charge < math.inf:
+        raise ValueError(f"charge={flags.charge} must be > 1 and finite.")
+    if flags.method != "random" or flags.trials is not None:
+        raise ValueError(
+            f"charge={flags.charge:g} needs method='random' without trials: the runs that are "
+            "charged must be independent of one another, and their number is drawn."
+        )
+    if others:
+        raise ValueError(f"charge={flags.charge:g} takes no overrides, got {others[0]!r}.")
+    for field in sorted({name for row in found for name in row}):
+        if not (field in _FREE or field.startswith(_FREE[:2])):
+            raise ValueError(
+                f"{field!r} must not differ between the points of a charged search: only "
+                f"{', '.join(_FREE)} may."
+            )
+
+
+def _run(job: _Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
+    if flags.charge is not None:
+        job = _charge(job, flags.charge, base)
+    shown = {name: getattr(flags, name) for name in ("config", "method", "metric", "charge")}
+    if flags.method == "random" and flags.charge is None:
+        shown["seed"] = flags.seed
+    place = storage.Workdir(job.workdir)
+    if place.exists("search.json") and place.read("search.json") != shown:
+        raise ValueError(f"workdir={str(job.workdir)!r} holds another search.")
+    place.write("search.json", shown)
+    try:
+        if flags.method == "optuna":
+            proposals.optimise(
+                job.found, job.run, name=flags.config, seed=flags.seed,
+                storage=flags.storage or job.workdir / "optuna.journal",
+                trials=len(job.found) if flags.trials is None else flags.trials,
+                maximise=METRICS[flags.metric] > 0,
+            )  # fmt: skip
+        else:
+            for trial, index in enumerate(_order(job, flags)):
+                job.run(trial, index)
+    finally:
+        rows = job.rows()
+        place.write("search.md", sweep.to_markdown(rows))
+        place.write("search.csv", sweep.to_csv(rows))
+    return _conclude(job, flags, base, rows)
+
+
+def _order(job: _Job, flags: argparse.Namespace) -> list[int]:
+    if flags.charge is not None:
+        drawn: list[int] = storage.Workdir(job.workdir).read(_SECRET)["points"]
+        return drawn
+    if flags.method == "grid":
+        return list(range(len(job.found)))
+    number = len(job.found) if flags.trials is None else flags.trials
+    return proposals.sample(len(job.found), number, seed=flags.seed)
+
+
+_SECRET = "search_secret.json"  # how many runs a charged search has, and of which points
+
+
+def _charge(job: _Job, mean: float, base: ConfigDict) -> _Job:
+    """Draws the runs of a charged search, once, and says what each may spend."""
+    if base.dp is None:
+        raise ValueError("config.dp=None trains without privacy: there is nothing to charge.")
+    if base.private_seed is not None:
+        raise ValueError(
+            f"private_seed={base.private_seed} must be None in a charged search: runs that share "
+            "their noise are not independent."
+        )
+    if base.data.holdout is not None:
+        raise ValueError(
+            f"data.holdout={base.data.holdout} must be None in a charged search: its score would "
+            "read private data that nothing pays for."
+        )
+    place = storage.Workdir(job.workdir)
+    if not place.exists(_SECRET):
+        run = build.build(base)
+        if run.temperature is not None:
+            raise ValueError("dp.temperature.share must be 0 in a search that is charged.")
+        spend = selection.epsilon_of_one(
+            [phase.mechanism for phase in run.phases if phase.mechanism is not None],
+            budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
+        )  # fmt: skip
+        generator = np.random.default_rng(secrets.randbits(128))
+        points = selection.draw(len(job.found), mean, generator=generator)
+        place.write(_SECRET, {"points": points, "epsilon": spend}, secret=True)
+    return job._replace(others=[f"--config.dp.epsilon={place.read(_SECRET)['epsilon']!r}"])
+
+
+def _conclude(job: _Job, flags: argparse.Namespace, base: ConfigDict, rows: Sequence[Row]) -> bool:
+    """Writes the statement of the best run; returns whether a run failed."""
+    ended = [row for row in rows if row["status"] == "finished"]
+    failed = [
+        row for row in rows
+        if row["status"].startswith("exit") and not row["status"].startswith(f"exit {_DIVERGED}:")
+    ]  # fmt: skip
+    if flags.charge is not None and failed:
+        raise ValueError("a run of a charged search failed: mend it and run the command again.")
+    if not ended:
+        print("no run finished.", file=sys.stderr)
+        return True
+    best = max(ended, key=lambda row: _score(row.get(flags.metric), METRICS[flags.metric]))
+    path = job.directory(best["trial"], best["point"])
+    place = storage.Workdir(job.workdir)
+    facts: Row = {"method": flags.method, "metric": f"held-out {flags.metric}"}
+    if flags.charge is None:
+        facts |= {"points": len({row["point"] for row in rows}), "runs": len(rows)}
+    else:
+        facts |= {"points": len(job.found), "mean": flags.charge, "epsilon": base.dp.epsilon}
+    if (path / "privacy.json").is_file():
+        mine = json.loads((path / "privacy.json").read_text())
+        if flags.charge is None:
+            statement = selection.not_charged(mine, facts)
+        else:
+            files = sorted((job.workdir / "trials").glob("*/*/privacy.json"))
+            others = [json.loads(file.read_text()) for file in files]
+            statement = selection.charged(mine, others, facts)
+        place.write("privacy.json", statement)
+        place.write("privacy.md", ledger.to_markdown(statement))
+    place.write("best.json", {"path": str(path.relative_to(job.workdir)), **best})
+    print(sweep.to_markdown([best]))
+    print(f"the best run: {path}")
+    return bool(failed)
+
+
+def _score(value: Any, sign: int) -> float:
+    """More is better; a metric that is not finite is the worst."""
+    return sign * float(value) if value is not None and math.isfinite(value) else -math.inf
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
