@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dpjax.config import default
 
-_SETS = {"head": ("head", 1e-2, 20.0), "lora": ("lora:8", 3e-3, 8.0)}
+_SETS = {"head": ("head", 1e-2, 8.0), "lora": ("lora:8", 3e-3, 8.0)}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
