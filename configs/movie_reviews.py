@@ -7,7 +7,8 @@
         --config.data.data_dir=DATA
 
 The argument is `head` (the default) or `lora` (rank 8 on the attention's queries and values). The
-encoder and its tokenizer come from the first package, the sentences from the second.
+encoder and its tokenizer come from the first package, the sentences from the second. On the 2,114
+test sentences at epsilon 1, one run: head 76.3 %; LoRA after 2 of its 8 epochs 75.5 %.
 """
 
 from ml_collections import ConfigDict

@@ -65,6 +65,8 @@ from dpjax.storage import Workdir
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+_NOT_CHARGED = "the audit's line in this statement"
+
 __all__ = ["attach", "audit", "check", "line", "main", "write"]
 
 
@@ -105,7 +107,8 @@ def audit(
         played = game.run._replace(train=game.data(included))
         params, ledger = _train(played, seed)
         scores.append(game.scores(params))
-    found = np.asarray(scores, np.float64)
+    # A score that is not finite, of a run that diverged, tells nothing: all such ones are equal.
+    found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if single:
         bound: Any = statistics.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)
     else:
@@ -142,6 +145,10 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
         raise ValueError(f"confidence={confidence} must be in (0, 1).")
     if run.ledger is None:
         raise ValueError("dp=None: a run without privacy claims nothing to audit.")
+    if canaries == "mislabelled" and runs == 1 and count > len(run.test):
+        raise ValueError(f"count={count} must be <= the {len(run.test)} held-out examples.")
+    if canaries == "mislabelled" and run.train.num_classes < 2:
+        raise ValueError("canaries='mislabelled' needs two classes or more.")
     for phase in run.ledger.phases:
         if phase.mechanism.sampler not in ("poisson", "full_batch"):
             raise ValueError(
@@ -196,8 +203,14 @@ def attach(run: Run, workdir: Workdir) -> str:
     known = workdir.read("audit.json") if workdir.exists("audit.json") else {}
     if any(known.get(name) != value for name, value in wanted.items()):
         write(audit(run, **run.config.audit), workdir.path)
+    hosts.gather(None)  # one host wrote it
     said = line(workdir.read("audit.json"))
     facts = {**workdir.read("privacy.json"), "audit": said}
+    facts["not_charged"] = [
+        *(item for item in facts["not_charged"] if not item.startswith(_NOT_CHARGED)),
+        f"{_NOT_CHARGED}, audit.json and audit.png: made from further runs on the private data "
+        f"({wanted['runs']} for each audit), each of which costs the claimed epsilon once more",
+    ]
     workdir.write("privacy.json", facts)
     workdir.write("privacy.md", dp_ledger.to_markdown(facts))
     return said

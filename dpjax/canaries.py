@@ -73,8 +73,6 @@ def make(run: Run, canaries: str, count: int) -> Game:
         canaries: one of `CANARIES`; see `dpjax.audit`.
         count: how many.
 
-    Raises:
-        ValueError: too few examples or classes for it.
     """
     generator = np.random.default_rng(run.config.seed)  # canaries are public; their coins are not
     classes, kind = run.train.num_classes, run.train.source.dtype
@@ -88,10 +86,6 @@ def make(run: Run, canaries: str, count: int) -> Game:
         top = spec.vocab_size if isinstance(spec, models.TextSpec) else 256
         inputs = generator.integers(0, top, (count, *run.train.shape)).astype(kind)
         return Game(run, inputs, generator.integers(0, classes, count))
-    if count > len(run.test):
-        raise ValueError(f"count={count} must be <= the {len(run.test)} held-out examples.")
-    if classes < 2:
-        raise ValueError("canaries='mislabelled' needs two classes or more.")
     batch = run.test.get(generator.choice(len(run.test), count, replace=False))
     wrong = (batch["label"] + generator.integers(1, classes, count)) % classes
     return Game(run, batch["input"], wrong)

@@ -163,7 +163,10 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
             "the choice of hyperparameters, if private data was used to make it",
             "the number of training examples, which is taken as public",
             *(
-                ["the evaluations: they are made on a part of the private training split"]
+                [
+                    "the evaluations: they are made on a part of the private training split, whose "
+                    "choice balances private labels"
+                ]
                 if config.data.holdout is not None
                 else []
             ),
@@ -183,7 +186,8 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
     """Returns what a checkpoint of this run may only be continued with, as JSON values."""
     facts: dict[str, Any] = {
         "seed": run.config.seed,
-        "data": run.train.digest,
+        # Keyed: the plain digest would tell whether somebody's guess of the data is right.
+        "data": rng.digest(private_seed, run.train.digest),
         "num_examples": len(run.train),
         "phases": {
             f"{index}_{phase.name}": {
@@ -202,7 +206,7 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
         facts["temperature"] = {
             **dataclasses.asdict(run.temperature.mechanism),
             "bound": run.temperature.bound,
-            "data": run.temperature.data.digest,
+            "data": rng.digest(private_seed, run.temperature.data.digest),
         }
     if run.rule is not None and run.ledger is not None:
         facts |= {

@@ -43,9 +43,9 @@ def sampler_seed(private_seed: int) -> int:
     return int.from_bytes(_derive(private_seed, "sampler")[:16], "big")
 
 
-def digest(private_seed: int) -> str:
+def digest(private_seed: int, text: str = "") -> str:
     """Returns a hash that tells private seeds apart without telling what they are."""
-    return _derive(private_seed, "digest").hex()
+    return _derive(private_seed, "digest" + text).hex()
 
 
 def _derive(private_seed: int, stream: str) -> bytes:

@@ -23,7 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import secrets
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,9 +170,9 @@ def _run(job: _Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
             for trial, index in enumerate(_order(job, flags)):
                 job.run(trial, index)
     finally:
-        rows = job.rows()
-        place.write("search.md", sweep.to_markdown(rows))
-        place.write("search.csv", sweep.to_csv(rows))
+        rows, hidden = job.rows(), flags.charge is not None
+        place.write("search.md", sweep.to_markdown(rows), secret=hidden)
+        place.write("search.csv", sweep.to_csv(rows), secret=hidden)
     return _conclude(job, flags, base, rows)
 
 
@@ -200,6 +202,19 @@ def _charge(job: _Job, mean: float, base: ConfigDict) -> _Job:
         raise ValueError(
             f"data.holdout={base.data.holdout} must be None in a charged search: its score would "
             "read private data that nothing pays for."
+        )
+    names_of = [
+        set(re.findall(r"[A-Za-z_]\w*", base.data[f"{use}_split"])) for use in ("train", "test")
+    ]
+    if names_of[0] & names_of[1]:
+        raise ValueError(
+            f"data.test_split={base.data.test_split!r} must not be of the training data in a "
+            "charged search: its score would read private data that nothing pays for."
+        )
+    if base.batch_size == "auto" or base.audit.count:
+        raise ValueError(
+            f"batch_size={base.batch_size!r} and audit.count={base.audit.count} must be a number "
+            "and 0 in a charged search: every run has one mechanism, and no other run is paid for."
         )
     place = storage.Workdir(job.workdir)
     if not place.exists(_SECRET):
@@ -246,9 +261,14 @@ def _conclude(job: _Job, flags: argparse.Namespace, base: ConfigDict, rows: Sequ
             statement = selection.charged(mine, others, facts)
         place.write("privacy.json", statement)
         place.write("privacy.md", ledger.to_markdown(statement))
-    place.write("best.json", {"path": str(path.relative_to(job.workdir)), **best})
+    if flags.charge is None:
+        best = {"path": str(path.relative_to(job.workdir)), **best}
+    else:  # which of how many runs it was is not released
+        del best["trial"]
+        shutil.copyfile(path / "weights.safetensors", job.workdir / "weights.safetensors")
+    place.write("best.json", best)
     print(sweep.to_markdown([best]))
-    print(f"the best run: {path}")
+    print(f"the best run: {path if flags.charge is None else job.workdir}")
     return bool(failed)
 
 

@@ -71,7 +71,11 @@ def epsilon_of_one(
 
     def scaled(log_factor: float) -> list[dp.Mechanism]:
         factor = math.exp(log_factor)
-        return [dataclasses.replace(m, noise_multiplier=factor * m.noise_multiplier) for m in run]
+        # A count's noise is no part of the event, and may be too small for a scaled one.
+        return [
+            dataclasses.replace(m, noise_multiplier=factor * m.noise_multiplier, count_noise=None)
+            for m in run
+        ]
 
     found = falling_root(
         lambda x: math.log(epsilon(scaled(x), delta, mean=mean) / budget),
@@ -154,7 +158,8 @@ def charged(
     )
     kept = [item for item in statement["not_charged"] if not item.startswith(_UNKNOWN)]
     secret = (
-        "the other runs, their number and their scores: they must be kept as secret as the data"
+        "the other runs, their number and their scores, in trials/, search.md, search.csv and "
+        "search_secret.json: they must be kept as secret as the data"
     )
     return {
         **statement,

@@ -118,18 +118,30 @@ def test_holdout_of_a_subset_reports_rows_of_the_split():
     assert set(held.rows) | set(rest.rows) == set(part.rows)
 
 
-def test_a_random_share_looks_at_nothing_but_rows():
-    dataset = toy(np.repeat([0, 1, 2], [600, 300, 100]), 3)
-    rest, share = data.random_share(dataset, 0.2, seed=1)
-    assert sorted([*rest.rows, *share.rows]) == list(range(1000))
+def numbered(numbers, labels):
+    """Images that show their number."""
+    pixels = np.asarray(numbers, np.uint16).view(np.uint8).reshape(-1, 1, 2, 1)
+    return data.from_arrays("toy", pixels, np.asarray(labels), class_names=["0", "1", "2"])
+
+
+def numbers(dataset):
+    pixels = dataset.get(np.arange(len(dataset)))["input"]
+    return set(np.ascontiguousarray(pixels).reshape(-1, 2).view(np.uint16).ravel().tolist())
+
+
+def test_where_an_example_goes_depends_on_itself_alone():
+    """Parallel composition: a data set without an example splits like the one with it."""
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    rest, share = data.random_share(numbered(range(1000), labels), 0.2, seed=1)
+    assert numbers(rest) | numbers(share) == set(range(1000))
     assert abs(len(share) - 200) < 5 * np.sqrt(1000 * 0.2 * 0.8)
-    other = toy(np.roll(dataset.labels, 37), 3)
-    np.testing.assert_array_equal(data.random_share(other, 0.2, seed=1)[1].rows, share.rows)
-    # A row that comes or goes moves no other row.
-    fewer = dataset.select(np.delete(np.arange(1000), [3, 999]))
-    kept = np.setdiff1d(share.rows, [3, 999])
-    np.testing.assert_array_equal(data.random_share(fewer, 0.2, seed=1)[1].rows, kept)
-    assert set(data.random_share(dataset, 0.2, seed=2)[1].rows) != set(share.rows)
+    kept = np.setdiff1d(np.arange(1000), [0, 3, 999])  # read anew: all rows move up
+    fewer = data.random_share(numbered(kept, labels[kept]), 0.2, seed=1)[1]
+    assert numbers(fewer) == numbers(share) - {0, 3, 999}
+    other = numbered(np.arange(1000)[::-1], np.roll(labels, 37))  # another order, other labels
+    assert numbers(data.random_share(other, 0.2, seed=1)[1]) == numbers(share)
+    again = data.random_share(numbered(range(1000), labels), 0.2, seed=2)[1]
+    assert numbers(again) != numbers(share)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan"), 1e-9])

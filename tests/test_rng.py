@@ -22,6 +22,12 @@ def test_every_bit_of_the_seed_counts():
     assert a != b
 
 
+def test_digests_are_keyed():
+    """A fingerprint of private data tells nothing to who does not know the seed."""
+    assert rng.digest(1, "data") == rng.digest(1, "data")
+    assert len({rng.digest(1, "data"), rng.digest(2, "data"), rng.digest(1, "other")}) == 3
+
+
 def test_entropy():
     seeds = {rng.draw_private_seed() for _ in range(50)}
     assert len(seeds) == 50

@@ -17,6 +17,10 @@ from tiny import tiny_config
 def get_config(arg=None):
     config = tiny_config(finetune="head", epochs=0.3)
     config.private_seed = 5 if arg == "fixed" else None
+    if arg == "own":
+        config.data.train_split, config.data.test_split = "train[10%:]", "train[:10%]"
+    if arg == "audited":
+        config.audit.count = 9
     return config
 
 def sweep(arg):
@@ -160,6 +164,8 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
         (["--charge=5", "--config.private_seed=1"], "takes no overrides"),
         (["--charge=5", ":batches"], "'batch_size' must not differ"),
         (["--charge=5", ":fixed"], "private_seed=5 must be None"),
+        (["--charge=5", ":own"], "test_split='train[:10%]' must not be of the training data"),
+        (["--charge=5", ":audited"], "audit.count=9 must be"),
     ],
 )
 def test_mistakes_cost_nothing(file, flags, text, tmp_path, capsys):
@@ -231,7 +237,12 @@ def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
     ran = read(tmp_path / "w/trials/000/004/privacy.json")
     assert ran["epsilon"] == statement["epsilon_of_one_run"] < 1.2
     assert ran["noise_multiplier"] == statement["noise_multiplier"]
-    assert oct((tmp_path / "w/search_secret.json").stat().st_mode)[-3:] == "600"
+    # How many runs there were, and their scores, are hidden; the best one's weights are not.
+    for name in ("search_secret.json", "search.md", "search.csv"):
+        assert oct((tmp_path / "w" / name).stat().st_mode)[-3:] == "600"
+    assert not {"trial", "path"} & set(read(tmp_path / "w/best.json"))
+    weights = (tmp_path / "w/trials/000/004/weights.safetensors").read_bytes()
+    assert (tmp_path / "w/weights.safetensors").read_bytes() == weights
 
 
 def test_optuna_finds_the_best_and_goes_on(file, tmp_path, monkeypatch):

@@ -64,6 +64,14 @@ def test_one_example_moves_the_sum_by_no_more_than_the_bound(value):
     assert fitted == pytest.approx(fit(*problem(n=500), mechanism(1e-9, n=500)), rel=0.05)
 
 
+def test_logits_that_overflow_when_scaled_count_for_nothing():
+    logits, labels = problem(n=500)
+    logits = np.float64(logits)
+    logits[0, 3] = 1e308
+    assert _derivatives(logits, labels, -2.9)[0] == 0
+    assert np.isfinite(_derivatives(logits, labels, 2.9)).all()
+
+
 def test_noise_decides_where_there_are_no_facts():
     """Equal logits have no derivative: each halving is a coin, of noise alone."""
     logits, labels = np.zeros((50, 3), np.float32), np.zeros(50, int)

@@ -6,6 +6,8 @@ generator, whose stream NumPy promises to keep, so a choice is the same on every
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from dpjax.data.dataset import Dataset
@@ -118,8 +120,9 @@ def holdout(dataset: Dataset, amount: float | int, *, seed: int) -> tuple[Datase
 def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
     """Splits a data set by chance alone, so that privacy is paid for either part on its own.
 
-    Unlike `holdout` it looks at no label: each row of the split as it was read is drawn by itself,
-    and adding or removing an example moves no other one to the other part.
+    Where an example goes depends on its own input and the seed, and on nothing else: not on its
+    label, nor on its place in the split. So adding or removing an example moves no other one to
+    the other part, as parallel composition needs.
 
     Args:
       dataset: to split.
@@ -134,10 +137,10 @@ def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset,
     """
     if not 0 < share < 1:
         raise ValueError(f"share={share} must be in (0, 1).")
-    # Row i's bits are the same whatever the number of rows.
-    source = np.random.Philox(np.random.SeedSequence([seed, _SHARE]))
-    bits = source.random_raw(int(dataset.rows.max()) + 1)[dataset.rows]
-    chosen = (bits >> np.uint64(11)) * 2.0**-53 < share
+    salt = np.random.SeedSequence([seed, _SHARE]).generate_state(4).tobytes()
+    keys = dataset.source.keys[dataset.rows]
+    drawn = [int.from_bytes(hashlib.sha256(salt + key.tobytes()).digest()[:8]) for key in keys]
+    chosen = np.array(drawn, np.uint64) * 2.0**-64 < share
     if chosen.all() or not chosen.any():
         raise ValueError(f"share={share} of {len(dataset)} examples leaves a part empty.")
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))

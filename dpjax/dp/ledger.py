@@ -30,8 +30,8 @@ class Phase:
         mechanism: what is paid for.
         steps_done: executed steps.
         part: which part of the data it reads. Phases on one part compose. Different parts must be
-            disjoint, and which part an example is in must depend neither on the data's values nor
-            on which other examples there are.
+            disjoint, and which part an example is in may depend on the example itself, never on
+            which other examples there are.
     """
 
     name: str
@@ -214,7 +214,7 @@ def statement(
 
 
 _PARTS = (
-    "The private data is split into disjoint parts, whatever the data is. An example is in one "
+    "The private data is split into disjoint parts, each example by itself. An example is in one "
     "part only and pays for what reads that part, so the dearest part counts, and not the sum."
 )
 _RELATIONS = {

@@ -73,7 +73,9 @@ def fit_temperature(
 def _derivatives(logits: np.ndarray, labels: np.ndarray, log_temperature: float) -> np.ndarray:
     """Of each example's negative log-likelihood, `[examples]`; 0 where it is not finite."""
     finite = np.isfinite(logits).all(axis=1)
-    scaled = np.where(finite[:, None], logits, 0.0) * math.exp(-log_temperature)
-    likely = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    likely /= likely.sum(axis=1, keepdims=True)
-    return scaled[np.arange(len(labels)), labels] - np.sum(likely * scaled, axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.where(finite[:, None], logits, 0.0) * math.exp(-log_temperature)
+        likely = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        likely /= likely.sum(axis=1, keepdims=True)
+        derivatives = scaled[np.arange(len(labels)), labels] - np.sum(likely * scaled, axis=1)
+    return np.where(np.isfinite(derivatives), derivatives, 0.0)  # finite logits can overflow
