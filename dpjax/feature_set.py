@@ -9,6 +9,8 @@ import dataclasses
 
 import numpy as np
 
+from dpjax.data.dataset import distinct_rows
+
 __all__ = ["FeatureSet", "average", "concatenate", "normalise"]
 
 
@@ -68,12 +70,7 @@ class FeatureSet:
             ValueError: an index is out of range or repeated: an example that occurred twice would
                 count twice against its own privacy.
         """
-        indices = np.asarray(indices, np.int64)
-        wrong = indices[(indices < 0) | (indices >= len(self))]
-        if wrong.size:
-            raise ValueError(f"index={int(wrong[0])} must be in [0, {len(self)}).")
-        if len(np.unique(indices)) != len(indices):
-            raise ValueError("indices must be all different; some example is repeated.")
+        indices = distinct_rows(indices, len(self))
         return dataclasses.replace(self, values=self.values[indices], labels=self.labels[indices])
 
 

@@ -1,6 +1,5 @@
 """Audits of whole runs: a correct one is not contradicted, broken ones are, and nothing leaks."""
 
-import functools
 import json
 import math
 import sys
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_broken import Unclipped
 from tiny import tiny_config
 
 from dpjax import audit, build, canaries, compilation, dp, feed, loop, rng, sharding
@@ -77,18 +77,6 @@ def without_noise(run):
         )
 
     return run._replace(phases=tuple(p._replace(optimizer=quiet) for p in run.phases))
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("threshold", "gamma"),
-    meta_fields=("grouping", "kind", "normalised"),
-)
-class Unclipped(dp.ClipRule):
-    """The mistake: factors of 1 whatever the norm."""
-
-    def factors(self, norms):
-        return jnp.ones_like(norms)
 
 
 def without_clipping(run):

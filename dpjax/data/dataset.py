@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Dataset", "Source", "from_arrays"]
+__all__ = ["Dataset", "Source", "distinct_rows", "from_arrays"]
 
 
 class Source(NamedTuple):
@@ -141,12 +141,7 @@ class Dataset:
         Raises:
           ValueError: on an index out of range or repeated.
         """
-        indices = np.asarray(indices, np.int64)
-        wrong = indices[(indices < 0) | (indices >= len(self))]
-        if wrong.size:
-            raise ValueError(f"index={int(wrong[0])} must be in [0, {len(self)}).")
-        if len(np.unique(indices)) != len(indices):
-            raise ValueError("indices must be all different; some example is repeated.")
+        indices = distinct_rows(indices, len(self))
         return dataclasses.replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
 
@@ -189,3 +184,19 @@ def from_arrays(
         rows=np.arange(len(labels)),
         source=Source(lambda rows: inputs[rows], keys, inputs.dtype),
     )
+
+
+def distinct_rows(indices: np.ndarray, length: int) -> np.ndarray:
+    """Returns indices as int64, each in [0, length) and all different.
+
+    Raises:
+      ValueError: an index is out of range or repeated: an example that occurred twice would count
+        twice against its own privacy.
+    """
+    indices = np.asarray(indices, np.int64)
+    wrong = indices[(indices < 0) | (indices >= length)]
+    if wrong.size:
+        raise ValueError(f"index={int(wrong[0])} must be in [0, {length}).")
+    if len(np.unique(indices)) != len(indices):
+        raise ValueError("indices must be all different; some example is repeated.")
+    return indices

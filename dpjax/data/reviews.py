@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dpjax.data.archives import iter_members
+from dpjax.data.builders import Text, text_builder
 from dpjax.data.selection import stratified_indices
 
 __all__ = ["builder_class"]
@@ -19,7 +18,6 @@ __all__ = ["builder_class"]
 _FILE = "movieReviewSnippets_GroundTruth.txt"
 _INNER = "hutto_ICWSM_2014.tar.gz"
 _TEST_SHARE, _SPLIT_SEED = 0.2, 20240
-_Sentence = tuple[str, str, int]  # id, text, label
 
 
 def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
@@ -37,46 +35,22 @@ def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
         ValueError: if the source cannot be read or holds something else.
     """
     sentences = _sentences(source)
-    labels = np.array([label for _, _, label in sentences])
+    labels = np.array([sentence.label for sentence in sentences])
     test = stratified_indices(labels, _TEST_SHARE, seed=_SPLIT_SEED)
     splits = {"train": np.setdiff1d(np.arange(len(labels)), test), "test": test}
     counts = {split: len(rows) for split, rows in splits.items()}
     if expected is not None and counts != expected:
         raise ValueError(f"it holds {counts} sentences, not {expected}.")
 
-    class MovieReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        """Sentences from film reviews, negative or positive."""
-
-        name = "movie_reviews"
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=type(self).__doc__,
-                features=tfds.features.FeaturesDict(
-                    {
-                        "id": tfds.features.Text(),
-                        "text": tfds.features.Text(),
-                        "label": tfds.features.ClassLabel(names=["negative", "positive"]),
-                    }
-                ),
-                supervised_keys=("text", "label"),
-            )
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            del dl_manager
-            return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-        def _generate_examples(self, rows: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
-            for row in rows:
-                key, text, label = sentences[row]
-                yield key, {"id": key, "text": text, "label": label}
-
-    return MovieReviews
+    return text_builder(
+        "movie_reviews",
+        "Sentences from film reviews, negative or positive.",
+        ("negative", "positive"),
+        {split: [sentences[row] for row in rows] for split, rows in splits.items()},
+    )
 
 
-def _sentences(source: Path) -> list[_Sentence]:
+def _sentences(source: Path) -> list[Text]:
     """What has a sign, in the order of the file."""
     found = b""
     for path, content in iter_members(source, lambda p: p.name in (_FILE, _INNER)):
@@ -87,7 +61,7 @@ def _sentences(source: Path) -> list[_Sentence]:
     for line in found.decode("latin-1").splitlines():
         key, mean, text = line.split("\t", 2)
         if float(mean) != 0:
-            sentences.append((key, text.strip(), int(float(mean) > 0)))
+            sentences.append(Text(key, text.strip(), int(float(mean) > 0)))
     return sentences
 
 
