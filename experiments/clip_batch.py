@@ -86,8 +86,8 @@ _TASKS: dict[str, tuple[Task, ...]] = {
         Task({"data.subset": 0.5}, (1.0, 8.0), (100,), (0.1, 3.0), (0.05,), False, 2),
     ),
     "laptop": (
-        Task({}, (0.5, 2.0, 8.0), (1024, 4096, 16384, 50000), _BOUNDS, _RATES, True, 3),
-        Task({"data.subset": 0.1}, (0.5, 2.0, 8.0), (256, 1024, 4096), _BOUNDS, _RATES, True, 3),
+        Task({}, (0.2, 1.0, 8.0), (1024, 4096, 16384, 50000), _BOUNDS, _RATES, True, 5),
+        Task({"data.subset": 0.1}, (0.2, 1.0, 8.0), (256, 1024, 4096), _BOUNDS, _RATES, True, 5),
         Task({**_MINI, "finetune": "film"}, (2.0,), (256,), (0.01, 1.0, 100.0), (3e-3,), False, 3),
         Task({**_MINI, "finetune": "full"}, (2.0,), (256,), (0.01, 1.0, 100.0), (3e-3,), False, 3),
     ),
@@ -109,7 +109,7 @@ _TASKS: dict[str, tuple[Task, ...]] = {
 }  # fmt: skip
 
 # Of each size: the batch size and the rate at which gradients are looked at. NOT private.
-_LOOKED_AT = {("digits", 100, 0.03), ("cifar10", 4096, 0.005), ("mnist5k", 256, 3e-3),
+_LOOKED_AT = {("digits", 100, 0.03), ("cifar10", 1024, 0.005), ("mnist5k", 256, 3e-3),
               ("cifar100", 4096, _PAPER_RATES[5]), ("sun397", 4096, _PAPER_RATES[5]),
               ("cassava", 1024, _PAPER_RATES[5])}  # fmt: skip
 
@@ -121,7 +121,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.finetune = "head"
     config.epochs = 8.0
     config.checkpoint_every = 10_000
-    config.log_every = 8
+    config.log_every = 4
     options: Row = {}
     if chosen == "paper":
         config.data.name = "cifar100"

@@ -52,7 +52,7 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
 
 
 def optima(rows: Sequence[Row]) -> list[Figure]:
-    """C* and B* against epsilon, with intervals over seeds."""
+    """C* and B* against epsilon, with the values that are not worse."""
     rows = [row for row in rows if row["epsilon"] < math.inf]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     tasks = [t for t in tasks if sum(row["task"] == t for row in rows) > 1]
@@ -60,18 +60,16 @@ def optima(rows: Sequence[Row]) -> list[Figure]:
         return []
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axes, symbol in zip(panels, ("C*", "B*")):
-        values = [row[symbol] for row in rows]
-        limits = (min(values) / 10, max(values) * 10)  # first: equal values have no limits
+        values = [row[f"{symbol} {end}"] for row in rows for end in ("low", "high")]
+        limits = (min(values) / 3, max(values) * 3)  # first: equal values have no limits
         axes.set(xscale="log", yscale="log", xlabel="epsilon", ylim=limits)
         for number, task in enumerate(tasks):
             mine = [row for row in rows if row["task"] == task]
             shift = 1.06 ** (number - (len(tasks) - 1) / 2)  # apart, so that none hides another
             at = [shift * row["epsilon"] for row in mine]
-            value = np.array([row[symbol] for row in mine], float)
-            low = np.array([row[f"{symbol} low"] for row in mine])
-            high = np.array([row[f"{symbol} high"] for row in mine])
-            (line,) = axes.plot(at, value, "o-", label=task)
-            for x, ends in zip(at, zip(low, high)):
+            (line,) = axes.plot(at, [row[symbol] for row in mine], "o-", label=task)
+            for x, row in zip(at, mine):
+                ends = (row[f"{symbol} low"], row[f"{symbol} high"])
                 axes.plot([x, x], ends, color=line.get_color(), lw=1.5)
         epsilons = sorted({row["epsilon"] for row in rows})
         axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
@@ -81,8 +79,8 @@ def optima(rows: Sequence[Row]) -> list[Figure]:
     panels[1].set(ylabel="best batch size B* [examples]", title="B* by epsilon")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     caption = (
-        "Best clip bound and batch size by mean accuracy; bars are 95 % intervals of the geometric "
-        "mean over the best cells of single seeds, cut at ten times the grid"
+        "Best clip bound and batch size by mean accuracy; bars reach over the values of the grid "
+        "that are not worse at 95 %, seed by seed"
     )
     return [Figure("optima", caption, figure)]
 

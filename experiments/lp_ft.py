@@ -4,9 +4,9 @@
     python -m dpjax.report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped ViT
-pretrained on UCI digits, three seeds) and "paper" (CIFAR-10, a ViT pretrained on ImageNet; give
---data_dir and --weights). All runs of one epsilon have the same epochs and the same budget; the
-share of linear probing divides the epochs, with one sigma for both phases. A zero-initialised head
+pretrained on UCI digits; ten seeds of a random head) and "paper" (CIFAR-10, a ViT pretrained on
+ImageNet; give --data_dir and --weights). All runs of one epsilon have the same epochs and the same
+budget; the share of linear probing divides the epochs, with one sigma for both phases. A zero head
 attacks the same misalignment as probing does, so it is the control beside the random head. LoRA of
 rank 8 takes the place of full fine-tuning in some runs.
 
@@ -21,6 +21,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,21 @@ __all__ = ["get_config", "measure", "report", "sweep", "theory"]
 _VIT = {"width": 64, "depth": 3, "heads": 4, "mlp": 128, "patch": 7}
 _TINY = {"width": 16, "depth": 1, "heads": 2, "mlp": 16, "image_size": 14}
 
-# Epsilons, shares of probing, seeds; epsilons and shares of the runs with LoRA.
-_GRID: dict[str, tuple[tuple[float, ...], tuple[float, ...], int, tuple[float, ...]]] = {
-    "smoke": ((2.0,), (0.0, 0.5), 1, (0.5,)),
-    "laptop": ((0.5, 2.0), (0.0, 0.25, 0.5, 0.75, 1.0), 3, (0.0, 0.5, 1.0)),
-    "paper": ((0.5, 1.0, 2.0, 8.0), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), 5, (0.0, 0.5, 1.0)),
+
+class _Grid(NamedTuple):
+    """Epsilons, shares of probing, seeds of the random head, which matters, and of the rest."""
+
+    epsilons: tuple[float, ...]
+    shares: tuple[float, ...]
+    random_seeds: int
+    seeds: int
+    lora_shares: tuple[float, ...]
+
+
+_GRID = {
+    "smoke": _Grid((2.0,), (0.0, 0.5), 1, 1, (0.5,)),
+    "laptop": _Grid((0.5, 2.0), (0.0, 0.25, 0.5, 0.75, 1.0), 10, 3, (0.0, 0.5, 1.0)),
+    "paper": _Grid((0.5, 1.0, 2.0, 8.0), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), 5, 5, (0.0, 0.5, 1.0)),
 }
 _TESTED = 1000  # test images on which features are compared
 
@@ -105,16 +116,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep(arg: str | None = None) -> Iterator[Row]:
     """Yields the overrides of every run."""
-    epsilons, shares, seeds, lora = _GRID[study.size(arg)]
-    for seed in range(seeds):
-        for epsilon in epsilons:
+    grid = _GRID[study.size(arg)]
+    for seed in range(grid.random_seeds):
+        for epsilon in grid.epsilons:
             common = {"seed": seed, "private_seed": seed, "dp.epsilon": epsilon}
-            for head in ("random", "zero"):
-                for share in shares if (arg, head) != ("smoke", "zero") else shares[:1]:
+            for head in ("random", "zero") if seed < grid.seeds else ("random",):
+                for share in grid.shares if (arg, head) != ("smoke", "zero") else grid.shares[:1]:
                     yield {**common, "model.head_init": head, "lp.fraction": share}
-        for share in lora:
+        for share in grid.lora_shares if seed < grid.seeds else ():
             yield {
-                "seed": seed, "private_seed": seed, "dp.epsilon": epsilons[0],
+                "seed": seed, "private_seed": seed, "dp.epsilon": grid.epsilons[0],
                 "finetune": "lora:8", "model.head_init": "random", "lp.fraction": share,
             }  # fmt: skip
 

@@ -231,9 +231,9 @@ def _text(value: Any, half: float | None) -> str:
         return str(value)
     if math.isnan(value):
         return "-"
-    if half is None or math.isnan(half):
+    if half is None or math.isnan(half) or half <= 1e-9 * abs(value):  # the same for every seed
         return f"{value:.4g}"
-    digits = min(6, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 3
+    digits = min(6, max(0, 1 - math.floor(math.log10(half))))
     return f"{value:.{digits}f} ± {half:.{digits}f}"
 
 

@@ -1,0 +1,255 @@
+"""Mutates `dpjax/dp` and asks the suite: which changes of the code does no test notice?
+
+    pip install cosmic-ray
+    python -m experiments.mutation --sample=0.3 --workers=2 --out=mutants.jsonl
+
+The operators are cosmic-ray's: an arithmetic operator, comparison, number, truth value, loop or
+condition is replaced by a near one. A mutant is run against the tests that own its module and
+is killed by the first that fails, by a crash or by the time limit. Those that live are printed as
+diffs, to be read. Tests run in forks of a process that has imported the libraries (not dpjax),
+with a compilation cache of their own, so a mutant costs seconds. Results are appended to --out as
+they come: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app, flags
+from tqdm import tqdm
+
+__all__ = ["OWNERS", "Mutant", "mutants"]
+
+_SAMPLE = flags.DEFINE_float("sample", 1.0, "Share of the mutants, drawn with --seed.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
+_WORKERS = flags.DEFINE_integer("workers", 1, "Processes at a time.")
+_ONLY = flags.DEFINE_list("only", None, "Modules of dpjax/dp, by name; all of them by default.")
+_OUT = flags.DEFINE_string("out", None, "JSON lines, appended.", required=True)
+
+_ROOT = Path(__file__).resolve().parents[1]
+_BOOKKEEPING = ("bookkeeping", "per_example")
+# The tests that own a module, most likely to notice first.
+OWNERS: dict[str, tuple[str, ...]] = {
+    "accounting": ("accounting", "mechanism", "plan"),
+    "adaptive": ("adaptive", "mechanism"),
+    "audit": ("dp_audit",),
+    "bookkeeping": _BOOKKEEPING,
+    "cache": ("accounting",),
+    "clipping": ("clipping", "per_example", "numerics"),
+    "events": ("ledger", "mechanism", "accounting"),
+    "jaxpr_sites": _BOOKKEEPING,
+    "jaxpr_taps": _BOOKKEEPING,
+    "least_squares": ("least_squares",),
+    "ledger": ("ledger", "mechanism"),
+    "linear_head": ("linear_head", "cached_heads"),
+    "mechanism": ("mechanism", "accounting", "step"),
+    "noise": ("noise", "numerics", "step"),
+    "optimizers": ("optimizers", "noise"),
+    "per_example": ("per_example", "step"),
+    "sampling": ("sampling", "data_pipeline"),
+    "search": ("search",),
+    "site_algebra": _BOOKKEEPING,
+    "site_products": _BOOKKEEPING,
+    "temperature": ("temperature",),
+}
+# One near replacement for each operator of the language, not all of them: eleven ways to break one
+# product teach what one does.
+_OPERATORS = (
+    "NumberReplacer", "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr",
+    "ReplaceOrWithAnd", "ZeroIterationForLoop", "ReplaceBreakWithContinue",
+    "ReplaceContinueWithBreak", "RemoveDecorator", "ReplaceUnaryOperator_Delete_Not",
+    "ReplaceUnaryOperator_Delete_USub",
+    *(f"ReplaceBinaryOperator_{pair}" for pair in
+      ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_Mul", "Pow_Mul")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in
+      ("Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Is_IsNot", "IsNot_Is")),
+)  # fmt: skip
+_PRELOADED = (
+    "jax.numpy", "jax.experimental.pallas", "flax.linen",
+    "optax.contrib", "dp_accounting.pld.privacy_loss_distribution", "orbax.checkpoint",
+    "ml_collections", "tensorflow_datasets", "matplotlib.pyplot", "jax_privacy", "scipy.stats",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change: the occurrence of an operator in a module."""
+
+    module: str
+    operator: str
+    occurrence: int
+
+    def __str__(self) -> str:
+        return f"{self.module} {self.operator} {self.occurrence}"
+
+    def source(self) -> tuple[str, str] | None:
+        """The module before and after; None where there is no such occurrence."""
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator
+
+        before = (_ROOT / f"dpjax/dp/{self.module}.py").read_text()
+        after = mutate_code(before, get_operator(f"core/{self.operator}")(), self.occurrence)
+        return None if after is None else (before, after)
+
+    def diff(self) -> str:
+        """The lines that it changes."""
+        before, after = (text.splitlines() for text in self.source() or ("", ""))
+        lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+        return "\n".join(lines)
+
+
+def mutants(module: str) -> Iterator[Mutant]:
+    """Yields all mutants of a module of `dpjax/dp` under the operators above."""
+    for operator in _OPERATORS:
+        occurrence = 0
+        while (mutant := Mutant(module, operator, occurrence)).source() is not None:
+            if "+    /,\n" not in mutant.diff() + "\n":  # a bare star of a signature, no product
+                yield mutant
+            occurrence += 1
+
+
+def _fork(tree: Path, module: str) -> int:
+    """Starts the tests that own a module in `tree`; returns the process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        os.chdir(tree)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        log = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.path.insert(0, str(tree))
+        import pytest
+
+        names = [f"tests/test_{name}.py" for name in OWNERS[module]]
+        status = pytest.main(
+            ["-x", "-q", "-p", "no:cacheprovider", f"dpjax/dp/{module}.py", *names]
+        )
+    except BaseException:
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(status))
+
+
+def _wait(pid: int, limit: float, started: float) -> str | None:
+    """None while it runs; else "survived", "killed" or "timeout"."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+    if time.monotonic() - started < limit:
+        return None
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "timeout"
+
+
+def _copy(folder: Path, number: int) -> Path:
+    tree = folder / str(number)
+    ignored = shutil.ignore_patterns("__pycache__", ".git", ".venv*", "*.egg-info")
+    shutil.copytree(_ROOT, tree, ignore=ignored)
+    return tree
+
+
+def _limits(tree: Path, modules: list[str]) -> dict[str, float]:
+    """Seconds allowed per module; its own tests must pass, and they fill the cache.
+
+    Raises:
+        RuntimeError: they fail without any mutation.
+    """
+    found = {}
+    for module in tqdm(modules, "unchanged"):
+        for _ in range(2):  # the second is as fast as the mutants will be
+            started = time.monotonic()
+            pid = _fork(tree, module)
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+                print((tree / "output.txt").read_text(), file=sys.stderr)
+                raise RuntimeError(f"the tests of {module} fail without any mutation.")
+            found[module] = 60 + 4 * (time.monotonic() - started)
+    return found
+
+
+def _run(chosen: list[Mutant], trees: list[Path], limits: dict[str, float]) -> Iterator[dict]:
+    running: dict[int, tuple[Mutant, Path, float]] = {}
+    left, free = collections.deque(chosen), list(trees)
+    while left or running:
+        while left and free:
+            mutant, tree = left.popleft(), free.pop()
+            (tree / f"dpjax/dp/{mutant.module}.py").write_text((mutant.source() or ("", ""))[1])
+            running[_fork(tree, mutant.module)] = (mutant, tree, time.monotonic())
+        time.sleep(0.05)
+        for pid, (mutant, tree, started) in list(running.items()):
+            outcome = _wait(pid, limits[mutant.module], started)
+            if outcome is not None:
+                del running[pid]
+                shutil.copy(_ROOT / f"dpjax/dp/{mutant.module}.py", tree / "dpjax/dp")
+                free.append(tree)
+                seconds = round(time.monotonic() - started, 1)
+                yield {"mutant": str(mutant), "module": mutant.module, "outcome": outcome,
+                       "seconds": seconds, "diff": mutant.diff()}  # fmt: skip
+
+
+def _print(rows: list[dict]) -> None:
+    for row in rows:
+        if row["outcome"] == "survived":
+            print(f"\n{row['mutant']}\n{row['diff']}")
+    print("\n| module | mutants | killed | timed out | survived |\n|---|---|---|---|---|")
+    for module in [*sorted({row["module"] for row in rows}), ""]:
+        mine = [row["outcome"] for row in rows if module in ("", row["module"])]
+        counts = [mine.count(outcome) for outcome in ("killed", "timeout", "survived")]
+        print(f"| {module or 'all'} | {len(mine)} | " + " | ".join(map(str, counts)) + " |")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}.")
+    modules = _ONLY.value or list(OWNERS)
+    everything = [mutant for module in modules for mutant in mutants(module)]
+    draw = random.Random(_SEED.value)
+    chosen = [mutant for mutant in everything if draw.random() < _SAMPLE.value]
+    draw.shuffle(chosen)  # cut short, it is still a fair sample
+    out = Path(_OUT.value)
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {row["mutant"] for row in rows}
+    left = [mutant for mutant in chosen if str(mutant) not in done]
+    print(f"{len(chosen)} of {len(everything)} mutants, {len(left)} to go.", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/x"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "MPLBACKEND": "agg",
+            "JAX_PLATFORMS": "cpu",
+        }
+        sys.dont_write_bytecode = True  # a mutant of the same size and second would look unchanged
+        for name in _PRELOADED:
+            importlib.import_module(name)
+        trees = [_copy(Path(folder), number) for number in range(_WORKERS.value)]
+        limits = _limits(trees[0], sorted({mutant.module for mutant in left}))
+        with out.open("a") as file:
+            for row in tqdm(_run(left, trees, limits), "mutants", total=len(left)):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                rows.append(row)
+    _print([row for row in rows if row["mutant"] in {str(mutant) for mutant in chosen}])
+
+
+if __name__ == "__main__":
+    app.run(main)
