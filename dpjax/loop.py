@@ -181,14 +181,14 @@ def _run_phase(
             loss = None
             if end % _eval_every(config, _total(run)) == 0 or end == span.stop:
                 row: dict[str, Any] = results.row(run, job.evaluate, state, frozen)
-                loss = row["eval/nll"]
+                loss = row[f"{results.prefix(run)}nll"]
                 if run.ledger is not None:
                     row["epsilon"] = ledger_after(run, end).spent()
                 row["examples_per_second"] = rate
                 row["idle_fraction"] = feeding.idle_fraction
                 row["recompiles"] = compiled.beyond_first("accumulate", "update")
                 job.workdir.append_metrics(end, row)
-                bar.set_postfix(_postfix(row, rate))
+                bar.set_postfix(_postfix(row, results.prefix(run), rate))
                 if not math.isfinite(loss):
                     raise TrainingFailed(_ADVICE.format(step=end, config=config))
             if (
@@ -267,8 +267,9 @@ def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
         raise TrainingFailed(_ADVICE.format(step=step - 1, config=job.run.config))
 
 
-def _postfix(row: dict[str, Any], examples_per_second: float) -> dict[str, str]:
-    shown = {"loss": row["eval/nll"], "acc": row["eval/accuracy"], "ex/s": examples_per_second}
+def _postfix(row: dict[str, Any], begin: str, examples_per_second: float) -> dict[str, str]:
+    loss, accuracy = row[f"{begin}nll"], row[f"{begin}accuracy"]
+    shown = {"loss": loss, "acc": accuracy, "ex/s": examples_per_second}
     if "epsilon" in row:
         shown["eps"] = row["epsilon"]
     return {name: f"{value:.3g}" for name, value in shown.items()}

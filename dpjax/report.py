@@ -60,16 +60,18 @@ def study(workdir: Path) -> list[Path]:
 def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     train = [(r["step"], r["nonprivate/loss"]) for r in rows if "nonprivate/loss" in r]
-    held = [r for r in rows if "eval/nll" in r]
+    begin = "nonprivate/eval/" if any("nonprivate/eval/nll" in r for r in rows) else "eval/"
+    held = [r for r in rows if f"{begin}nll" in r]
     if not held:
         raise ValueError(f"workdir={str(workdir)!r}: metrics.jsonl holds no evaluation.")
     if train:
         left.plot(*zip(*train), color="0.75", label="private batches (not private)")
     steps = [r["step"] for r in held]
-    left.plot(steps, [r["eval/nll"] for r in held], "o-", color="C0", label="held out")
+    held_out = "held out" if begin == "eval/" else "held out of the private data (not private)"
+    left.plot(steps, [r[f"{begin}nll"] for r in held], "o-", color="C0", label=held_out)
     left.set(xlabel="step", ylabel="cross-entropy [nats]", title="Loss")
     left.legend()
-    right.plot(steps, [100 * r["eval/accuracy"] for r in held], "o-", color="C0")
+    right.plot(steps, [100 * r[f"{begin}accuracy"] for r in held], "o-", color="C0")
     right.set(xlabel="step", ylabel="held-out accuracy [%]", title="Accuracy", ylim=(0, 100))
     if all("epsilon" in r for r in held):
         twin = right.twinx()

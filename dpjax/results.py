@@ -11,20 +11,29 @@ from dpjax.models import Params, flatten, unflatten
 from dpjax.step import TrainState
 from dpjax.storage import Workdir
 
-__all__ = ["finish", "overlay", "row"]
+__all__ = ["finish", "overlay", "prefix", "row"]
 
 Evaluate = Callable[[Params], metrics.EvalSums]
 
 
+def prefix(run: Run) -> str:
+    """Of the names of evaluations: on a part of the private training split they are not private."""
+    return "eval/" if run.config.data.holdout is None else "nonprivate/eval/"
+
+
 def row(run: Run, evaluate: Evaluate, state: TrainState, frozen: Params) -> dict[str, float]:
-    """Returns `eval/accuracy` and the like, and `eval/ema/...` of the average if there is one."""
+    """Returns `eval/accuracy` and the like, and `eval/ema/...` of the average if there is one.
 
-    def measured(prefix: str, trainable: Params) -> dict[str, float]:
+    With `data.holdout` the names begin with `nonprivate/`.
+    """
+
+    def measured(begin: str, trainable: Params) -> dict[str, float]:
         whole = finetune.join(run.layout.gather(trainable), frozen)
-        return _named(prefix, metrics.summarise(evaluate(whole)))
+        return _named(begin, metrics.summarise(evaluate(whole)))
 
-    average = {} if state.average is None else measured("eval/ema/", state.average)
-    return {**measured("eval/", state.trainable), **average}
+    begin = prefix(run)
+    average = {} if state.average is None else measured(f"{begin}ema/", state.average)
+    return {**measured(begin, state.trainable), **average}
 
 
 def finish(
@@ -75,5 +84,5 @@ def overlay(params: Params, changes: Params) -> Params:
     return unflatten({**flatten(params), **flatten(changes)})
 
 
-def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}{name}": value for name, value in values.items()}
+def _named(begin: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{begin}{name}": value for name, value in values.items()}

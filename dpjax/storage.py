@@ -155,7 +155,8 @@ class Workdir:
         if not self.exists("metrics.jsonl"):
             return {}
         rows = read_jsonl(self.path / "metrics.jsonl")
-        return {row["step"]: row["eval/nll"] for row in rows if "eval/nll" in row}
+        names = ("eval/nll", "nonprivate/eval/nll")
+        return {row["step"]: row[name] for row in rows for name in names if name in row}
 
     def private_seed(self, draw: Callable[[], int]) -> int | None:
         """Returns the seed this run drew before, or draws and keeps one; None except on host 0."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax import budget, build, describe, dp, features, heads, metrics, names
+from dpjax import budget, build, describe, dp, features, heads, metrics, names, results
 from dpjax.config import default, differences
 from dpjax.models import InputSpec
 from dpjax.storage import Workdir
@@ -180,7 +180,8 @@ def _write(
         if step % run.config.log_every == 0 or step == steps:
             row = {f"nonprivate/{new}": float(facts[old][step - 1]) for old, new in _LOGGED}
             workdir.append_metrics(step, row)
-    last = {f"eval/{name}": value for name, value in found.items()}
+    begin = results.prefix(run)
+    last = {f"{begin}{name}": value for name, value in found.items()}
     workdir.append_metrics(steps, last | {"epsilon": workdir.read("privacy.json")["epsilon"]})
     workdir.save_weights(head)
     if measure is not None:

@@ -11,12 +11,16 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-# No test reads or writes the user's caches.
-os.environ["DPJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpjax-test-cache-")
-atexit.register(shutil.rmtree, os.environ["DPJAX_CACHE_DIR"], ignore_errors=True)
+# No test reads or writes the user's caches. Workers and the processes that tests start share one
+# cache of compiled programs, which many tests have in common; it starts empty.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["DPJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpjax-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["DPJAX_CACHE_DIR"], ignore_errors=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["DPJAX_CACHE_DIR"] + "/xla")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
+import hypothesis
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

@@ -12,12 +12,11 @@ import pytest
 from test_broken import Unclipped
 from tiny import tiny_config
 
-from dpjax import audit, build, canaries, compilation, dp, feed, loop, rng, sharding
+from dpjax import audit, build, canaries, dp, feed, loop, rng, sharding
 from dpjax.dp.audit import p_value
 from dpjax.storage import Workdir
 
 COUNT = 600
-compilation.keep_on_disk()  # the runs of this file are few programs
 
 
 def linear_loss(params, example):

@@ -14,11 +14,10 @@ import two_processes
 import yaml
 from tiny import tiny_config
 
-from dpjax import build, compilation, hosts, loop, models, rng, sharding
+from dpjax import build, hosts, loop, models, rng, sharding
 from dpjax.dp import sampling
 from dpjax.storage import Workdir, read_jsonl
 
-compilation.keep_on_disk()
 LAUNCH = Path(__file__).parent.parent / "configs" / "launch"
 
 # Parameters that start at zero move by 1e-3 a step: 1e-8 is far below the rounding of one step.

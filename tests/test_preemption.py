@@ -16,13 +16,12 @@ from absl import flags
 from test_storage import files_no_longer_than
 from tiny import tiny_config
 
-from dpjax import build, compilation, dp, loop, models, phases, sweep, train
+from dpjax import build, dp, loop, models, phases, sweep, train
 from dpjax.checkpoints import Unwritable
 from dpjax.storage import OtherRun, Workdir, read_jsonl
 
 STEPS = 10
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # children compile in half the time
-compilation.keep_on_disk()  # the runs of this file are all the same program
 
 
 @pytest.fixture(scope="module")

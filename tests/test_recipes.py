@@ -11,8 +11,6 @@ from dpjax import build, compilation, dp, loop, models, names, phases, planner, 
 from dpjax.checkpoints import Checkpoints
 from dpjax.storage import OtherRun, Workdir, read_jsonl
 
-compilation.keep_on_disk()  # runs of one shape are one program
-
 
 def config(**changes):
     return tiny_config(**{"finetune": "head", "epochs": 0.75, "eval_every": 6, **changes})

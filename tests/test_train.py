@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, dp, finetune, loop, models, rng
+from dpjax import build, dp, finetune, loop, models, report, rng
 from dpjax.storage import Workdir, read_jsonl
 
 
@@ -54,6 +54,17 @@ def test_private_facts_are_named_so(finished):
     for row in read_jsonl(finished[1] / "metrics.jsonl"):
         for name in row:
             assert name in allowed or name.startswith(("eval/", "nonprivate/")), name
+
+
+def test_evaluations_on_private_data_are_named_so(tmp_path):
+    config = tiny_config(finetune="head", epochs=0.4, data__holdout=0.3, keep_best=True)
+    results = loop.train(build.build(config), Workdir(tmp_path))
+    rows = list(read_jsonl(tmp_path / "metrics.jsonl"))
+    last = [r for r in rows if "nonprivate/eval/nll" in r][-1]
+    assert last["nonprivate/eval/accuracy"] == results["accuracy"]
+    assert not [name for row in rows for name in row if name.startswith("eval/")]
+    assert Workdir(tmp_path).losses()[last["step"]] == results["nll"]
+    assert (tmp_path / "learning_curve.png") in report.figures(tmp_path)
 
 
 def test_frozen_leaves_are_bit_identical_and_the_others_move(finished):
