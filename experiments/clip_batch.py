@@ -68,7 +68,7 @@ _MINI = {
     "physical_batch": 320,
 }
 _BOUNDS = (0.1, 3.0, 10.0, 40.0)
-_RATES = (0.002, 0.005, 0.0125)
+_RATES = (0.002, 0.0063, 0.02)
 _PAPER_BOUNDS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 50.0)
 _PAPER_RATES = tuple(float(f"{1e-5 * 1000 ** (k / 7):.3g}") for k in range(8))
 
@@ -109,7 +109,7 @@ _TASKS: dict[str, tuple[Task, ...]] = {
 }  # fmt: skip
 
 # Of each size: the batch size and the rate at which gradients are looked at. NOT private.
-_LOOKED_AT = {("digits", 100, 0.03), ("cifar10", 1024, 0.005), ("mnist5k", 256, 3e-3),
+_LOOKED_AT = {("digits", 100, 0.03), ("cifar10", 1024, 0.002), ("mnist5k", 256, 3e-3),
               ("cifar100", 4096, _PAPER_RATES[5]), ("sun397", 4096, _PAPER_RATES[5]),
               ("cassava", 1024, _PAPER_RATES[5])}  # fmt: skip
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from dpjax import planner
 from experiments import clip_batch_figures as figures
 from experiments import study
 from experiments.study import Figure, Metric, Result, Row, Table
 
-__all__ = ["one_for_all", "optima", "parts", "task_name"]
+__all__ = ["one_for_all", "optima", "parts", "planned", "task_name"]
 
 _BY = {
     "epsilon": "dp.epsilon", "clipping": "dp.clipping", "B": "batch_size", "C": "dp.bound",
@@ -69,6 +70,11 @@ def parts(results: Sequence[Result], noise: Sequence[Row]) -> list[str | Table |
         "worse: the 95 % interval of what their best cell loses, seed by seed, reaches zero.",
         Table("optima", "C*(epsilon) and B*(epsilon)", best),
         *figures.optima(best),
+        "## What the planner would have picked",
+        "From N, epochs, epsilon and delta alone, among the same batch sizes; C and the learning "
+        "rate are the best for its B.",
+        Table("planner", "Accuracy at the planner's B against B*",
+              [row for name, found in tasks.items() for row in planned(name, found)]),
         "## One (C, B) for all",
         Table("one_for_all", "The pair of least mean loss, against each task's own; learning rates "
               "tuned in both", common),
@@ -153,6 +159,30 @@ def optima(name: str, results: Sequence[Result]) -> list[Row]:
                     good.append(value)
             row |= {symbol: at[place], f"{symbol} low": min(good), f"{symbol} high": max(good)}
         rows.append(row)
+    return rows
+
+
+def planned(name: str, results: Sequence[Result]) -> list[Row]:
+    """The planner's batch size of every epsilon, and what it loses against B*."""
+    rows = []
+    for epsilon, cells in sorted(_by_seed(results, "flat").items()):
+        sizes = sorted({cell[0] for cell in cells})
+        mine = [r for r in results if r.privacy and study.field(r, "dp.epsilon") == epsilon]
+        if len(sizes) < 2 or not mine:
+            continue
+        total, delta = mine[0].privacy["num_examples"], study.field(mine[0], "dp.delta")
+        epochs = study.field(mine[0], "epochs")
+        # As the runs do it: a batch of all examples or more is the full batch.
+        within = {min(size, total): size for size in sizes}
+        chosen = planner.plan(total, epochs, epsilon, delta, batch_sizes=list(within)).batch_size
+        best = _best(cells)
+        at = _best({c: seeds for c, seeds in cells.items() if c[0] == within[chosen]})
+        loss, half = _paired(cells[best], cells[at])
+        rows.append({
+            "task": name, "epsilon": epsilon, "B, planner": chosen, "B*": best[0],
+            "accuracy [%]": float(np.mean(list(cells[at].values()))),
+            "lost [points]": loss, "lost [points] ±": half,
+        })  # fmt: skip
     return rows
 
 

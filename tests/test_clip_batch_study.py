@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax import build, config, dp, features, finetune, models, report, sweep
+from dpjax import build, config, dp, features, finetune, models, planner, report, sweep
 from experiments import clip_batch, clip_batch_report, clip_diagnosis, diagnostics, run_study, study
 from experiments.study import Result
 
@@ -244,6 +244,20 @@ def test_optima_take_the_best_mean_and_what_is_not_worse():
         study.summarise(results, clip_batch_report._BY, clip_batch_report._METRICS)
     ) if (r["B"], r["C"]) == (512, 1.0)]  # fmt: skip
     assert (cell["runs"], cell["diverged"]) == (2, 1)
+
+
+def test_the_planner_is_judged_by_what_its_batch_size_loses():
+    cells = {(256, 1.0, 0.1): (70, 71), (512, 1.0, 0.1): (75, 76), (512, 0.1, 0.1): (60, 60),
+             (5000, 1.0, 0.1): (80, 82)}  # fmt: skip
+    results = made_up(cells, epsilon=8.0, num_examples=1000)
+    (row,) = clip_batch_report.planned("t", results)
+    chosen = planner.plan(
+        1000, config.default().epochs, 8.0, config.default().dp.delta, batch_sizes=[256, 512, 1000]
+    ).batch_size
+    accuracy = {256: 70.5, 512: 75.5, 1000: 81.0}[chosen]  # a B above N is the full batch
+    assert (row["B, planner"], row["B*"], row["accuracy [%]"]) == (chosen, 5000, accuracy)
+    assert row["lost [points]"] == 81 - accuracy
+    assert clip_batch_report.planned("t", made_up({(256, 1.0, 0.1): (1, 2)})) == []
 
 
 def test_one_pair_for_all_is_paid_by_the_task_it_does_not_suit():
