@@ -232,6 +232,7 @@ def main(argv: list[str]) -> None:
     left = [mutant for mutant in chosen if str(mutant) not in done]
     print(f"{len(chosen)} of {len(everything)} mutants, {len(left)} to go.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # what killed tests leave goes with it
         os.environ |= {
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/x"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
