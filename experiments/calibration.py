@@ -4,9 +4,10 @@
     python -m dpjax.report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped pretrained
-ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; give --data_dir and --weights).
-One budget throughout; DP-SGD without normalisation, as there: what counts for a small bound R is
-eta R. Epsilon, epochs and batch size of "paper" are our own choice where we could not read theirs.
+ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; give
+--data_dir and --weights). One budget throughout; DP-SGD without normalisation, as there: what
+counts for a small bound R is eta R. Epsilon, epochs and batch size of "paper" are our own choice
+where we could not read theirs.
 
 The sweep: a grid over R and the learning rate; layerwise and global (keep or drop) clipping beside
 flat along eta R = const; a switch of R for the last 5 % of the epochs, with normalised clipping so
