@@ -47,7 +47,7 @@ _GRID: dict[str, tuple[tuple[str, ...], tuple[float, ...], int]] = {
     "laptop": (
         ("head", "film", "bias", "blocks:first:1", "blocks:last:1", "blocks:last:2", "lora:8",
          "full"),
-        (2e-3, 6e-3), 3,
+        (2e-3, 6e-3, 1.8e-2), 3,
     ),
     "paper": (
         ("head", "film", "bias", *(f"blocks:{end}:{k}" for k in (1, 2, 4, 8)

@@ -184,7 +184,7 @@ def test_cumulative_noise_is_the_published_table(size):
     assert len(rows) == (2 if size == "smoke" else 15)
     for row in rows:
         sigma, cumulative = PUBLISHED[row["epsilon"], row["B"]]
-        # Our grid of losses is finer than the one behind the printed numbers: two cells are tighter.
+        # Our accountant's grid is finer than that behind the printed numbers: two are tighter.
         assert 0.993 * sigma - 0.0051 <= row["sigma"] <= sigma + 0.0051
         assert 0.993 * cumulative - 0.051 <= row["sigma sqrt(T)"] <= cumulative + 0.051
         assert row["T, ours"] == round(8 * 50_000 / row["B"])  # and not E ceil(N/B)
