@@ -13,7 +13,7 @@ from experiments import clip_batch_figures as figures
 from experiments import study
 from experiments.study import Figure, Metric, Result, Row, Table
 
-__all__ = ["one_for_all", "optima", "parts", "planned", "task_name"]
+__all__ = ["hard_classes", "one_for_all", "optima", "parts", "planned", "task_name"]
 
 _BY = {
     "epsilon": "dp.epsilon", "clipping": "dp.clipping", "B": "batch_size", "C": "dp.bound",
@@ -89,6 +89,14 @@ def parts(results: Sequence[Result], noise: Sequence[Row]) -> list[str | Table |
               sorted(automatic, key=lambda row: -row["flat, tuned [%]"])),
         *figures.automatic(automatic),
     ]  # fmt: skip
+    starved = [row for name, found in tasks.items() for row in hard_classes(name, found)]
+    found += [
+        "## Hard classes",
+        "Thirds of the classes by held-out accuracy over all C, at B* and the best rate of each C. "
+        "The gain is that of the largest C that is not worse over all classes (C* high), seed by "
+        "seed.",
+        Table("classes", "What a small clip bound costs the hard classes", starved),
+    ]
     shown = {name: [r for r in found if r.measured] for name, found in tasks.items()}
     shown = {name: found for name, found in shown.items() if found}
     if shown:
@@ -246,6 +254,53 @@ def against_automatic(name: str, results: Sequence[Result]) -> list[Row]:
             "gap [points]": gap, "gap [points] ±": half,
         })  # fmt: skip
     return rows
+
+
+def hard_classes(name: str, results: Sequence[Result]) -> list[Row]:
+    """Accuracy of the hardest and the easiest third of the classes at the least C and a large one.
+
+    The large one is the largest that is not worse over all classes, C* high of `optima`.
+    """
+    rows = []
+    for best in optima(name, results):
+        large, epsilon = best["C* high"], best["epsilon"]
+        cells = _by_seed(results, "flat", lambda cell, size=best["B*"]: cell[0] == size)[epsilon]
+        least = min(cell[1] for cell in cells)
+        at = {
+            bound: _best({c: seeds for c, seeds in cells.items() if c[1] == bound})
+            for bound in {cell[1] for cell in cells}
+        }
+        classes = {bound: _class_accuracies(results, epsilon, cell) for bound, cell in at.items()}
+        every = [row for seeds in classes.values() for row in seeds.values()]
+        if least == large or not every:
+            continue
+        order = np.argsort(np.mean(every, axis=0))
+        third = max(1, len(order) // 3)
+        row: Row = {"task": name, "epsilon": epsilon, "least C": least, "large C": large}
+        for label, members in (("hardest", order[:third]), ("easiest", order[-third:])):
+            small, wide = (
+                {seed: float(np.mean(values[members])) for seed, values in classes[bound].items()}
+                for bound in (least, large)
+            )
+            gain, half = _paired(wide, small)
+            row |= {f"{label}, least C [%]": float(np.mean(list(small.values()))),
+                    f"{label}, gain [points]": gain, f"{label}, gain [points] ±": half}  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _class_accuracies(
+    results: Iterable[Result], epsilon: float, cell: Cell
+) -> dict[int, np.ndarray]:
+    """Held-out accuracy [%] of every class, by seed, of the finished flat runs of a cell."""
+    fields = ("dp.clipping", "dp.epsilon", "batch_size", "dp.bound", "optimizer.learning_rate")
+    found = {}
+    for r in results:
+        mine = tuple(study.field(r, name) for name in fields) == ("flat", epsilon, *cell)
+        if mine and r.status == "finished":
+            names = sorted(n for n in r.evaluation if n.startswith("class_accuracy/"))
+            found[study.field(r, "private_seed")] = np.array([100 * r.evaluation[n] for n in names])
+    return found
 
 
 def _fixed_points(shown: dict[str, list[Result]], best: Sequence[Row]) -> list[Row]:

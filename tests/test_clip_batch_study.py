@@ -247,6 +247,22 @@ def test_optima_take_the_best_mean_and_what_is_not_worse():
     assert (cell["runs"], cell["diverged"]) == (2, 1)
 
 
+def test_hard_classes_are_those_of_least_accuracy_and_gains_are_paired():
+    results = made_up({(256, 0.1, 0.1): (60, 61), (256, 3.0, 0.1): (60, 62),
+                       (256, 3.0, 0.5): (20, 20), (512, 3.0, 0.1): (50, 51)})  # fmt: skip
+    by_class = {(0.1, 0): (90, 30, 60), (0.1, 1): (92, 31, 60),
+                (3.0, 0): (89, 40, 51), (3.0, 1): (90, 43, 53)}  # fmt: skip
+    for r in results:
+        if study.field(r, "optimizer.learning_rate") == 0.1:  # the other is never the best
+            values = by_class[study.field(r, "dp.bound"), study.field(r, "private_seed")]
+            r.evaluation.update({f"class_accuracy/{k}": v / 100 for k, v in enumerate(values)})
+    (row,) = clip_batch_report.hard_classes("t", results)
+    assert (row["least C"], row["large C"]) == (0.1, 3.0)
+    assert row["hardest, least C [%]"] == pytest.approx(30.5)
+    assert row["hardest, gain [points]"] == pytest.approx(11.0)  # 10 and 12
+    assert row["easiest, gain [points]"] == pytest.approx(-1.5)
+
+
 def test_the_planner_is_judged_by_what_its_batch_size_loses():
     cells = {(256, 1.0, 0.1): (70, 71), (512, 1.0, 0.1): (75, 76), (512, 0.1, 0.1): (60, 60),
              (5000, 1.0, 0.1): (80, 82)}  # fmt: skip
