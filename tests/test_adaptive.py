@@ -161,3 +161,8 @@ def test_it_finds_the_quantile(quantile, start):
     _, bounds = scan(jnp.float32(start), jax.random.split(jax.random.key(3), 300))
     found = np.exp(np.mean(np.log(bounds[150:])))
     assert found == pytest.approx(np.exp(stats.norm.ppf(quantile)), rel=0.15)
+
+
+def test_a_count_that_is_too_precise_is_told_the_least_noise():
+    with pytest.raises(ValueError, match=r"noise_multiplier / 2 = 1\.5:"):
+        gradient_noise_multiplier(3.0, 1.5)

@@ -792,3 +792,30 @@ def test_leaves_of_models(name):
         else:
             assert leaf.route == "direct", leaf
             assert re.search(r"bias|scale|cls|pos|token_type", leaf.path), leaf
+
+
+def test_large_arrays_are_cleared_like_small_ones():
+    """Also along axes of length 1 and 2, above the size from which they are cleared in place."""
+    array = jnp.asarray(normal(1, 2, 2**14))
+    finite = jnp.array([True, False, True, False])
+    want = jnp.where(finite[:, None, None, None], array, 0)
+    np.testing.assert_array_equal(jax.jit(site_products.cleared)(array, finite), want)
+
+
+def test_clipped_indices_look_up_the_last_row():
+    def loss_fn(params, rows):
+        return jnp.sum(jnp.sin(params["table"].at[rows].get(mode="clip")))
+
+    rows = np.array([[0, 4], [5, 9], [4, 4], [3, 7]])  # a table of five
+    params = {"table": normal(5, 3)[0]}
+    agree(loss_fn, params, rows)
+    _, (total, _) = both(loss_fn, dp.flat(1.0), params, rows)
+    assert np.any(total.value["table"][4])
+
+
+def test_the_loss_is_traced_at_the_shape_of_one_example():
+    def loss_fn(params, x):
+        assert x.shape == (3,)
+        return jnp.sum(jnp.sin(x @ params["w"]))
+
+    agree(loss_fn, {"w": normal(3, 2)[0]}, normal(3))

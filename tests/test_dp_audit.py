@@ -146,3 +146,9 @@ TWO = np.array([0.0, 1.0])
 def test_bad_arguments(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_all_canaries_can_be_guessed():
+    scores, coins = gaussian_game(8.0, 40, seed=1)
+    found = audit.one_run(scores, coins, delta=0.0, guesses=[(20, 20)])
+    assert found.epsilon > 1

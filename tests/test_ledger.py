@@ -153,3 +153,17 @@ def test_the_statement_knows_the_noise_of_the_count():
     assert facts["phases"][0]["count_noise"] == 1.0
     assert "of it, for gradients" in dp.to_markdown(facts)
     assert "of it, for gradients" not in dp.to_markdown(statement(ledger()))
+
+
+def test_what_all_phases_share_is_one_number():
+    mechanisms = [
+        dp.Mechanism(num_examples=1000, sampling_prob=0.05, steps=n, noise_multiplier=3.0)
+        for n in (5, 10)
+    ]
+    made = statement(ledger(*mechanisms))
+    assert made["noise_multiplier"] == 3.0
+    assert made["sampling_prob"] == 0.05
+    loud = dp.Mechanism(num_examples=1000, sampling_prob=0.05, steps=5, noise_multiplier=4.0)
+    made = statement(ledger(*mechanisms, loud))
+    assert made["noise_multiplier"] == [3.0, 3.0, 4.0]
+    assert made["num_examples"] == 1000

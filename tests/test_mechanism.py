@@ -193,3 +193,13 @@ def test_phases_of_several_batch_sizes_share_sigma_and_meet_the_budget():
     assert spent == pytest.approx(accountant.get_epsilon(BUDGET["delta"]), rel=1e-2)
     with pytest.raises(ValueError, match="batch_size="):
         dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=[20], steps=[1, 2])
+
+
+def test_batches_can_be_cut_to_one_example():
+    cut = dp.Mechanism(
+        num_examples=100, sampling_prob=0.01, steps=5, noise_multiplier=2.0,
+        sampler="truncated_poisson", max_batch_size=1,
+    )  # fmt: skip
+    assert all(len(cut.indices(0, step)) <= 1 for step in range(50))
+    with pytest.raises(ValueError, match="max_batch_size=0"):
+        dataclasses.replace(cut, max_batch_size=0)

@@ -111,3 +111,8 @@ def test_a_scaled_head_divides_the_logits():
     want = models.dense_head(head, features) / 2.5
     np.testing.assert_allclose(models.dense_head(made["head"], features), want, rtol=1e-5)
     assert made["body"] is params["body"]
+
+
+def test_a_small_bound_is_a_bound():
+    logits, labels = problem(1.0)
+    assert fit(logits, labels, mechanism(1e-9, steps=14), bound=0.5) > 0
