@@ -819,3 +819,21 @@ def test_the_loss_is_traced_at_the_shape_of_one_example():
         return jnp.sum(jnp.sin(x @ params["w"]))
 
     agree(loss_fn, {"w": normal(3, 2)[0]}, normal(3))
+
+
+def test_a_derived_weight_with_a_leaf_of_other_use():
+    """The other leaf of the weight, which has no other use, must not be lost."""
+
+    def loss_fn(params, x):
+        out = jnp.tanh(x @ (params["a"] @ params["b"]))
+        return jnp.sum(out) + jnp.sum(jnp.sin(params["a"]) * x[:, None])
+
+    agree(loss_fn, {"a": normal(3, 2)[0], "b": normal(2, 5, seed=1)[0]}, normal(3))
+
+
+def test_weights_that_come_out_of_a_scan():
+    def loss_fn(params, x):
+        _, turned = jax.lax.scan(lambda carry, w: (carry, w.T), 0.0, params["w"])
+        return jnp.sum(jnp.tanh(x @ turned[0])) + jnp.sum(jnp.sin(x @ turned[1]))
+
+    agree(loss_fn, {"w": normal(2, 5, 3)[0]}, normal(3))

@@ -99,3 +99,13 @@ def test_other_trees_are_refused():
     made = linear_head.rows(jnp.ones((2, 3)), jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match="params must be"):
         linear_head.head_sum({"head": {"kernel": jnp.ones((3, 2))}}, made, jnp.ones(2, bool))
+
+
+def test_an_example_without_any_loss_is_finite_and_moves_nothing(case):
+    params, inputs, _, mask = case
+    params = jax.tree.map(lambda leaf: 1e4 * leaf, params)
+    labels = jnp.argmax(inputs @ params["head"]["kernel"] + params["head"]["bias"][None], 1)
+    (total, facts), _ = both(dp.flat(1.0), params, inputs, labels, mask)
+    assert np.all(np.isfinite(facts.norms))
+    assert np.all(facts.factors[mask] > 0)
+    assert all(np.all(np.abs(leaf) < 1e-6) for leaf in jax.tree.leaves(total.value))

@@ -203,3 +203,10 @@ def test_batches_can_be_cut_to_one_example():
     assert all(len(cut.indices(0, step)) <= 1 for step in range(50))
     with pytest.raises(ValueError, match="max_batch_size=0"):
         dataclasses.replace(cut, max_batch_size=0)
+
+
+def test_a_fixed_size_can_be_one():
+    single = dp.Mechanism(
+        num_examples=100, sampling_prob=0.01, steps=5, noise_multiplier=2.0, sampler="fixed_size"
+    )
+    assert len(single.indices(0, 0)) == 1

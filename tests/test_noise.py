@@ -175,3 +175,10 @@ def test_values_do_not_depend_on_the_number_of_devices():
                  "b": spread}  # fmt: skip
     eight = jax.jit(draw, out_shardings=shardings)(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, one, eight)
+
+
+def test_aggregate_takes_more_examples_than_numbers():
+    grads = {"a": jnp.ones((5, 3)), "b": jnp.ones((5, 2))}
+    tx = dp.aggregate(1.0, 0.0, 5, key=jax.random.key(0))
+    updates, _ = tx.update(grads, tx.init({"a": jnp.zeros(3), "b": jnp.zeros(2)}))
+    np.testing.assert_allclose(updates["a"], jnp.full(3, 5**-0.5), rtol=1e-5)

@@ -108,3 +108,7 @@ def test_chunks_hold_every_index_once(size):
 def test_bad_arguments(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_one_example_is_enough():
+    assert len(poisson(0, n=1, q=1.0)) == 1
