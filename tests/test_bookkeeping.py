@@ -837,3 +837,14 @@ def test_weights_that_come_out_of_a_scan():
         return jnp.sum(jnp.tanh(x @ turned[0])) + jnp.sum(jnp.sin(x @ turned[1]))
 
     agree(loss_fn, {"w": normal(2, 5, 3)[0]}, normal(3))
+
+
+@pytest.mark.parametrize("budget", [1, 1300])
+def test_chunks_of_examples(monkeypatch, budget):
+    """What is too large for all examples at once is done a few at a time, with the same result."""
+    inputs = normal(6, 6, 2)  # 36 patches of 18 numbers an example: chunks of one, and of two
+    loss_fn, params = as_loss(nn.Conv(5, (3, 3)), inputs)
+    whole = both(loss_fn, dp.flat(0.5), params, inputs)
+    monkeypatch.setitem(bookkeeping._CHUNK, "cpu", budget)
+    agree(loss_fn, params, inputs)
+    assert_close(whole[0], both(loss_fn, dp.flat(0.5), params, inputs)[1])
