@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, out of disk, or resumed as something else."""
 
 import contextlib
+import io
 import dataclasses
 import json
 import os
@@ -131,6 +132,7 @@ def test_a_full_disk_ends_the_run_and_the_one_before_goes_on(run, whole, tmp_pat
     config = run.config.copy_and_resolve_references()
     config.log_every = 100  # so that the metrics are smaller than a checkpoint
     with contextlib.ExitStack() as limits:
+        limits.enter_context(contextlib.redirect_stderr(io.StringIO()))  # else a file of pytest's
 
         def fill_the_disk(step):
             if step == 5:
