@@ -1,8 +1,8 @@
 """Runs that are stopped, killed, out of disk, or resumed as something else."""
 
 import contextlib
-import io
 import dataclasses
+import io
 import json
 import os
 import signal
