@@ -107,9 +107,6 @@ def _engine(run: Run, trainable: Params, frozen: Params) -> str:
 
     if run.config.dp.method == "vmap":
         return "vmap, as asked"
-    reason = dp.bookkeeping.why_not(loss, trainable, example)
-    if reason is not None:
-        return f"vmap: {reason}"
     routes = collections.Counter(r.route for r in dp.bookkeeping.plan(loss, trainable, example))
     return "bookkeeping, leaves by route: " + ", ".join(
         f"{route} {count}" for route, count in routes.most_common()

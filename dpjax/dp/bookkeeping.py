@@ -24,7 +24,7 @@ from dpjax.dp.jaxpr_sites import Key, Site, Traced, trace
 from dpjax.dp.jaxpr_taps import derived_weight, evaluate
 from dpjax.dp.site_algebra import KINDS, Form, conv_sum, has_patches
 
-__all__ = ["LeafPlan", "microbatch_sum", "plan", "why_not"]
+__all__ = ["LeafPlan", "microbatch_sum", "plan"]
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -109,11 +109,6 @@ def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ..
         LeafPlan(jax.tree_util.keystr(path, simple=True, separator="/"), *routes.get(i, unused))
         for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params))
     )
-
-
-def why_not(loss_fn: LossFn, params: PyTree, example: PyTree) -> str | None:
-    """Returns None if the engine applies to `loss_fn`, else the reason why it does not."""
-    return None
 
 
 def _plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> _Plan:

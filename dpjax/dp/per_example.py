@@ -38,7 +38,8 @@ def clipped_sum(
             over, so that they take no part in norms, memory or time. A mean over augmented views
             of the example inside `loss_fn` is averaged before clipping.
         rule: maps gradient norms to scale factors.
-        method: "vmap", "bookkeeping", or "auto": book-keeping where it applies, else vmap.
+        method: "vmap", or "bookkeeping", which "auto" stands for: it applies to every loss, and
+            differentiates per example the leaves that it finds no product for.
         microbatch_size: examples whose per-example state is in memory at once; must divide the
             batch. None takes the batch whole.
 
@@ -66,7 +67,7 @@ def clipped_sum(
         micro = microbatch_size or size
         if size % micro:
             raise ValueError(f"microbatch_size={micro} must divide the batch size {size}.")
-        engine = _engine(method, loss_fn, params, batch)
+        engine = _vmap_engine if method == "vmap" else bookkeeping.microbatch_sum
         sensitivity = rule.sensitivity()
 
         if micro == size:
@@ -96,19 +97,6 @@ def cut(tree: PyTree, size: int) -> PyTree:
 def _uncut(tree: PyTree) -> PyTree:
     """Inverse of `cut`."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def _engine(method: str, loss_fn: LossFn, params: PyTree, batch: PyTree) -> Callable[..., Any]:
-    """Chooses the engine at trace time."""
-    if method == "vmap":
-        return _vmap_engine
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    reason = bookkeeping.why_not(loss_fn, params, example)
-    if reason is None:
-        return bookkeeping.microbatch_sum
-    if method == "bookkeeping":
-        raise ValueError(f"method='bookkeeping' does not apply: {reason}")
-    return _vmap_engine
 
 
 def _vmap_engine(
