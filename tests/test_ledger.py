@@ -1,5 +1,6 @@
 """Executed steps, the budget they must not pass, and the statement."""
 
+import dataclasses
 import json
 
 import pytest
@@ -167,3 +168,14 @@ def test_what_all_phases_share_is_one_number():
     made = statement(ledger(*mechanisms, loud))
     assert made["noise_multiplier"] == [3.0, 3.0, 4.0]
     assert made["num_examples"] == 1000
+
+
+def test_a_plan_may_spend_the_budget_to_its_last_digit():
+    assert ledger(epsilon=MECHANISM.epsilon(1e-4)).spent() == 0
+
+
+def test_a_ledger_cannot_be_edited():
+    book = ledger().charge(0, 10)
+    for part, name in ((book, "epsilon"), (book, "phases"), (book.phases[0], "mechanism")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, None)

@@ -128,7 +128,8 @@ def test_plain_gradients_are_refused(wrong):
     [
         ((-1.0, 1.0, jax.random.key(0)), ValueError, "noise_multiplier=-1.0"),
         ((np.nan, 1.0, jax.random.key(0)), ValueError, "noise_multiplier=nan"),
-        ((1.0, 0.0, jax.random.key(0)), ValueError, "expected_batch_size=0.0"),
+        ((np.inf, 1.0, jax.random.key(0)), ValueError, "noise_multiplier=inf must be >= 0"),
+        ((1.0, 0.0, jax.random.key(0)), ValueError, "expected_batch_size=0.0 must be > 0"),
         ((1.0, 1.0, 0), TypeError, "typed key"),
         ((1.0, 1.0, jax.random.PRNGKey(0)), TypeError, "typed key"),
         ((1.0, 1.0, jax.random.split(jax.random.key(0))), TypeError, "single key"),

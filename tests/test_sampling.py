@@ -79,6 +79,28 @@ def test_truncated_poisson_never_exceeds_and_is_poisson_below():
     assert sizes == [min(s, 22) for s in full]
 
 
+def cut_short(q=0.5, most=3):
+    return sampling.truncated_poisson(0, 0, num_examples=5, sampling_prob=q, max_batch_size=most)
+
+
+def test_the_ends_of_the_ranges():
+    assert len(cut_short(q=1.0)) == 3
+    assert len(cut_short(q=1.0, most=1)) == 1
+    assert len(sampling.fixed_size(0, 0, num_examples=5, batch_size=1)) == 1
+    assert len(sampling.fixed_size(0, 0, num_examples=5, batch_size=5)) == 5
+    assert sampling.chunks(np.arange(3), 1).tolist() == [[0], [1], [2]]
+
+
+def test_batches_are_those_of_every_version():
+    """A run that is resumed after an upgrade must draw the batches that it would have drawn."""
+    few = {"num_examples": 50, "sampling_prob": 0.2}
+    assert sampling.poisson(3, 5, **few).tolist() == [0, 17, 23, 43, 46]
+    cut = sampling.truncated_poisson(3, 5, **few, max_batch_size=4)
+    assert cut.tolist() == [0, 17, 23, 47]
+    fixed = sampling.fixed_size(3, 5, num_examples=50, batch_size=5)
+    assert fixed.tolist() == [0, 1, 18, 20, 24]
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 40])
 def test_chunks_hold_every_index_once(size):
     cut = sampling.chunks(np.arange(size), 8)
@@ -96,7 +118,10 @@ def test_chunks_hold_every_index_once(size):
         (lambda: poisson(0, seed=-1), "seed=-1"),
         (lambda: poisson(0, seed=2**128), "seed="),
         (lambda: sampling.fixed_size(0, 0, num_examples=5, batch_size=6), "batch_size=6"),
+        (lambda: sampling.fixed_size(0, 0, num_examples=5, batch_size=0), "batch_size=0"),
         (lambda: sampling.chunks(np.arange(3), 0), "size=0"),
+        (lambda: cut_short(q=0.0), "sampling_prob=0.0"),
+        (lambda: cut_short(q=1.5), "sampling_prob=1.5"),
         (
             lambda: sampling.truncated_poisson(
                 0, 0, num_examples=5, sampling_prob=0.5, max_batch_size=0
