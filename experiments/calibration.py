@@ -20,14 +20,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from dpjax import dp
 from dpjax.config import default
-from experiments import ntk, study
+from experiments import calibration_theory, study
 from experiments.study import Figure, Metric, Result, Row, Table
 
 __all__ = ["get_config", "report", "sweep", "theory"]
@@ -40,12 +38,6 @@ _GRID: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, int]] = {
     "smoke": ((0.1, 1.0, 10.0), (10.0, 1.0, 0.1), 1.0, 2),
     "laptop": ((0.1, 1.0, 10.0, 100.0), (10.0, 1.0, 0.1, 0.01), 1.0, 3),
     "paper": ((0.1, 1.0, 10.0, 100.0, 1000.0), (1.0, 0.1, 0.01, 0.001), 0.1, 3),
-}
-# Random networks of the table; width, noise keys and learning rates of the training curves.
-_THEORY: dict[str, tuple[int, int, int, tuple[float, ...]]] = {
-    "smoke": (20, 64, 8, (0.2,)),
-    "laptop": (200, 256, 32, (0.4, 0.1)),
-    "paper": (1000, 512, 64, (0.4, 0.1)),
 }
 _SMALL, _LARGE, _SWITCH = 0.1, 20.0, 0.95  # of the late switch
 _TEMPERATURE = 0.1  # share of the training examples
@@ -133,60 +125,7 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
 
 def theory(arg: str | None = None) -> Row:
     """Computes the table of kernels, and predicted beside measured training curves."""
-    chosen = study.size(arg)
-    draws, width, runs, rates = _THEORY[chosen]
-    found: dict[str, list[Row]] = {kind: [] for kind in ntk.KINDS}
-    for draw in range(draws):
-        of_data, of_net = jax.random.split(jax.random.key(draw))
-        data, params = ntk.problem(of_data, 8, 3), ntk.init(of_net, 3, 4)
-        residual = np.asarray(jax.vmap(ntk.outputs, (None, 0))(params, data.inputs) - data.targets)
-        each = ntk.layer_kernels(params, data.inputs)
-        for kind, kernel in ntk.kernels(each, np.asarray(residual, np.float64)).items():
-            found[kind].append(ntk.properties(kernel))
-    of_data, of_net = jax.random.split(jax.random.key(7))
-    data, params = ntk.problem(of_data, 16, 4), ntk.init(of_net, 4, width)
-    sigma, time = 2.0, 8.0
-    curves = []
-    for name, rule in (("flat", dp.flat(0.5)), ("layerwise", dp.per_layer(0.5))):
-        flow = ntk.predict(params, data, rule, time=time, points=200)
-        for rate in rates:
-            steps = round(time / rate)
-            keys = jax.random.split(jax.random.key(len(curves)), runs)
-            quiet, noisy = ntk.measure(
-                params, data, rule, learning_rate=rate, steps=steps, noise_multiplier=sigma,
-                keys=keys,
-            )  # fmt: skip
-            curves.append({
-                "clipping": name, "eta": rate, "sigma": sigma,
-                "times": (rate * np.arange(steps + 1)).tolist(), "quiet": quiet.tolist(),
-                "noisy": noisy.mean(axis=0).tolist(),
-                "spread": (noisy.std(axis=0, ddof=1) / runs**0.5).tolist(),
-                "flow_times": flow.times.tolist(), "flow": flow.loss.tolist(),
-                "flow_excess": (rate * sigma**2 * flow.excess).tolist(),
-            })  # fmt: skip
-    return {"properties": found, "curves": curves}
-
-
-def kernel_table(properties: dict[str, list[Row]]) -> list[Row]:
-    """The paper's table of kernels with numbers: extremes over random networks, and the verdict."""
-    rows = []
-    for kind, draws in properties.items():
-        asymmetry = max(d["asymmetry"] for d in draws)
-        quadratic = min(d["quadratic"] for d in draws)
-        eigenvalue = min(d["eigenvalue"] for d in draws)
-        negative = [d["eigenvalue"] < -1e-6 for d in draws]
-        rows.append({
-            "clipping": kind, "kernel": ntk.KINDS[kind],
-            "symmetric": _yes(asymmetry < 1e-9), "largest asymmetry": asymmetry,
-            "quadratic form >= 0": _yes(quadratic > -1e-6), "least quadratic form": quadratic,
-            "eigenvalues >= 0": _yes(eigenvalue > -1e-6), "least real part": eigenvalue,
-            "networks with a negative one": f"{sum(negative)} of {len(negative)}",
-        })  # fmt: skip
-    return rows
-
-
-def _yes(holds: bool) -> str:
-    return "yes" if holds else "no"
+    return calibration_theory.compute(study.size(arg))
 
 
 def _share(result: Result) -> float:
@@ -235,7 +174,7 @@ def report(workdir: Path) -> list[Path]:
               })),
     ]  # fmt: skip
     if found is not None:
-        parts += ["## Theory: kernels of clipped gradient flow", *_theory(found)]
+        parts += ["## Theory: kernels of clipped gradient flow", *calibration_theory.parts(found)]
     return study.write(workdir, "Clipping bound and calibration", parts, results)
 
 
@@ -310,44 +249,3 @@ def _diagram(top: plt.Axes, bottom: plt.Axes, results: list[Result]) -> None:
     top.set(xlim=(0, 1), ylim=(0, 1))
     bottom.bar(edges[:-1], count, width, align="edge", color="0.6", edgecolor="white")
     bottom.set_xlabel("confidence")
-
-
-def _theory(found: Row) -> list[str | Table | Figure]:
-    curves = found["curves"]
-    figure, panels = plt.subplots(
-        1, len(curves), figsize=(4 * len(curves), 4), sharey=True, layout="constrained"
-    )
-    rows = []
-    for axes, c in zip(panels, curves):
-        flow = np.interp(c["times"], c["flow_times"], c["flow"])
-        excess = np.interp(c["times"], c["flow_times"], c["flow_excess"])
-        quiet, noisy, spread = (np.array(c[name]) for name in ("quiet", "noisy", "spread"))
-        axes.plot(c["times"], quiet, "o", ms=3, markevery=max(1, len(quiet) // 20), color="C0",
-                  label="measured, no noise (not private)")  # fmt: skip
-        axes.plot(c["times"], flow, color="C0", label="predicted flow")
-        axes.errorbar(c["times"], noisy, 2 * spread, fmt="s", ms=3, color="C1",
-                      errorevery=max(1, len(noisy) // 20), markevery=max(1, len(noisy) // 20),
-                      label=f"measured, sigma = {c['sigma']:g} (± 2 s.e.)")  # fmt: skip
-        axes.plot(c["times"], flow + excess, "--", color="C1", label="predicted, with noise")
-        axes.set(xlabel="time = eta x steps", title=f"{c['clipping']}, eta = {c['eta']:g}")
-        axes.grid(alpha=0.3)
-        rows.append({
-            "clipping": c["clipping"], "eta": c["eta"], "loss at start": quiet[0],
-            "loss at end, measured": quiet[-1], "predicted": flow[-1],
-            "largest gap, relative to the start": float(np.abs(quiet - flow).max() / quiet[0]),
-            "excess by noise, measured": noisy[-1] - quiet[-1],
-            "2 s.e.": 2 * spread[-1], "excess predicted": excess[-1],
-        })  # fmt: skip
-    panels[0].set_ylabel("training loss")
-    panels[0].legend(fontsize=8)
-    draws = len(next(iter(found["properties"].values())))
-    return [
-        Table("kernels", f"Kernels of {draws} random networks (3 layers, width 4, 8 examples); "
-              "numbers relative to the spectral norm", kernel_table(found["properties"])),
-        "The last row is what keeping and dropping does: where an example is dropped, the kernel "
-        "is neither symmetric nor monotone. The paper's two rows for global clipping hold where "
-        "all examples are kept.",
-        Table("dynamics", "Function-space prediction and measured training loss", rows),
-        Figure("dynamics", "Training loss predicted by the kernels of the start, and measured",
-               figure),
-    ]  # fmt: skip

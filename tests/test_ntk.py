@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpjax import dp
-from experiments import calibration, ntk
+from experiments import calibration_theory, ntk
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def table():
         each = ntk.layer_kernels(params, data.inputs)
         for kind, kernel in ntk.kernels(each, residual(data, params)).items():
             found[kind].append(ntk.properties(kernel))
-    return {row["clipping"]: row for row in calibration.kernel_table(found)}
+    return {row["clipping"]: row for row in calibration_theory.kernel_table(found)}
 
 
 @pytest.mark.parametrize(
