@@ -59,7 +59,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "mechanism": ("mechanism", "accounting", "step"),
     "noise": ("noise", "numerics", "step"),
     "optimizers": ("optimizers", "noise"),
-    "per_example": ("per_example", "step", "bookkeeping"),
+    "per_example": ("per_example", "step"),
     "sampling": ("sampling", "data_pipeline"),
     "search": ("search",),
     "site_algebra": _BOOKKEEPING,
