@@ -34,11 +34,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from dpjax import (
     build,
@@ -103,10 +105,14 @@ def audit(
     coins = _coins(run, count) if single else np.arange(runs)[:, None] % 2 == 1
     seeds = _seeds(run, runs)
     scores = []
-    for seed, included in zip(seeds, coins.reshape(runs, -1), strict=True):
-        played = game.run._replace(train=game.data(included))
-        params, ledger = _train(played, seed)
-        scores.append(game.scores(params))
+    with tqdm(
+        total=runs * sum(phase.steps for phase in run.phases), desc="audit", unit="step",
+        file=sys.stderr, dynamic_ncols=True, disable=jax.process_index() > 0,
+    ) as bar:  # fmt: skip
+        for seed, included in zip(seeds, coins.reshape(runs, -1), strict=True):
+            played = game.run._replace(train=game.data(included))
+            params, ledger = _train(played, seed, bar)
+            scores.append(game.scores(params))
     # A score that is not finite, of a run that diverged, tells nothing: all such ones are equal.
     found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if single:
@@ -216,7 +222,7 @@ def attach(run: Run, workdir: Workdir) -> str:
     return said
 
 
-def _train(run: Run, private_seed: int) -> tuple[Params, dp.Ledger]:
+def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     """Executes a run with the functions of the train loop, and charges it; keeps no files."""
     ledger, params, layout = run.ledger, run.params, run.layout
     if ledger is None:
@@ -245,6 +251,7 @@ def _train(run: Run, private_seed: int) -> tuple[Params, dp.Ledger]:
                 if chunk.last:
                     break
             state, _ = steps.update(state, totals, hyper)
+            bar.update()
         params = finetune.join(layout.gather(state.trainable), frozen)
     return params, ledger
 

@@ -1,34 +1,40 @@
 """Mutates `dpjax/dp` and asks the suite: which changes of the code does no test notice?
 
-    pip install cosmic-ray
+    pip install cosmic-ray coverage
     python -m experiments.mutation --sample=0.3 --workers=2 --out=mutants.jsonl
 
 The operators are cosmic-ray's: an arithmetic operator, comparison, number, truth value, loop or
-condition is replaced by a near one. A mutant is run against the tests that own its module and
-is killed by the first that fails, by a crash or by the time limit. Those that live are printed as
-diffs, to be read. Tests run in forks of a process that has imported the libraries (not dpjax),
-with a compilation cache of their own, so a mutant costs seconds. Results are appended to --out as
-they come: the same command goes on where it was stopped.
+condition is replaced by a near one. A mutant is run against those tests that own its module and
+reach its line, and is killed by the first that fails, by a crash or by the time limit. Those that
+live are printed as diffs, to be read. A test that finds a traced function in a cache does not reach
+it: it may miss a mutant that it would kill, and never kills one that it should not. Tests run in
+forks of a process that has imported the libraries (not dpjax), with a compilation cache of their
+own, so a mutant costs seconds. Results are appended to --out as they come: the same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from absl import app, flags
 from tqdm import tqdm
 
@@ -78,6 +84,9 @@ _OPERATORS = (
     *(f"ReplaceComparisonOperator_{pair}" for pair in
       ("Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Is_IsNot", "IsNot_Is")),
 )  # fmt: skip
+_PLACE = re.compile(r"^@@ -(\d+)")
+# What a product's replacement makes of the bare star of a signature; nothing that a caller sees.
+_BARE_SLASH = re.compile(r"^\+(\s*|.*[(,] ?)/,", re.MULTILINE)
 _PRELOADED = (
     "jax.numpy", "jax.experimental.pallas", "flax.linen",
     "optax.contrib", "dp_accounting.pld.privacy_loss_distribution", "orbax.checkpoint",
@@ -107,9 +116,22 @@ class Mutant:
 
     def diff(self) -> str:
         """The lines that it changes."""
+        return "\n".join(self._diff())
+
+    def lines(self) -> range:
+        """The statement that it changes; of one with a body, the head."""
+        before, place = (self.source() or ("", ""))[0], int(_PLACE.findall(self._diff()[0])[0])
+        ranges = [range(place, place + 1)]
+        for node in ast.walk(ast.parse(before)):
+            if isinstance(node, ast.stmt):
+                body = getattr(node, "body", None)
+                end = body[0].lineno if body else (node.end_lineno or node.lineno) + 1
+                ranges.append(range(node.lineno, max(end, node.lineno + 1)))
+        return min((lines for lines in ranges[1:] if place in lines), key=len, default=ranges[0])
+
+    def _diff(self) -> list[str]:
         before, after = (text.splitlines() for text in self.source() or ("", ""))
-        lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-        return "\n".join(lines)
+        return list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
 
 
 def mutants(module: str) -> Iterator[Mutant]:
@@ -117,12 +139,65 @@ def mutants(module: str) -> Iterator[Mutant]:
     for operator in _OPERATORS:
         occurrence = 0
         while (mutant := Mutant(module, operator, occurrence)).source() is not None:
-            if "+    /,\n" not in mutant.diff() + "\n":  # a bare star of a signature, no product
+            if not _BARE_SLASH.search(mutant.diff()):
                 yield mutant
             occurrence += 1
 
 
-def _fork(tree: Path, module: str) -> int:
+class _Reach:
+    """A pytest plugin: which tests reach which lines of `dpjax/dp`, and how long they take."""
+
+    def __init__(self, tree: Path) -> None:
+        import coverage
+
+        self.path = tree / "reach.json"
+        folder = str(tree / "dpjax/dp/*")
+        self.coverage = coverage.Coverage(data_file=None, include=[folder], config_file=False)
+        self.seconds: dict[str, float] = {}
+        self.coverage.start()
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        name, seconds = report.nodeid, report.duration  # type: ignore[attr-defined]
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(_file(item))  # a fixture may serve the file
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        return (yield)
+
+    def pytest_sessionfinish(self) -> None:
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        lines = {Path(name).stem: data.contexts_by_lineno(name) for name in data.measured_files()}
+        self.path.write_text(json.dumps({"lines": lines, "seconds": self.seconds}))
+
+
+class _Select:
+    """A pytest plugin: only the tests that reach a mutant, in every file the quick ones first."""
+
+    def __init__(self, mutant: Mutant, reach: dict) -> None:
+        lines = reach["lines"].get(mutant.module, {})
+        found = {name for line in mutant.lines() for name in lines.get(str(line), [])}
+        self.names = found if "" not in found else set()  # "": when it is imported
+        self.seconds = reach["seconds"]
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = list(dict.fromkeys(map(_file, items)))
+        if self.names:
+            items[:] = [item for item in items if {item.nodeid, _file(item)} & self.names]
+        items.sort(key=lambda item: (files.index(_file(item)), self.seconds.get(item.nodeid, 0)))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.split("::")[0]
+
+
+def _fork(tree: Path, module: str, plugin: Callable[[], object]) -> int:
     """Starts the tests that own a module in `tree`; returns the process."""
     pid = os.fork()
     if pid:
@@ -135,11 +210,10 @@ def _fork(tree: Path, module: str) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.path.insert(0, str(tree))
-        import pytest
-
         names = [f"tests/test_{name}.py" for name in OWNERS[module]]
         status = pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", f"dpjax/dp/{module}.py", *names]
+            ["-x", "-q", "-p", "no:cacheprovider", f"dpjax/dp/{module}.py", *names],
+            plugins=[plugin()],
         )
     except BaseException:
         traceback.print_exc()
@@ -168,36 +242,36 @@ def _copy(folder: Path, number: int) -> Path:
     return tree
 
 
-def _limits(tree: Path, modules: list[str]) -> dict[str, float]:
-    """Seconds allowed per module; its own tests must pass, and they fill the cache.
+def _unchanged(tree: Path, modules: list[str]) -> dict[str, dict]:
+    """What the tests of each module reach, and the seconds a mutant gets; they fill the cache.
 
     Raises:
         RuntimeError: they fail without any mutation.
     """
-    found: dict[tuple[str, ...], float] = {}
+    found: dict[str, dict] = {}
     for module in tqdm(modules, "unchanged"):
-        if OWNERS[module] in found:
-            continue
         started = time.monotonic()
-        pid = _fork(tree, module)
+        pid = _fork(tree, module, lambda: _Reach(tree))
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
             print((tree / "output.txt").read_text(), file=sys.stderr)
             raise RuntimeError(f"the tests of {module} fail without any mutation.")
-        found[OWNERS[module]] = 60 + 4 * (time.monotonic() - started)
-    return {module: found[OWNERS[module]] for module in modules}
+        found[module] = json.loads((tree / "reach.json").read_text())
+        found[module]["limit"] = 60 + 4 * (time.monotonic() - started)
+    return found
 
 
-def _run(chosen: list[Mutant], trees: list[Path], limits: dict[str, float]) -> Iterator[dict]:
+def _run(chosen: list[Mutant], trees: list[Path], reach: dict[str, dict]) -> Iterator[dict]:
     running: dict[int, tuple[Mutant, Path, float]] = {}
     left, free = collections.deque(chosen), list(trees)
     while left or running:
         while left and free:
             mutant, tree = left.popleft(), free.pop()
             (tree / f"dpjax/dp/{mutant.module}.py").write_text((mutant.source() or ("", ""))[1])
-            running[_fork(tree, mutant.module)] = (mutant, tree, time.monotonic())
+            select = functools.partial(_Select, mutant, reach[mutant.module])
+            running[_fork(tree, mutant.module, select)] = (mutant, tree, time.monotonic())
         time.sleep(0.05)
         for pid, (mutant, tree, started) in list(running.items()):
-            outcome = _wait(pid, limits[mutant.module], started)
+            outcome = _wait(pid, reach[mutant.module]["limit"], started)
             if outcome is not None:
                 del running[pid]
                 shutil.copy(_ROOT / f"dpjax/dp/{mutant.module}.py", tree / "dpjax/dp")
@@ -244,9 +318,9 @@ def main(argv: list[str]) -> None:
         for name in _PRELOADED:
             importlib.import_module(name)
         trees = [_copy(Path(folder), number) for number in range(_WORKERS.value)]
-        limits = _limits(trees[0], sorted({mutant.module for mutant in left}))
+        reach = _unchanged(trees[0], sorted({mutant.module for mutant in left}))
         with out.open("a") as file:
-            for row in tqdm(_run(left, trees, limits), "mutants", total=len(left)):
+            for row in tqdm(_run(left, trees, reach), "mutants", total=len(left)):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 rows.append(row)

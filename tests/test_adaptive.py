@@ -108,13 +108,21 @@ def test_a_count_that_leaves_nothing_for_the_gradient_is_refused(count):
         ({"quantile": 1.0}, "quantile=1.0"),
         ({"quantile": float("nan")}, "quantile=nan"),
         ({"rate": 0.0}, "rate=0.0"),
+        ({"rate": float("inf")}, "rate=inf"),
         ({"lower_bound": 0.0}, "lower_bound=0.0"),
         ({"lower_bound": float("inf")}, "lower_bound=inf"),
+        ({"lower_bound": 2e9}, r"lower_bound=2000000000.0 must be in \[1e-09, 1e\+09\]"),
     ],
 )
 def test_bad_rules(change, text):
     with pytest.raises(ValueError, match=text):
         dp.quantile_bound(**{"quantile": 0.5, "lower_bound": 0.1, **change})
+
+
+def test_good_rules():
+    """The rate of arXiv 1905.03871, and the ends of the range."""
+    assert dp.quantile_bound(0.5, lower_bound=1e9) == (0.5, 0.2, 1e9)
+    assert dp.quantile_bound(0.5, lower_bound=1e-9).lower_bound == 1e-9
 
 
 def follow(rule, bound, count, noise, key):

@@ -152,3 +152,13 @@ def test_all_canaries_can_be_guessed():
     scores, coins = gaussian_game(8.0, 40, seed=1)
     found = audit.one_run(scores, coins, delta=0.0, guesses=[(20, 20)])
     assert found.epsilon > 1
+
+
+def test_equal_scores_show_nothing():
+    """Scores of runs that diverged are all equal: a threshold at them has them all above it."""
+    assert audit.many_runs(np.zeros(40), np.zeros(40), delta=0.0).epsilon == 0
+
+
+def test_guesses_without_a_bound_are_not_named():
+    coins = np.arange(40) % 2 == 0
+    assert audit.one_run(-1.0 * coins, coins, delta=0.0) == (0.0, 0, 0, 0)

@@ -84,6 +84,7 @@ def test_padding_and_non_finite_examples_contribute_nothing(bad, case):
         np.testing.assert_array_equal, sums_of(features.at[3].set(99.0), labels, mask), want
     )
     jax.tree.map(np.testing.assert_array_equal, sums_of(features.at[3, 1].set(bad), labels), want)
+    jax.tree.map(np.testing.assert_array_equal, sums_of(features.at[3].set(0.0), labels), want)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
@@ -134,6 +135,8 @@ def test_solution(case):
 def test_mistakes(case):
     with pytest.raises(ValueError, match="bound=-1 must be > 0"):
         sums_of(*case, bound=-1)
+    with pytest.raises(ValueError, match="bound=inf must be > 0"):
+        sums_of(*case, bound=jnp.inf)
     with pytest.raises(ValueError, match=r"shape \(12, 5\), labels \(11,\)"):
         sums_of(case[0], case[1][1:])
     with pytest.raises(ValueError, match="num_classes=1 must be >= 2"):

@@ -97,6 +97,15 @@ def test_batch_of_everyone_is_full_batch():
 def test_steps_are_rounded_epochs():
     assert dp.num_steps(50_000, 16_384, 8) == 24  # and not 8 * ceil(N / B) = 32
     assert dp.num_steps(10, 10, 0.01) == 1
+    for mistake in ({"num_examples": 0}, {"batch_size": 0}, {"epochs": float("inf")}):
+        (text,) = (f"{name}={value} must be" for name, value in mistake.items())
+        with pytest.raises(ValueError, match=text):
+            dp.num_steps(**{"num_examples": 10, "batch_size": 10, "epochs": 1, **mistake})
+
+
+def test_cumulative_noise_is_that_of_all_steps():
+    mechanism = make()
+    assert mechanism.cumulative_noise == pytest.approx(mechanism.noise_multiplier * 40**0.5)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +141,7 @@ def test_impossible_budgets_name_field_and_value(change, text):
         ({"sampling_prob": 0.0}, "sampling_prob=0.0"),
         ({"steps": 2.5}, "steps=2.5"),
         ({"sampler": "fixed_size", "sampling_prob": 0.0505555}, "fixed_size"),
+        ({"sampler": "fixed_size", "sampling_prob": 1e-9}, "fixed_size"),
     ],
 )
 def test_bad_fields(change, text):

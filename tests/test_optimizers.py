@@ -84,3 +84,30 @@ def test_a_sweep_over_values_does_not_recompile():
     for rate, sigma, bound in ((0.1, 1.0, 1.0), (0.2, 0.5, 3.0), (0.3, 2.0, 0.1)):
         step(rate, sigma, dp.flat(bound), jax.random.key(1), PARAMS)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize(("sensitivity", "size"), [(1.0, 8), (2.0, 1), (3.0, 16)])
+def test_the_correction_is_that_of_the_noise_of_the_mean(sensitivity, size):
+    """Where mean and noise grow alike, and the floor with their square, no update changes."""
+
+    def late(sensitivity, size):
+        tx = dp.adam_corrected(
+            1.0, 0.5 * size, size, key=jax.random.key(0), sensitivity=sensitivity,
+            b2=0.99, eps=1e-4 * sensitivity**2,
+        )  # fmt: skip
+        total = {"w": jnp.full(500, 0.5 * sensitivity * size)}
+        state = tx.init(total)
+        for _ in range(5):
+            summed = dp.ClippedSum(total, jnp.asarray(sensitivity))
+            updates, state = tx.update(summed, state, total)
+        return updates["w"]
+
+    alone = late(1.0, 1)
+    assert jnp.std(alone) > 0
+    np.testing.assert_allclose(late(sensitivity, size), alone, rtol=1e-3)
+
+
+def test_the_second_moment_has_a_floor_of_5e_8():
+    tx = dp.scale_by_adam_corrected(0.0)
+    updates, _ = tx.update({"w": jnp.full(3, 1e-5)}, tx.init({"w": jnp.zeros(3)}))
+    np.testing.assert_allclose(updates["w"], 1e-5 / 5e-8**0.5, rtol=1e-5)
