@@ -259,6 +259,54 @@ def test_half_a_start_is_refused(arguments, text, monkeypatch):
         hosts.start(*arguments)
 
 
+def commands(path, **scripts):
+    """Puts commands of Slurm's names first on the PATH."""
+    path.mkdir()
+    for name, script in scripts.items():
+        (path / name).write_text("#!/usr/bin/env bash\n" + script)
+        (path / name).chmod(0o755)
+    return f"{path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+
+
+# Two tasks on one node, told what Slurm tells them.
+SRUN = """
+for k in 0 1; do
+  SLURM_PROCID=$k SLURM_LOCALID=$k SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 "$@" &
+  pids+=" $!"
+done
+for pid in $pids; do wait "$pid" || exit; done
+"""
+
+
+def test_the_recipe_for_slurm_makes_one_run_of_its_tasks(eight, tmp_path):
+    """JAX's own detection finds the other task; it makes the port of the job's number."""
+    config = two_processes.config_file(tmp_path / "c.py")
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    slurm = {"PATH": commands(tmp_path / "bin", srun=SRUN), "SLURM_JOB_ID": str(os.getpid())}
+    said([start(LAUNCH / "slurm_nodes.sh", *flags, **slurm)])
+    assert json.loads((tmp_path / "w/environment.json").read_text())["processes"] == 2
+    assert_close(tmp_path / "w", eight)
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+@pytest.mark.parametrize("name", ["slurm_nodes.sh", "slurm_array.sh"])
+def test_the_recipes_for_slurm_requeue_what_was_saved(name, code, tmp_path):
+    path = commands(
+        tmp_path / "bin", srun=f'echo "$@" >{tmp_path}/ran; exit {code}',
+        scontrol=f'echo "$@" >{tmp_path}/asked',
+    )  # fmt: skip
+    given = {"PATH": path, "SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    child = start(LAUNCH / name, "--config=a b.py", **given)
+    child.communicate(timeout=60)
+    assert child.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else None) == (
+        "requeue 12\n" if code == 75 else None
+    )
+    index = " --sweep_index=3" if name == "slurm_array.sh" else ""
+    assert (tmp_path / "ran").read_text() == f"python -m dpjax.train --config=a b.py{index}\n"
+
+
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
 def test_the_recipes_are_shell_scripts(script):
     subprocess.run(["bash", "-n", script], check=True)
