@@ -134,11 +134,13 @@ TWO = np.array([0.0, 1.0])
     [
         (lambda: audit.one_run(TWO, TWO > 0, delta=1.0), "delta=1.0"),
         (lambda: audit.one_run(TWO, TWO > 0, delta=0.0, confidence=1.0), "confidence=1.0"),
+        (lambda: audit.one_run(TWO, TWO > 0, delta=0.0, confidence=0.0), "confidence=0.0"),
         (lambda: audit.one_run(TWO, np.array([True]), delta=0.0), "one per canary"),
         (lambda: audit.one_run(np.zeros(0), np.zeros(0, bool), delta=0.0), "one per canary"),
         (lambda: audit.one_run(TWO * np.nan, TWO > 0, delta=0.0), "finite"),
         (lambda: audit.one_run(TWO, TWO > 0, delta=0.0, guesses=[(2, 1)]), "k[+]=2 and k-=1"),
         (lambda: audit.one_run(TWO, TWO > 0, delta=0.0, guesses=[(0, 0)]), "k[+]=0"),
+        (lambda: audit.one_run(TWO, TWO > 0, delta=0.0, guesses=[(2, -1)]), "k[+]=2 and k-=-1"),
         (lambda: audit.many_runs(TWO, TWO[:1], delta=0.0), "without has shape"),
         (lambda: audit.many_runs(TWO, TWO, delta=-0.1), "delta=-0.1"),
     ],
@@ -162,3 +164,26 @@ def test_equal_scores_show_nothing():
 def test_guesses_without_a_bound_are_not_named():
     coins = np.arange(40) % 2 == 0
     assert audit.one_run(-1.0 * coins, coins, delta=0.0) == (0.0, 0, 0, 0)
+
+
+def test_a_single_guess_and_two_canaries_are_enough():
+    scores, coins = np.array([0.0, 1.0]), np.array([False, True])
+    assert audit.one_run(scores, coins, delta=0.0) == (0.0, 0, 0, 0)
+    assert audit.one_run(scores, coins, delta=0.0, confidence=0.1, guesses=[(1, 0)])[1:] == (
+        1,
+        0,
+        1,
+    )
+
+
+def test_the_runs_that_chose_the_threshold_are_not_counted():
+    """Else it would be chosen for the errors that it is judged by, and the bound could be false."""
+    first, second = gaussian_game(2.0, 200, seed=1), gaussian_game(2.0, 200, seed=2)
+    inside, outside = first[0][first[1]][:80], first[0][~first[1]][:80]
+    found = [
+        audit.many_runs(np.append(inside, a), np.append(outside, a), delta=0.0)
+        for a in (second[0][:80], second[0][80:160] + 9.0, np.full(80, -5.0))
+    ]
+    assert len({bound.threshold for bound in found}) == 1
+    assert found[2].false_negative == 1.0
+    assert found[2].false_positive == audit.upper_limit(0, 80, 0.975)

@@ -26,14 +26,15 @@ def case():
     return features, jnp.arange(BATCH) % CLASSES
 
 
-def test_sums(case):
-    features, labels = np.asarray(case[0], np.float64), np.asarray(case[1])
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    assert (norms > 1.5).any()
-    assert (norms < 1.5).any()
-    clipped = features * np.minimum(1, 1.5 / norms)
+@pytest.mark.parametrize("scale", [1.0, 0.1])  # where squares are above 1, and below
+def test_sums(case, scale):
+    features, labels = np.asarray(case[0], np.float64) * scale, np.asarray(case[1])
+    norms, bound = np.linalg.norm(features, axis=1, keepdims=True), 1.5 * scale
+    assert (norms > bound).any()
+    assert (norms < bound).any()
+    clipped = features * np.minimum(1, bound / norms)
     targets = np.eye(CLASSES)[labels] - 1 / CLASSES
-    got = sums_of(*case)
+    got = sums_of(case[0] * scale, case[1], bound=bound)
     np.testing.assert_allclose(got.covariance, clipped.T @ clipped, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.cross, clipped.T @ targets, rtol=1e-4, atol=1e-5)
 
@@ -135,15 +136,17 @@ def test_solution(case):
 def test_mistakes(case):
     with pytest.raises(ValueError, match="bound=-1 must be > 0"):
         sums_of(*case, bound=-1)
-    with pytest.raises(ValueError, match="bound=inf must be > 0"):
-        sums_of(*case, bound=jnp.inf)
+    for bound in (jnp.inf, 0):
+        with pytest.raises(ValueError, match=f"bound={bound} must be > 0"):
+            sums_of(*case, bound=bound)
     with pytest.raises(ValueError, match=r"shape \(12, 5\), labels \(11,\)"):
         sums_of(case[0], case[1][1:])
     with pytest.raises(ValueError, match="num_classes=1 must be >= 2"):
         least_squares.moments(*case, jnp.ones(BATCH, bool), num_classes=1, bound=1.0)
     sums = sums_of(*case)
-    with pytest.raises(ValueError, match="covariance_share=1"):
-        least_squares.release(sums, 1.0, covariance_share=1, key=jax.random.key(0))
+    for share in (0, 1):
+        with pytest.raises(ValueError, match=f"covariance_share={share}"):
+            least_squares.release(sums, 1.0, covariance_share=share, key=jax.random.key(0))
     with pytest.raises(ValueError, match="noise_multiplier=-1"):
         least_squares.release(sums, -1, key=jax.random.key(0))
     with pytest.raises(TypeError, match="takes a MomentSum"):
@@ -151,3 +154,14 @@ def test_mistakes(case):
     noisy = least_squares.release(sums, 1.0, key=jax.random.key(0))
     with pytest.raises(ValueError, match="ridge=0"):
         least_squares.solve(noisy, [0])
+
+
+def test_negative_eigenvalues_count_as_zero():
+    noisy = least_squares.NoisyMoments(
+        covariance=jnp.diag(jnp.array([2.0, -0.5, -9.0])), cross=jnp.ones((3, 2)),
+        covariance_std=jnp.ones(()), cross_std=jnp.ones(()),
+    )  # fmt: skip
+    (kernel,) = least_squares.solve(noisy, [0.25])
+    np.testing.assert_allclose(kernel, np.outer([1 / 2.25, 4.0, 4.0], [1, 1]), rtol=1e-5)
+    with pytest.raises(ValueError, match="ridge=inf"):
+        least_squares.solve(noisy, [1.0, math.inf])

@@ -205,6 +205,17 @@ def test_phases_of_several_batch_sizes_share_sigma_and_meet_the_budget():
         dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=[20], steps=[1, 2])
 
 
+def test_batches_are_cut_at_the_size_accounted():
+    mechanism = make("truncated_poisson", max_batch_size=45)
+    sizes = [len(mechanism.indices(0, step)) for step in range(50)]
+    assert max(sizes) == 45 == mechanism.event().event.truncated_batch_size
+    assert min(sizes) < 45
+
+
+def test_batches_can_be_of_one_example():
+    assert make(batch_size=1, steps=1).expected_batch_size == 1
+
+
 def test_batches_can_be_cut_to_one_example():
     cut = dp.Mechanism(
         num_examples=100, sampling_prob=0.01, steps=5, noise_multiplier=2.0,
