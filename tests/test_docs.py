@@ -52,6 +52,13 @@ def test_commands_exist(path):
         assert (ROOT / file).exists(), file
 
 
+def test_the_map_names_every_module():
+    text = TEXTS[0].read_text().split("## Where things are")[1].split("\n## ")[0]
+    named = set(re.findall(r"(\w+)(?:\.py|/ )", text))
+    modules = {p.stem for p in (ROOT / "dpjax").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert {m for m in modules if not m.startswith("__")} - named == set()
+
+
 def run(code):
     names = {"__name__": "documentation"}
     exec(compile(code, "documentation", "exec"), names)
