@@ -69,7 +69,29 @@ def test_core_needs_little(path):
     assert parts(path.read_text()) <= {"dp"}
 
 
+def frozen(decorator: ast.expr) -> bool:
+    """Whether `dataclasses.dataclass(...)` is called with frozen=True."""
+    if not isinstance(decorator, ast.Call):
+        return False
+    return any(k.arg == "frozen" and ast.unparse(k.value) == "True" for k in decorator.keywords)
+
+
+def dataclass_decorators(source: str) -> list[ast.expr]:
+    """Those of the public classes."""
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    decorators = [d for c in classes if not c.name.startswith("_") for d in c.decorator_list]
+    return [d for d in decorators if ast.unparse(d).startswith("dataclasses.dataclass")]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "dp").glob("*.py")), ids=lambda p: p.name)
+def test_what_was_checked_when_it_was_made_cannot_change(path):
+    assert all(map(frozen, dataclass_decorators(path.read_text())))
+
+
 def test_the_parser_sees_offences():
+    for call in ("dataclass", "dataclass()", "dataclass(frozen=False)", "dataclass(kw_only=True)"):
+        (decorator,) = dataclass_decorators(f"@dataclasses.{call}\nclass A: pass")
+        assert not frozen(decorator)
     assert parts("from dpjax import loop\nfrom dpjax.models.vit import x") == {"loop", "models"}
     assert "flax.linen" in imported("def f():\n    from flax import linen")
 

@@ -121,6 +121,7 @@ def test_cumulative_noise_is_that_of_all_steps():
         ({"batch_size": 0}, "batch_size=0"),
         ({"steps": 0}, "steps=0"),
         ({"steps": None}, "steps=None"),
+        ({"steps": None, "epochs": 0}, "epochs=0"),
         ({"max_batch_size": 10}, "max_batch_size=10"),
         ({"sampler": "truncated_poisson", "max_batch_size": None}, "max_batch_size=None"),
         ({"sampler": "full_batch"}, "sampling_prob=0.05"),
@@ -140,8 +141,14 @@ def test_impossible_budgets_name_field_and_value(change, text):
         ({"sampling_prob": 1.5}, "sampling_prob=1.5"),
         ({"sampling_prob": 0.0}, "sampling_prob=0.0"),
         ({"steps": 2.5}, "steps=2.5"),
+        ({"steps": 0}, "steps=0"),
+        ({"num_examples": 0}, "num_examples=0"),
         ({"sampler": "fixed_size", "sampling_prob": 0.0505555}, "fixed_size"),
         ({"sampler": "fixed_size", "sampling_prob": 1e-9}, "fixed_size"),
+        (
+            {"sampler": "fixed_size", "sampling_prob": 0.5000004, "num_examples": 10**6},
+            "fixed_size",
+        ),
     ],
 )
 def test_bad_fields(change, text):
@@ -231,3 +238,5 @@ def test_a_fixed_size_can_be_one():
         num_examples=100, sampling_prob=0.01, steps=5, noise_multiplier=2.0, sampler="fixed_size"
     )
     assert len(single.indices(0, 0)) == 1
+    for size, total in ((1, 3), (77_777_777, 10**8), (333_333_331, 10**9 + 7)):
+        dataclasses.replace(single, num_examples=total, sampling_prob=size / total)

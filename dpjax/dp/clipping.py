@@ -48,7 +48,7 @@ _ROUNDING = 1.0 - 2.0**-19
 _SMALLEST_NORM = 1e-9
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClippedSum:
     """A sum of clipped per-example gradients, with the sensitivity that clipping gave it.

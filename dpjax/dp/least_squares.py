@@ -49,7 +49,7 @@ __all__ = ["MomentSum", "NoisyMoments", "moments", "noise_floor", "release", "so
 _ROUNDING = 1.0 - 2.0**-19
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MomentSum:
     """Second moments of clipped examples, not yet private. Sums over disjoint chunks add.

@@ -75,7 +75,7 @@ class Mechanism:
             raise ValueError(f"sampling_prob={self.sampling_prob} must be 1 for full_batch.")
         if self.sampler == "fixed_size":
             size = self.sampling_prob * self.num_examples
-            if round(size) < 1 or abs(size - round(size)) > 1e-6 * self.num_examples:
+            if round(size) < 1 or abs(size - round(size)) > 1e-6:
                 raise ValueError(
                     f"sampling_prob={self.sampling_prob} must be a whole batch size over "
                     f"num_examples={self.num_examples} for fixed_size."
