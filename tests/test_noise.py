@@ -1,5 +1,7 @@
 """The law of the noise, its keys, and the one division."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from scipy import stats
 
 from dpjax import dp
-from dpjax.dp.noise import gaussian_noise
+from dpjax.dp import noise
+from dpjax.dp.noise import gaussian_noise, standard_normal
 
 SHAPES = {"a": jnp.zeros((300, 40)), "b": jnp.zeros((8000,))}
 ALPHA = 1e-6  # false alarms of one test
@@ -183,3 +186,59 @@ def test_aggregate_takes_more_examples_than_numbers():
     tx = dp.aggregate(1.0, 0.0, 5, key=jax.random.key(0))
     updates, _ = tx.update(grads, tx.init({"a": jnp.zeros(3), "b": jnp.zeros(2)}))
     np.testing.assert_allclose(updates["a"], jnp.full(3, 5**-0.5), rtol=1e-5)
+
+
+def words(seed, number=200_000):
+    """Pairs of random words whose first is of any size: tails of every depth are as frequent."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 2**32, number, dtype=np.uint64) >> rng.integers(
+        0, 32, number, np.uint64
+    )
+    second = rng.integers(0, 2**32, number, dtype=np.uint64)
+    return first.astype(np.uint32), second.astype(np.uint32)
+
+
+def of_words(first, second, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.random, "bits", lambda *_: jnp.stack([first, second]))
+        return np.asarray(standard_normal(None, np.shape(first)), np.float64)
+
+
+def test_numbers_are_the_quantiles_of_their_64_bits(monkeypatch):
+    first, second = words(0)
+    got = of_words(first, second, monkeypatch)
+    tail = (first >> 1) * 2.0**-32 + (second + 0.5) * 2.0**-64
+    want = stats.norm.ppf(tail) * np.where(first & 1, 1, -1)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    assert (np.abs(want) > 6).any()
+
+
+def test_the_range_is_nine_standard_deviations_and_symmetric(monkeypatch):
+    ends = of_words(np.array([0, 1], np.uint32), np.zeros(2, np.uint32), monkeypatch)
+    np.testing.assert_allclose(ends, [9.155294, -9.155294], rtol=1e-6)
+    middle = of_words(*np.full((2, 1), 2**32 - 1, np.uint32), monkeypatch)
+    np.testing.assert_allclose(middle, 0.0, atol=1e-6)
+    first, second = words(1)
+    np.testing.assert_array_equal(
+        of_words(first, second, monkeypatch), -of_words(first ^ 1, second, monkeypatch)
+    )
+
+
+@pytest.mark.parametrize("threshold", [2.0, 3.0, 4.0, 4.8])
+def test_tails_are_those_of_the_normal_law(threshold):
+    """Two million numbers; the last threshold is passed by one in 600,000 on each side."""
+    z = np.asarray(jax.jit(standard_normal, static_argnums=1)(jax.random.key(9), (2_000_000,)))
+    for side in (z, -z):
+        beyond = int((side > threshold).sum())
+        assert stats.binomtest(beyond, z.size, stats.norm.sf(threshold)).pvalue > ALPHA
+
+
+def test_every_draw_for_privacy_has_these_tails():
+    """JAX's own normal numbers stop at 5.2 to 5.4 standard deviations."""
+    lines = [
+        line
+        for path in Path(noise.__file__).parent.glob("*.py")
+        for line in path.read_text().splitlines()
+        if "random.normal(" in line and not line.startswith(">>>")
+    ]
+    assert lines == []

@@ -10,6 +10,7 @@ from test_sharding import collectives
 
 from dpjax import compilation, dp, sharding
 from dpjax.averaging import moving_average
+from dpjax.dp.noise import standard_normal
 from dpjax.step import Hyper, at_bound, carry_over, make_steps
 
 SIZE = 16
@@ -228,7 +229,7 @@ def test_the_bound_follows_the_noised_count_and_nothing_else(adaptive_on_one_dev
         before, after = seen[step].bound, seen[step + 1].bound
         assert found["bound"] == before
         below = 26 - found["clipped"]
-        noise = 3.0 * jax.random.normal(jax.random.fold_in(jax.random.key(5), step))
+        noise = 3.0 * standard_normal(jax.random.fold_in(jax.random.key(5), step))
         share = (below - 13 + noise) / SIZE + 0.5
         assert after == pytest.approx(before * np.exp(-0.5 * (share - 0.5)), rel=1e-5)
         without_noise = before * np.exp(-0.5 * ((below - 13) / SIZE))

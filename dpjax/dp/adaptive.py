@@ -27,6 +27,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpjax.dp.noise import standard_normal
+
 __all__ = ["LARGEST_BOUND", "QuantileBound", "gradient_noise_multiplier", "quantile_bound"]
 
 LARGEST_BOUND = 1e9
@@ -65,7 +67,7 @@ class QuantileBound(NamedTuple):
             expected_batch_size: B, a public constant.
             key: secret, for this step alone.
         """
-        noised = centred_count + count_noise * jax.random.normal(key, (), jnp.float32)
+        noised = centred_count + count_noise * standard_normal(key)
         share = noised / expected_batch_size + 0.5
         moved = bound * jnp.exp(self.rate * (self.quantile - share))
         return jnp.clip(moved, self.lower_bound, LARGEST_BOUND).astype(jnp.float32)

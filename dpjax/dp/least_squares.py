@@ -43,6 +43,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpjax.dp.noise import standard_normal
+
 __all__ = ["MomentSum", "NoisyMoments", "moments", "noise_floor", "release", "solve"]
 
 # As in `clipping`: covers the rounding of norm, factor and product, so that |x| <= R holds exactly.
@@ -174,10 +176,10 @@ def release(
     std = noise_multiplier * sensitivity / math.sqrt(covariance_share)
     cross_std = noise_multiplier * cross_sensitivity / math.sqrt(1 - covariance_share)
     first, second = jax.random.split(key)
-    noised = sums.covariance + std * jax.random.normal(first, sums.covariance.shape)
+    noised = sums.covariance + std * standard_normal(first, sums.covariance.shape)
     return NoisyMoments(
         covariance=(noised + noised.T) / 2,
-        cross=sums.cross + cross_std * jax.random.normal(second, sums.cross.shape),
+        cross=sums.cross + cross_std * standard_normal(second, sums.cross.shape),
         covariance_std=std,
         cross_std=cross_std,
     )

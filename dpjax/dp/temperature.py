@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from dpjax.dp.mechanism import Mechanism
+from dpjax.dp.noise import standard_normal
 
 __all__ = ["LARGEST_TEMPERATURE", "fit_temperature"]
 
@@ -62,7 +63,7 @@ def fit_temperature(
     for step in range(mechanism.steps):
         middle = (low + high) / 2
         derivatives = np.clip(_derivatives(scores, labels, middle), -bound, bound)
-        noise = float(jax.random.normal(jax.random.fold_in(key, step)))
+        noise = float(standard_normal(jax.random.fold_in(key, step)))
         if np.sum(derivatives) + mechanism.noise_multiplier * bound * noise > 0:
             high = middle
         else:
