@@ -69,7 +69,7 @@ from matplotlib import pyplot as plt
 
 _NOT_CHARGED = "the audit's line in this statement"
 
-__all__ = ["attach", "audit", "check", "line", "main", "write"]
+__all__ = ["attach", "audit", "check", "line", "main", "refuted", "write"]
 
 
 def audit(
@@ -164,15 +164,19 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
     return run.ledger
 
 
+def refuted(report: dict[str, Any]) -> bool:
+    """Whether an audit contradicts the claim."""
+    return report["bound"] > report["claimed_epsilon"]
+
+
 def line(report: dict[str, Any]) -> str:
     """Returns the result of an audit in one sentence, for `privacy.md`."""
     how = f"{report['runs']} runs" if report["runs"] > 1 else f"one run of {report['count']:,}"
-    refuted = report["bound"] > report["claimed_epsilon"]
     return (
         f"audit: epsilon is at least {report['bound']:.3g} at confidence "
         f"{100 * report['confidence']:g} % ({report['canaries']} canaries, {how}); claimed "
         f"{report['claimed_epsilon']:.4g}. "
-        + ("THE CLAIM IS REFUTED." if refuted else "No contradiction, which is no proof.")
+        + ("THE CLAIM IS REFUTED." if refuted(report) else "No contradiction, which is no proof.")
     )
 
 
@@ -197,11 +201,11 @@ def write(report: dict[str, Any], workdir: Path) -> None:
     plt.close(figure)
 
 
-def attach(run: Run, workdir: Workdir) -> str:
+def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
     """Audits a finished run as its config says, unless that was done; its statement tells.
 
     Returns:
-        The result in one sentence.
+        The audit's result, as `audit.json` has it.
     """
     wanted = dict(run.config.audit)
     if wanted["runs"] > 1:
@@ -210,8 +214,8 @@ def attach(run: Run, workdir: Workdir) -> str:
     if any(known.get(name) != value for name, value in wanted.items()):
         write(audit(run, **run.config.audit), workdir.path)
     hosts.gather(None)  # one host wrote it
-    said = line(workdir.read("audit.json"))
-    facts = {**workdir.read("privacy.json"), "audit": said}
+    report = workdir.read("audit.json")
+    facts = {**workdir.read("privacy.json"), "audit": line(report)}
     facts["not_charged"] = [
         *(item for item in facts["not_charged"] if not item.startswith(_NOT_CHARGED)),
         f"{_NOT_CHARGED}, audit.json and audit.png: made from further runs on the private data "
@@ -219,7 +223,7 @@ def attach(run: Run, workdir: Workdir) -> str:
     ]
     workdir.write("privacy.json", facts)
     workdir.write("privacy.md", dp_ledger.to_markdown(facts))
-    return said
+    return report
 
 
 def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
@@ -311,7 +315,7 @@ def main(argv: Sequence[str]) -> int:
     place.create(config.value)
     write(report, place.path)
     print(line(report))
-    return 4 if report["bound"] > report["claimed_epsilon"] else 0
+    return 4 if refuted(report) else 0
 
 
 if __name__ == "__main__":

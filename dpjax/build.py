@@ -65,11 +65,12 @@ class Run(NamedTuple):
     layout: sharding.Layout
 
 
-def build(config: ConfigDict) -> Run:
+def build(config: ConfigDict, *, datasets: tuple[data.Dataset, data.Dataset] | None = None) -> Run:
     """Makes every object of a run and checks that they fit.
 
     Args:
         config: from `dpjax.config.default`.
+        datasets: training data and held-out data in place of those that `config.data` names.
 
     Returns:
         The run, ready for `loop.train`.
@@ -82,7 +83,7 @@ def build(config: ConfigDict) -> Run:
     rule = None
     for _, bound in reversed(budget.bounds(config)):  # the first one stays
         rule = names.clip_rule(config.dp, bound) if config.dp is not None else None
-    train, test = _data(config)
+    train, test = _data(config) if datasets is None else _given(config, datasets)
     train, temperature = budget.temperature(config, train)
     sizes, plan = budget.batch_sizes(config, len(train))
     tuning = names.finetuning_set(config.finetune)(names.model(config.model, train.num_classes))
@@ -136,6 +137,16 @@ def _data(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
     if config.data.holdout is None:
         held = load(config.data.test_split)
     return train, held
+
+
+def _given(
+    config: ConfigDict, datasets: tuple[data.Dataset, data.Dataset]
+) -> tuple[data.Dataset, data.Dataset]:
+    """Checks that the config asks for no part of data that it did not open."""
+    for field in ("holdout", "subset"):
+        if config.data[field] is not None:
+            raise ValueError(f"data.{field}={config.data[field]} must be None for given datasets.")
+    return datasets
 
 
 def _initial(net: Model, config: ConfigDict) -> Params:

@@ -171,7 +171,8 @@ def unknown_field(config: ConfigDict, path: str) -> str | None:
             return f"{above} has no fields (it is {node!r}), got {path!r}."
         if name not in node:
             near = difflib.get_close_matches(name, list(node), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(node)}."
+            hint = f"its fields are {', '.join(node)}." if node else "set it in the config file."
+            hint = f"did you mean {near[0]!r}?" if near else hint
             return f"{above} has no field {name!r}: {hint}"
         node, above = node[name], f"{above}.{name}"
     return None

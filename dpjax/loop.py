@@ -66,8 +66,15 @@ def train(
         Preempted: `stop` said so.
         dp.BudgetExceeded: a step beyond the budget was asked for.
         OSError: a file could not be written.
+        ValueError: the privacy of the run was planned for other data.
     """
     config = run.config
+    for phase in run.phases:
+        if phase.mechanism is not None and phase.mechanism.num_examples != len(run.train):
+            raise ValueError(
+                f"num_examples={phase.mechanism.num_examples} of phase {phase.name!r} must be that "
+                f"of the training data, {len(run.train)}: give `build` the data it is for."
+            )
     workdir.check(config)
     hosts.agree({"config": digest(config), "data": run.train.digest, "code": code_digest()})
     workdir.create(config)

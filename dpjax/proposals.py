@@ -63,7 +63,7 @@ def require_optuna() -> Any:
         import optuna
         import optuna.storages.journal
     except ImportError as error:
-        raise ValueError("method='optuna' needs Optuna: pip install 'dpjax[tune]'.") from error
+        raise ValueError("method='optuna' needs Optuna: pip install optuna.") from error
     return optuna
 
 

@@ -9,7 +9,7 @@ DIR/trials/TTT/KKK, as `python -m dpjax.train --config=FILE --sweep_index=k` wou
 and .csv list the trials, DIR/privacy.json and .md are the statement of the best one: how many
 points were tried, and whether that was charged. The same command goes on where it stopped.
 
---method=optuna needs `pip install 'dpjax[tune]'` and the full product of its fields' values. Its
+--method=optuna needs `pip install optuna` and the full product of its fields' values. Its
 trials are kept in DIR/optuna.journal; with --storage=URL of a database many workers, each running
 this command with a shared DIR, take part in one search. Runs are never pruned.
 

@@ -7,6 +7,7 @@ Exit codes:
     0   finished
     2   a mistake in the command, the config or the data, or hosts that disagree: nothing was run
     3   stopped: parameters were not finite, or a step would have passed the budget
+    4   finished, but the audit that `config.audit` asked for refutes the claimed epsilon
     74  a file could not be written, on a full disk, say; the last whole checkpoint stands
     75  stopped by SIGTERM or Ctrl-C and saved; the same command goes on
 """
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
             workdir.move_aside()
             hosts.gather(None)
         results = loop.train(plan, workdir, stop=hosts.catch_signals())
-        audited = audit.attach(plan, workdir) if config.audit.count else ""
+        audited = audit.attach(plan, workdir) if config.audit.count else None
     except (storage.OtherRun, hosts.Disagreement, capacity.DoesNotFit) as error:
         return _mistake(str(error))
     except (loop.TrainingFailed, dp.BudgetExceeded) as error:
@@ -96,9 +97,10 @@ def main(argv: Sequence[str]) -> int:
     if workdir.writes:
         report.figures(workdir.path)
         print(_results(results))
-        print(audited, end="\n" * bool(audited))
+        if audited is not None:
+            print(audit.line(audited))
         print(f"results in {workdir.path}")
-    return 0
+    return 4 if audited is not None and audit.refuted(audited) else 0
 
 
 def _results(results: dict[str, float]) -> str:

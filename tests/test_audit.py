@@ -255,13 +255,13 @@ def test_training_audits_itself_and_says_so_in_the_statement(tmp_path, capsys):
     run, workdir = build.build(config), Workdir(tmp_path / "w")
     loop.train(run, workdir)
     assert "audit" not in (workdir.path / "privacy.md").read_text()
-    said = audit.attach(run, workdir)
+    said = audit.line(audit.attach(run, workdir))
     assert said in (workdir.path / "privacy.md").read_text()
     assert "random canaries, one run of 40" in said
     (named,) = [x for x in workdir.read("privacy.json")["not_charged"] if "audit.json" in x]
     assert "costs the claimed epsilon once more" in named
     written = (workdir.path / "audit.json").stat().st_mtime_ns
-    assert audit.attach(run, workdir) == said  # what is there is not done again
+    assert audit.line(audit.attach(run, workdir)) == said  # what is there is not done again
     assert (workdir.path / "audit.json").stat().st_mtime_ns == written
     config.audit.count = 41
-    assert "one run of 41" in audit.attach(run, workdir)
+    assert "one run of 41" in audit.line(audit.attach(run, workdir))

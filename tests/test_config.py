@@ -35,6 +35,7 @@ def test_config_files(path):
         ("bacth_size", "'batch_size'"),
         ("dp.epsilon.x", "has no fields"),
         ("dp.zzz", "its fields are"),
+        ("optimizer.options.b1", "has no field 'b1': set it in the config file."),
     ],
 )
 def test_unknown_fields(path, text):

@@ -46,7 +46,7 @@ def test_a_folder_becomes_a_data_set(folder, tmp_path, capsys):
 def test_a_folder_that_does_not_fit(folder, tmp_path, spoil, words, capsys):
     spoil(folder)
     command = ["my_pets", f"--source={folder}", f"--data_dir={tmp_path / 'data'}"]
-    assert prepare.main(command) == 1
+    assert prepare.main(command) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 

@@ -325,6 +325,39 @@ def test_command_line(tmp_path):
     }  # fmt: skip
 
 
+def test_a_refuted_claim_is_an_exit_code(tmp_path):
+    flags = [f"--workdir={tmp_path / 'w'}", "--config.audit.count=20"]
+    assert command(tmp_path, *flags).returncode == 0
+    report = json.loads((tmp_path / "w/audit.json").read_text())
+    (tmp_path / "w/audit.json").write_text(json.dumps({**report, "bound": 50.0}))
+    again = command(tmp_path, *flags)  # what was audited is not done again
+    assert again.returncode == 4
+    assert "THE CLAIM IS REFUTED" in again.stdout
+    assert "THE CLAIM IS REFUTED" in (tmp_path / "w/privacy.md").read_text()
+
+
+def test_given_data_take_the_place_of_those_named(tmp_path):
+    named = build.build(tiny_config(finetune="head", epochs=0.4))
+    half = named.train.select(np.arange(0, len(named.train), 2))
+    config = tiny_config(finetune="head", epochs=0.4, data__name="nothing of this name")
+    run = build.build(config, datasets=(half, named.test))
+    assert run.phases[0].mechanism.num_examples == len(half) < len(named.train)
+    loop.train(run, Workdir(tmp_path / "w"))
+    assert json.loads((tmp_path / "w/privacy.json").read_text())["num_examples"] == len(half)
+    for field in ("holdout", "subset"):
+        wrong = tiny_config(finetune="head", **{f"data__{field}": 0.5})
+        with pytest.raises(ValueError, match=rf"data.{field}=0.5 must be None"):
+            build.build(wrong, datasets=(half, named.test))
+
+
+def test_data_that_the_privacy_was_not_planned_for_are_refused(tmp_path):
+    run = build.build(tiny_config(finetune="head"))
+    other = run._replace(train=run.train.select(np.arange(100)))
+    with pytest.raises(ValueError, match=r"num_examples=1617 of phase .* the training data, 100:"):
+        loop.train(other, Workdir(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+
+
 def test_typo_on_the_command_line(tmp_path):
     done = command(tmp_path, f"--workdir={tmp_path / 'w'}", "--config.dp.epsilno=1")
     assert done.returncode == 2

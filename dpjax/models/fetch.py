@@ -79,7 +79,7 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
             "vit_mini_digits.safetensors",
             "8641c0a6410eb1b0d7a0a7f41a71ad51db42c5d89f56655b2b71442f37761bc6",
             package="dpjax.models",
-            install="pip install dpjax",
+            install="pip install .",
         ),
         "vit_ti16_augreg": _augreg("Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"),
         "vit_s16_augreg": _augreg("S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"),
