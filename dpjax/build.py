@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from dpjax import budget, data, dp, finetune, models, names, planner, rng, sharding
 from dpjax.budget import Phase, Temperature
+from dpjax.data.dataset import splits_overlap
 from dpjax.dp.per_example import METHODS
 from dpjax.models import Model, Params
 from dpjax.step import LossFn
@@ -64,6 +64,12 @@ class Run(NamedTuple):
     ledger: dp.Ledger | None
     layout: sharding.Layout
 
+    @property
+    def evaluates_on_private_data(self) -> bool:
+        """Whether the held-out data may be of the training split: its metrics are not private."""
+        train, test = self.train, self.test
+        return train.name == test.name and splits_overlap(train.split, test.split)
+
 
 def build(config: ConfigDict, *, datasets: tuple[data.Dataset, data.Dataset] | None = None) -> Run:
     """Makes every object of a run and checks that they fit.
@@ -89,7 +95,7 @@ def build(config: ConfigDict, *, datasets: tuple[data.Dataset, data.Dataset] | N
     tuning = names.finetuning_set(config.finetune)(names.model(config.model, train.num_classes))
     params = _initial(tuning.model, config)
     apply, loss_fn = functions(tuning.model, config.data, train.shape)
-    models.check_examples_independent(apply, params, _probe(tuning.model.input, train.shape))
+    models.check_examples_independent(apply, params, models.probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = budget.phases(config, tuning, sizes, len(train))
     return Run(
@@ -200,14 +206,6 @@ def functions(
         return jnp.mean(losses)
 
     return apply, loss_fn
-
-
-def _probe(spec: models.InputSpec | models.TextSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """Public inputs for the cross-example check."""
-    rng = np.random.default_rng(0)
-    if isinstance(spec, models.TextSpec):
-        return rng.integers(0, spec.vocab_size, (4, *shape), dtype=np.int32)
-    return rng.integers(0, 256, (4, *shape), dtype=np.uint8)
 
 
 def _check_values(config: ConfigDict) -> None:

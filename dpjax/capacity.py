@@ -87,7 +87,7 @@ def peak_bytes(run: Run, index: int, private_seed: int) -> Callable[[int], int]:
         batch = {
             "input": np.zeros((size, *run.train.shape), run.train.source.dtype),
             "label": np.zeros(size, np.int32),
-            "index": np.zeros(size, np.int32),
+            "identity": np.zeros(size, np.uint32),
             "mask": np.zeros(size, bool),
         }
         step = jnp.zeros((), jnp.int32)

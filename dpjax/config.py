@@ -37,9 +37,9 @@ def default() -> ConfigDict:
                 "train_split": "train",
                 "test_split": "test",  # evaluated, never trained on
                 "subset": placeholder(object),  # fraction (float) or shots per class (int)
-                # Evaluate on this share (or shots) of the training split instead of the test
-                # split, to tune without touching it. The part held out is private data too.
-                "holdout": placeholder(object),
+                # Evaluate on this share of the training split, drawn example by example, instead
+                # of the test split, to tune without touching it. It is private data too.
+                "holdout": placeholder(float),
                 "tokenizer": "minilm_l6_tokenizer",  # for text: file, or name of a published one
                 # Images of many sizes: crop and resize to this side while reading. None: as stored.
                 "host_image_size": placeholder(int),

@@ -134,14 +134,15 @@ def ledger_after(run: Run, steps: int) -> dp.Ledger:
 
 def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
     """Returns the privacy statement of a run whose executed steps are in `ledger`."""
-    config = run.config
+    config, private_evaluation = run.config, run.evaluates_on_private_data
     return dp.statement(
         ledger,
         clipping=_clipping(run),
         seed_policy="os_entropy" if config.private_seed is None else "fixed",
         released=[
             "the trained parameters in weights.safetensors and in every checkpoint",
-            "the number of executed steps, and every evaluation on public held-out data",
+            "the number of executed steps"
+            + ("" if private_evaluation else ", and every evaluation on public held-out data"),
             *(["the average of the parameters, in weights_ema.safetensors"] if config.ema else []),
             *(
                 ["the clip bound of every step, clip_bound in metrics.jsonl"]
@@ -161,15 +162,28 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
             "the number of training examples, which is taken as public",
             *(
                 [
-                    "the evaluations: they are made on a part of the private training split, whose "
-                    "choice balances private labels"
+                    "the evaluations, and which checkpoints keep_best keeps by them: they are made "
+                    "on a part of the private training split"
                 ]
-                if config.data.holdout is not None
+                if private_evaluation
                 else []
             ),
             *(
-                ["the choice of the training subset, which balances private labels"]
-                if config.data.subset is not None
+                [
+                    f"the choice of the training data, {run.train.split!r} with data.subset="
+                    f"{config.data.subset}, which depends on more than each example by itself: "
+                    "the guarantee is about the examples that were chosen"
+                ]
+                if config.data.subset is not None or "[" in run.train.split
+                else []
+            ),
+            *(
+                [
+                    f"the weights that the run starts from, {config.model.weights}, which are "
+                    "taken as public: if they were trained on this data, what that cost comes "
+                    "on top"
+                ]
+                if config.model.weights is not None
                 else []
             ),
             "private_seed.json: whoever reads it can undo the noise. Keep it as secret as the data"

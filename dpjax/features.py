@@ -26,7 +26,14 @@ from tqdm import tqdm
 from dpjax import data, dp, sharding
 from dpjax.data.dataset import Source
 from dpjax.feature_set import FeatureSet, average, concatenate, normalise
-from dpjax.models import InputSpec, Model, Params, flatten
+from dpjax.models import (
+    InputSpec,
+    Model,
+    Params,
+    check_examples_independent,
+    flatten,
+    probe,
+)
 from dpjax.shards import Shards
 
 __all__ = [
@@ -78,8 +85,8 @@ def compute_features(
         that is damaged or was not written to its end is computed again.
 
     Raises:
-        ValueError: an argument out of range, a cache that cannot be written, or features that are
-            not finite.
+        ValueError: an argument out of range, a cache that cannot be written, features that are not
+            finite, or a model in which one example's features depend on another's.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be >= 1.")
@@ -92,9 +99,9 @@ def compute_features(
         ready = jax.vmap(lambda x: prepare(x[:, ::-1] if mirror else x))(inputs)
         return model.features(body, ready).astype(dtype)
 
-    probe = jax.ShapeDtypeStruct((2, *dataset.shape), dataset.source.dtype)
-    key = _key(function, body, probe, dataset, dtype)
-    shape = (len(dataset), jax.eval_shape(function, body, probe).shape[1])
+    two = jax.ShapeDtypeStruct((2, *dataset.shape), dataset.source.dtype)
+    key = _key(function, body, two, dataset, dtype)
+    shape = (len(dataset), jax.eval_shape(function, body, two).shape[1])
     shards = Shards(_folder(cache_dir, dataset, key), shape, dtype)
     values = np.zeros(shape, np.float32)
     missing = []
@@ -105,6 +112,7 @@ def compute_features(
         else:
             values[shards.rows(number)] = part
     if missing:
+        check_examples_independent(function, body, probe(model.input, dataset.shape))
         for number, part in _computed(function, body, dataset, shards, missing, batch_size):
             _check_finite(part, shards.rows(number).start, dataset)
             values[shards.rows(number)] = part
@@ -159,7 +167,7 @@ def _folder(
 def _key(
     function: Callable[[Params, jax.Array], jax.Array],
     body: Params,
-    probe: jax.ShapeDtypeStruct,
+    two: jax.ShapeDtypeStruct,
     dataset: data.Dataset,
     dtype: str,
 ) -> str:
@@ -168,7 +176,7 @@ def _key(
     The computation is told by its jaxpr and the arrays it closes over: architecture, readout,
     resizing and normalisation are all in there, and cannot be forgotten.
     """
-    closed = jax.make_jaxpr(function)(body, probe)
+    closed = jax.make_jaxpr(function)(body, two)
     text = re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr))
     digest = hashlib.sha256(f"{text}\n{dtype}\n{dataset.digest}\n".encode())
     for array in (*closed.consts, *(leaf for _, leaf in sorted(flatten(body).items()))):

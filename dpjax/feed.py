@@ -52,7 +52,7 @@ def chunks(
         for number, chunk in enumerate(cut, start=1):
             indices = chunk[mine]
             batch = run.train.get(indices)
-            batch["index"] = np.maximum(indices, 0).astype(np.int32)
+            batch["identity"] = run.train.identities(indices)
             batch["mask"] = indices >= 0
             yield Chunk(batch, rows=number * size, last=number == len(cut))
 

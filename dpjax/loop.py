@@ -79,6 +79,7 @@ def train(
     hosts.agree({"config": digest(config), "data": run.train.digest, "code": code_digest()})
     workdir.create(config)
     private_seed = _private_seed(run, workdir)
+    _claim(run, workdir, private_seed)
     size = capacity.physical_batch(run, private_seed)
     eval_size = size if config.physical_batch == "auto" else 4 * size
     evaluate = feed.evaluator(run, run.layout, eval_size)
@@ -323,6 +324,16 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
         hosts.gather(None)  # nobody looks before it is done
         checkpoints.reload()
     return 0, run.params, None
+
+
+def _claim(run: Run, workdir: Workdir, private_seed: int) -> None:
+    """Writes what run the directory is of, or compares: the data may have changed under a name."""
+    mine = identity(run, private_seed)
+    if workdir.exists("identity.json"):
+        changed = differences(workdir.read("identity.json"), mine, "run")
+        if changed:
+            raise OtherRun(f"the workdir is of another run: {'; '.join(changed[:5])}.")
+    workdir.write("identity.json", mine)
 
 
 def _private_seed(run: Run, workdir: Workdir) -> int:

@@ -18,13 +18,13 @@ Evaluate = Callable[[Params], metrics.EvalSums]
 
 def prefix(run: Run) -> str:
     """Of the names of evaluations: on a part of the private training split they are not private."""
-    return "eval/" if run.config.data.holdout is None else "nonprivate/eval/"
+    return "nonprivate/eval/" if run.evaluates_on_private_data else "eval/"
 
 
 def row(run: Run, evaluate: Evaluate, state: TrainState, frozen: Params) -> dict[str, float]:
     """Returns `eval/accuracy` and the like, and `eval/ema/...` of the average if there is one.
 
-    With `data.holdout` the names begin with `nonprivate/`.
+    On a part of the private training split the names begin with `nonprivate/`.
     """
 
     def measured(begin: str, trainable: Params) -> dict[str, float]:

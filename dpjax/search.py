@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import secrets
 import shutil
 import sys
@@ -36,6 +35,7 @@ from ml_collections import ConfigDict
 
 from dpjax import build, names, proposals, selection, storage, sweep
 from dpjax.config import load
+from dpjax.data.dataset import splits_overlap
 from dpjax.dp import ledger
 
 __all__ = ["main"]
@@ -203,10 +203,7 @@ def _charge(job: _Job, mean: float, base: ConfigDict) -> _Job:
             f"data.holdout={base.data.holdout} must be None in a charged search: its score would "
             "read private data that nothing pays for."
         )
-    names_of = [
-        set(re.findall(r"[A-Za-z_]\w*", base.data[f"{use}_split"])) for use in ("train", "test")
-    ]
-    if names_of[0] & names_of[1]:
+    if splits_overlap(base.data.train_split, base.data.test_split):
         raise ValueError(
             f"data.test_split={base.data.test_split!r} must not be of the training data in a "
             "charged search: its score would read private data that nothing pays for."

@@ -139,8 +139,9 @@ def make_steps(
         totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, rule: Any
     ) -> Totals:
         examples = {"input": batch["input"], "label": batch["label"]}
-        # An example's augmentation depends on the step and its index, not on where it is.
-        examples["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        # An example's augmentation depends on the step and the example. By its position in the
+        # data it would change when another example is removed, and the sum by more than the bound.
+        examples["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["identity"])
 
         def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
             return loss_fn(join(params, frozen), example)

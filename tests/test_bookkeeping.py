@@ -515,6 +515,68 @@ def test_summed_gradients_are_those_that_were_measured(dtype):
         assert norm == pytest.approx(1e-2, rel=3e-5)
 
 
+def in_half(kernel, dtype):
+    """A kernel that is standardised in float32 and converted, and one that is not."""
+    kernel = kernel - jnp.broadcast_to(kernel.mean((0, 1, 2), keepdims=True), kernel.shape)
+    return kernel.astype(dtype)
+
+
+def all_in_half(kernel, dtype):
+    return in_half(kernel.astype(dtype), dtype)
+
+
+def half_way(kernel, dtype):
+    return jnp.sin(in_half(kernel, dtype)).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "vmap"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("make", [in_half, all_in_half, half_way])
+def test_many_examples_move_no_sum_by_more_than_the_bound(make, dtype, method):
+    """A sum that is rounded to few bits moves by its own rounding, which grows with its size."""
+    numbers = np.random.default_rng(0)
+    kernel = numbers.standard_normal((3, 3, 2, 4), np.float32)
+    batch = 1.0 + 0.1 * numbers.standard_normal((512, 4, 4, 2), np.float32)
+
+    def loss_fn(params, x):
+        weight = make(params["kernel"], dtype)
+        out = jax.lax.conv_general_dilated(
+            x[None].astype(weight.dtype), weight, (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return 100 * jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    params = {"kernel": jnp.asarray(kernel)}
+    clip = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
+    whole = clip(params, batch, np.ones(512, bool))[0].value["kernel"]
+    assert jnp.linalg.norm(whole) > 100
+    moved = [
+        np.linalg.norm(whole - clip(params, batch, np.arange(512) != out)[0].value["kernel"])
+        for out in range(0, 512, 64)
+    ]
+    assert max(moved) < 1.001
+
+
+def test_a_kernel_that_is_converted_at_the_end_keeps_its_route():
+    def loss_fn(make):
+        def loss(params, x):
+            out = jax.lax.conv_general_dilated(
+                x[None], make(params["kernel"], jnp.bfloat16).astype(x.dtype), (1, 1), "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+            return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+        return loss
+
+    params = {"kernel": jnp.ones((3, 3, 2, 4))}
+    example = jnp.ones((4, 4, 2), jnp.bfloat16)
+    routes = {
+        make.__name__: bookkeeping.plan(loss_fn(make), params, example)[0].route
+        for make in (in_half, all_in_half, half_way)
+    }
+    assert routes == {"in_half": "conv", "all_in_half": "direct", "half_way": "direct"}
+
+
 def test_cancelling_gradients_are_not_measured_too_small():
     """Tokens that are nearly alike, with cotangents that sum to zero: Gram matrices cancel."""
     numbers = np.random.default_rng(0)

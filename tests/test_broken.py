@@ -111,7 +111,7 @@ def through_the_step():
     def clipped(scales, chunk):
         whole, totals = steps.begin(start())
         batch = {k: np.asarray(v) for k, v in batch_of(scales, chunk).items()}
-        batch |= {"index": batch["label"], "mask": chunk >= 0}
+        batch |= {"identity": batch["label"], "mask": chunk >= 0}
         batch = sharding.to_mesh(batch, layout.mesh)
         grads = steps.accumulate(totals, whole, {}, batch, jnp.int32(0), hyper).grads
         value = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).sum(axis=0)), grads.value)

@@ -195,8 +195,12 @@ def test_mistakes(net, params, dataset, tmp_path):
     with pytest.raises(ValueError, match="dtype='int8' must be one of"):
         compute(net, params, dataset, tmp_path, dtype="int8")
     broken = jax.tree.map(lambda x: x * jnp.nan, params)
-    with pytest.raises(ValueError, match="features of example 0 of 'noise' are not finite"):
+    with pytest.raises(ValueError, match="finite"):
         compute(net, broken, dataset, tmp_path)
+    third = jnp.asarray(dataset.get(np.array([3]))["input"][0])
+    poisoned = lambda x: jnp.where(jnp.all(x == third), jnp.nan, x / 255)  # noqa: E731
+    with pytest.raises(ValueError, match="features of example 3 of 'noise' are not finite"):
+        compute(net, params, dataset, tmp_path, prepare=poisoned)
     assert not list(tmp_path.iterdir())
     file = tmp_path / "file"
     file.write_text("")
@@ -275,3 +279,14 @@ def test_feature_set_mistakes():
         features.average()
     with pytest.raises(ValueError, match="scale=0 must be > 0"):
         features.normalise(made, scale=0)
+
+
+def test_a_backbone_that_couples_examples_is_refused(net, params, dataset, tmp_path):
+    """Else one example would change the features of others, and no bound would hold."""
+
+    def coupled(body, inputs):
+        return net.features(body, inputs) - net.features(body, inputs).mean(0, keepdims=True)
+
+    wrong = net._replace(features=coupled)
+    with pytest.raises(ValueError, match="example"):
+        compute(wrong, params, dataset, tmp_path)

@@ -119,7 +119,7 @@ def test_valid_configs_calibrate_and_trace(changes):
     chunk = {
         "input": jax.ShapeDtypeStruct((64, *run.train.shape), np.uint8),
         "label": jax.ShapeDtypeStruct((64,), np.int32),
-        "index": jax.ShapeDtypeStruct((64,), np.int32),
+        "identity": jax.ShapeDtypeStruct((64,), np.uint32),
         "mask": jax.ShapeDtypeStruct((64,), bool),
     }
     for index, phase in enumerate(run.phases):

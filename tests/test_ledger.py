@@ -35,6 +35,20 @@ def test_only_executed_steps_are_spent():
     assert book.charge(0, 30).spent() == MECHANISM.epsilon(1e-4)
 
 
+def test_a_run_that_ends_early_claims_its_plan():
+    """Whatever made it end: it may have been what it released."""
+    planned = MECHANISM.epsilon(1e-4)
+    for steps, claim in ((0, 0.0), (1, planned), (39, planned), (40, planned)):
+        book = ledger().charge(0, steps)
+        facts = statement(book)
+        assert facts["epsilon"] == max(book.guaranteed_by_part().values()) == claim
+        assert facts["epsilon_of_steps_done"] == book.spent()
+        text = dp.to_markdown(facts)
+        assert f"({claim:.4g}, 0.0001)-differentially private" in text
+        early = f"cost epsilon {book.spent():.4g}"
+        assert (early in text and f"{steps} of 40 steps" in text) == (0 < steps < 40)
+
+
 def test_no_step_past_the_budget():
     book = ledger().charge(0, 40)
     with pytest.raises(dp.BudgetExceeded, match="step 41 of 40"):
@@ -86,7 +100,7 @@ def test_statement_has_what_others_rely_on():
     ):  # fmt: skip
         assert key in facts
     assert (facts["steps_done"], facts["steps_planned"]) == (10, 40)
-    assert facts["epsilon"] == MECHANISM.epsilon(1e-4, steps=10)
+    assert facts["epsilon_of_steps_done"] == MECHANISM.epsilon(1e-4, steps=10)
     assert facts["seed_policy"] == "fixed seed: for study, not for release"
     assert "OS entropy" in statement(ledger(), seed_policy="os_entropy")["seed_policy"]
     with pytest.raises(ValueError, match="seed_policy='weak'"):
@@ -131,6 +145,16 @@ def test_disjoint_parts_cost_what_the_dearest_does():
     assert "disjoint parts" in text
     assert "- temperature: epsilon" in text
     assert "disjoint parts" not in dp.to_markdown(statement(ledger()))
+
+
+def test_a_replaced_example_may_change_two_parts():
+    fixed = dp.calibrated(
+        epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=40, sampler="fixed_size"
+    )
+    phases = [dp.Phase(part, fixed, part=part) for part in ("a", "b")]
+    with pytest.raises(ValueError, match=r"parts=\['a', 'b'\] must be one part"):
+        dp.Ledger(tuple(phases), epsilon=2.0, delta=1e-4)
+    assert dp.Ledger((phases[0],), epsilon=2.0, delta=1e-4).charge(0, 40).spent() <= 2.0
 
 
 def test_one_part_composes_and_no_part_may_pass_the_budget():

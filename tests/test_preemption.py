@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_what_a_killed_process_reported_is_never_taken_back(run, whole, tmp_path
         loop.train(run, Workdir(path), stop=stop_by(Killed(), 3))
     # Killed before step 3 was done, but steps 3 and 4 had been charged, and might have been run.
     assert statement(path)["steps_done"] == 5
-    assert statement(path)["epsilon"] == run.phases[0].mechanism.epsilon(1e-4, steps=5)
+    assert statement(path)["epsilon_of_steps_done"] == run.phases[0].mechanism.epsilon(1e-4, steps=5)
     with pytest.raises(loop.Preempted):
         loop.train(run, Workdir(path), stop=lambda step: step == 4)
     assert statement(path)["steps_done"] == 5  # 4 now, but 5 may have been run before
@@ -191,7 +192,9 @@ OTHERS = {
     "delta": lambda run: with_ledger(run, delta=2e-4),
     "noise_multiplier": lambda run: with_mechanism(run, noise_multiplier=9.0),
     "sampling_prob": lambda run: with_mechanism(run, sampling_prob=0.01),
-    "num_examples": lambda run: with_mechanism(run, num_examples=1000),
+    "num_examples": lambda run: with_mechanism(
+        run._replace(train=run.train.select(np.arange(1000))), num_examples=1000
+    ),
     "steps": lambda run: with_mechanism(run, steps=20),
     "bound": lambda run: run._replace(phases=(run.phases[0]._replace(bound=2.0),)),
     "clipping.kind": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
@@ -206,6 +209,17 @@ def test_a_checkpoint_of_another_run_is_refused(run, whole, field):
     with pytest.raises(OtherRun, match=rf"run\.(phases\.0_train\.)?{field}: "):
         loop.train(OTHERS[field](run), Workdir(whole))
     assert before == [(whole / name).read_bytes() for name in files]
+
+
+def test_other_data_under_the_same_name_are_refused_before_any_checkpoint(run, tmp_path):
+    """The same noise on other data would give both away."""
+    path = Workdir(tmp_path / "w")
+    with pytest.raises(loop.Preempted):
+        loop.train(run, path, stop=lambda step: step == 1)
+    shutil.rmtree(path.path / "checkpoints")
+    with pytest.raises(OtherRun, match=r"the workdir is of another run: run\.data: "):
+        loop.train(OTHERS["data"](run), path)
+    loop.train(run, path)
 
 
 REFUSED = {

@@ -36,7 +36,7 @@ def batch(layout, rows=SIZE, real=None):
     values = {
         "input": rng.normal(size=(rows, 6)).astype(np.float32),
         "label": rng.integers(0, 3, rows).astype(np.int32),
-        "index": np.arange(rows, dtype=np.int32),
+        "identity": np.arange(rows, dtype=np.uint32),
         "mask": np.arange(rows) < (rows if real is None else real),
     }
     return sharding.to_mesh(values, layout.mesh)

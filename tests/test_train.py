@@ -1,16 +1,33 @@
 """The whole run: files, budget, resuming, and every listed mistake."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, dp, finetune, loop, models, report, rng
+from dpjax import (
+    build,
+    describe,
+    dp,
+    feed,
+    finetune,
+    loop,
+    models,
+    phases,
+    report,
+    results,
+    rng,
+    sharding,
+)
+from dpjax.data.dataset import Dataset, splits_overlap
+from dpjax.step import at_bound
 from dpjax.storage import Workdir, read_jsonl
 
 
@@ -65,6 +82,70 @@ def test_evaluations_on_private_data_are_named_so(tmp_path):
     assert not [name for row in rows for name in row if name.startswith("eval/")]
     assert Workdir(tmp_path).losses()[last["step"]] == results["nll"]
     assert (tmp_path / "learning_curve.png") in report.figures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "private"),
+    [("train", "test", False), ("train", "train", True), ("train[:80%]", "train[80%:]", True),
+     ("train", "train+test", True), ("all", "test", True)],
+)  # fmt: skip
+def test_splits_that_may_share_examples_are_seen(train, test, private):
+    assert splits_overlap(train, test) == private
+
+
+def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
+    run = finished[0]
+    assert results.prefix(run) == "eval/"
+    facts = describe.statement(run, run.ledger)
+    assert "every evaluation on public held-out data" in " ".join(facts["released"])
+    assert not [line for line in facts["not_charged"] if "evaluations" in line]
+    assert not [line for line in facts["not_charged"] if "starts from" in line]
+    config = run.config.copy_and_resolve_references()
+    config.model.weights = "theirs.safetensors"
+    run = run._replace(
+        config=config, test=run.train, train=dataclasses.replace(run.train, split="train[:90%]")
+    )
+    assert results.prefix(run) == "nonprivate/eval/"
+    facts = describe.statement(run, run.ledger)
+    assert "evaluation" not in " ".join(facts["released"])
+    for words in ("the evaluations, and which checkpoints keep_best keeps", "theirs.safetensors",
+                  "'train[:90%]' with data.subset=None"):  # fmt: skip
+        assert [line for line in facts["not_charged"] if words in line]
+
+
+def sum_of(run):
+    """The clipped sum of a first step over all examples, through the product, as one vector."""
+    phase = run.phases[0]
+    mechanism = dataclasses.replace(phase.mechanism, num_examples=len(run.train))
+    run = run._replace(phases=(phase._replace(mechanism=mechanism),))
+    steps, hyper = phases.prepare(run, 0, 5)
+    trainable, frozen = finetune.split(run.params, phase.trainable)
+    frozen = sharding.place(frozen, run.layout.whole(frozen))
+    state = phases.first_state(run, 0, steps, hyper, trainable, None)
+    whole, totals = steps.begin(state)
+    for chunk in feed.chunks(run, run.phases[0], run.layout, seed=1, size=64, steps=range(1)):
+        batch = sharding.to_mesh(chunk.batch, run.layout.mesh)
+        now = at_bound(hyper, state)
+        totals = steps.accumulate(totals, whole, frozen, batch, jnp.int32(0), now)
+    leaves = [np.asarray(g, np.float64).sum(0).ravel() for g in jax.tree.leaves(totals.grads.value)]
+    return np.concatenate(leaves)
+
+
+def test_removing_an_example_moves_an_augmented_sum_by_at_most_the_bound(monkeypatch):
+    """Augmentations belong to examples: by position, all later ones would change."""
+    run = build.build(tiny_config(finetune="head", data__shift=2))
+    run = run._replace(train=run.train.select(np.arange(200)))
+    phase = run.phases[0]
+    everyone = dataclasses.replace(phase.mechanism, sampler="full_batch", sampling_prob=1.0)
+    run = run._replace(phases=(phase._replace(mechanism=everyone),))
+
+    def moved():
+        without_first = run._replace(train=run.train.select(np.arange(1, 200)))
+        return np.linalg.norm(sum_of(run) - sum_of(without_first))
+
+    assert 0.01 < moved() <= 1.0 + 1e-4
+    monkeypatch.setattr(Dataset, "identities", lambda _, rows: np.maximum(rows, 0).astype("u4"))
+    assert moved() > 1.5
 
 
 def test_frozen_leaves_are_bit_identical_and_the_others_move(finished):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -101,6 +102,15 @@ class Dataset:
         digest.update(np.ascontiguousarray(self.source.keys[self.rows]).tobytes())
         return digest.hexdigest()
 
+    def identities(self, indices: np.ndarray) -> np.ndarray:
+        """32 bits of each example's own digest, uint32: the same wherever the example stands.
+
+        Args:
+          indices: integers [n], each in [-1, num_examples); -1 is padding.
+        """
+        keys = self.source.keys[self.rows[np.maximum(indices, 0)]]
+        return np.ascontiguousarray(keys[:, :4]).view("<u4")[:, 0].astype(np.uint32)
+
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads examples by index; -1 is padding.
 
@@ -143,6 +153,12 @@ class Dataset:
         """
         indices = distinct_rows(indices, len(self))
         return dataclasses.replace(self, labels=self.labels[indices], rows=self.rows[indices])
+
+
+def splits_overlap(one: str, other: str) -> bool:
+    """Whether two split names, such as "train[:80%]", may name a common example of a data set."""
+    names = [set(re.findall(r"[A-Za-z_]\w*", split)) for split in (one, other)]
+    return bool(names[0] & names[1]) or "all" in names[0] | names[1]
 
 
 def from_arrays(

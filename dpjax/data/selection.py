@@ -1,6 +1,7 @@
-"""Stratified, seeded choices of examples: subsets, shots per class, held-out splits.
+"""Seeded choices of examples: stratified subsets, shots per class, held-out shares.
 
-Everything is a function of the labels and a seed. Random order comes from the raw bits of a Philox
+A subset is a function of the labels and a seed, so it is a choice that depends on all examples; a
+share is one of each example by itself. Random order comes from the raw bits of a Philox
 generator, whose stream NumPy promises to keep, so a choice is the same on every machine.
 """
 
@@ -80,6 +81,9 @@ def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
         and 1 is one example of each class).
       seed: of the choice; the choice does not look at the inputs.
 
+    Guarantees:
+      None about the whole data set: adding one example to it may change the choice of all others.
+
     Returns:
       The chosen examples, in the data set's order; `rows` tells which they are.
 
@@ -96,25 +100,25 @@ def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
     return dataset.select(chosen)
 
 
-def holdout(dataset: Dataset, amount: float | int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Splits a training set for tuning.
+def holdout(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits a training set for tuning: `random_share`, with a stream of its own.
 
     Args:
       dataset: to split.
-      amount: held out: a fraction in (0, 1) or shots per class.
+      share: held out, in (0, 1), the probability of each example.
       seed: of the choice.
 
     Returns:
       (rest, held): disjoint, together the whole data set; `rows` of each tells which.
 
+    Guarantees:
+      Adding or removing an example moves no other one, so a guarantee for the rest is one for the
+      whole data set.
+
     Raises:
-      ValueError: on an amount out of range, or one that leaves nothing to train on.
+      ValueError: on a share out of range, or if either part is empty.
     """
-    chosen = stratified_indices(dataset.labels, amount, seed=seed, stream=_HOLDOUT)
-    rest = np.setdiff1d(np.arange(len(dataset)), chosen)
-    if rest.size == 0:
-        raise ValueError(f"amount={amount} must leave examples to train on; all are held out.")
-    return dataset.select(rest), dataset.select(chosen)
+    return _each_by_itself(dataset, share, seed, _HOLDOUT)
 
 
 def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
@@ -135,9 +139,19 @@ def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset,
     Raises:
       ValueError: on a share out of range, or if either part is empty.
     """
+    return _each_by_itself(dataset, share, seed, _SHARE)
+
+
+def _each_by_itself(
+    dataset: Dataset, share: float, seed: int, stream: int
+) -> tuple[Dataset, Dataset]:
+    if isinstance(share, bool) or not isinstance(share, (int, float, np.integer, np.floating)):
+        raise TypeError(f"share={share!r} must be a number.")
     if not 0 < share < 1:
         raise ValueError(f"share={share} must be in (0, 1).")
-    salt = np.random.SeedSequence([seed, _SHARE]).generate_state(4).tobytes()
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be >= 0.")
+    salt = np.random.SeedSequence([seed, stream]).generate_state(4).tobytes()
     keys = dataset.source.keys[dataset.rows]
     drawn = [int.from_bytes(hashlib.sha256(salt + key.tobytes()).digest()[:8]) for key in keys]
     chosen = np.array(drawn, np.uint64) * 2.0**-64 < share

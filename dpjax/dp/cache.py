@@ -6,6 +6,7 @@ turns the cache off. One small JSON file per number, so that processes never sha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,11 +19,22 @@ from typing import Any
 __all__ = ["cached"]
 
 
+@functools.cache
+def _versions() -> str:
+    here = pathlib.Path(__file__).parent
+    code = b"".join(
+        (here / f"{name}.py").read_bytes() for name in ("accounting", "events", "search")
+    )
+    ours = hashlib.sha256(code).hexdigest()[:16]
+    return f"dp-accounting {importlib.metadata.version('dp-accounting')}, ours {ours}"
+
+
 def cached(key: Sequence[Any], compute: Callable[[], float]) -> float:
     """The number stored under `key`, else compute() and store it.
 
     Args:
-      key: everything that the number depends on, as JSON values; dp_accounting's version is added.
+      key: everything that the number depends on, as JSON values; dp_accounting's version and a
+        digest of our own accounting code are added.
       compute: gives a number >= 0, inf included.
     Guarantees:
       A cache that is absent, damaged or not writable costs time and nothing else.
@@ -30,7 +42,7 @@ def cached(key: Sequence[Any], compute: Callable[[], float]) -> float:
     root = os.environ.get("DPJAX_CACHE_DIR", os.path.expanduser("~/.cache/dpjax"))
     if not root:
         return compute()
-    text = json.dumps([f"dp-accounting {importlib.metadata.version('dp-accounting')}", *key])
+    text = json.dumps([_versions(), *key])
     name = hashlib.sha256(text.encode()).hexdigest()[:40]
     path = pathlib.Path(root, "accounting", f"{name}.json")
     try:

@@ -4,7 +4,9 @@ A *site* is an equation in which a view of one parameter leaf is multiplied with
 depends on the example: `dot_general`, `conv_general_dilated` or a row lookup by `gather`. The
 gradient of such a leaf is a sum of products of the site's input and the cotangent of the site's
 output, so both are all that per-example norms and weighted sums need. A convolution whose kernel
-is some other function of parameters alone (weight standardisation) is a *derived* site. A leaf
+is some other function of parameters alone (weight standardisation) is a *derived* site, if it is
+computed in float32 and at most converted at the end: a derivative in fewer bits would round the sum
+over the examples, which then moves by more than the bound. A leaf
 with any other use is *direct*: it is differentiated as it is. Because the transform reads jaxprs,
 it serves any model library and plain functions alike.
 """
@@ -110,6 +112,7 @@ class _Info(NamedTuple):
     example: bool = False
     leaves: frozenset[int] = frozenset()
     view: View | None = None
+    whole: bool = True  # whether it and all it was made of have 32 bits or more
 
 
 @dataclasses.dataclass
@@ -144,7 +147,8 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
         raise TypeError(f"loss_fn must return one scalar, got {shape}.")
     leaves = jax.tree.leaves(params)
     infos = [
-        _Info(False, frozenset([i]), View(i, tuple(leaf.shape))) for i, leaf in enumerate(leaves)
+        _Info(False, frozenset([i]), View(i, tuple(leaf.shape)), _is_whole(leaf))
+        for i, leaf in enumerate(leaves)
     ]
     infos += [_Info(True)] * (len(closed.jaxpr.invars) - len(leaves))
     walk = _Walk()
@@ -178,6 +182,7 @@ def _walk(
 ) -> list[_Info]:
     """Propagates `infos` through `jaxpr`, adding to `walk` the sites and the direct leaves."""
     env: dict[Any, _Info] = dict(zip(jaxpr.invars, infos))
+    narrowed: set[Any] = set()  # conversions of values of 32 bits
 
     def read(atom: Any) -> _Info:
         return _Info() if isinstance(atom, core.Literal) else env.get(atom, _Info())
@@ -189,18 +194,25 @@ def _walk(
         if inner is not None:
             outs = _walk(inner[0], args, key, lengths, walk)
         elif not any(a.example for a in args):
-            outs = [_Info(False, _leaves(args), _follow(eqn, args))] * len(eqn.outvars)
+            whole = all(a.whole for a in args) and all(_is_whole(v.aval) for v in eqn.outvars)
+            outs = [_Info(False, _leaves(args), _follow(eqn, args), whole)] * len(eqn.outvars)
+            if eqn.primitive is P.convert_element_type_p and args[0].whole:
+                narrowed.add(eqn.outvars[0])
         elif eqn.primitive is P.scan_p:
             outs = _walk_scan(eqn, args, key, lengths, walk)
         else:
             outs = [_Info(True)] * len(eqn.outvars)
-            site = _site(eqn, args, key, lengths)
+            site = _site(eqn, args, key, lengths, narrowed)
             if site is not None:
                 walk.sites[key] = site
             else:
                 walk.give_up(_leaves(args), f"used by {eqn.primitive.name}")
         env.update(zip(eqn.outvars, outs))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_whole(value: Any) -> bool:
+    return not jnp.issubdtype(value.dtype, jnp.floating) or jnp.finfo(value.dtype).bits >= 32
 
 
 def _leaves(args: list[_Info]) -> frozenset[int]:
@@ -280,7 +292,9 @@ def _follow(eqn: core.JaxprEqn, args: list[_Info]) -> View | None:
     return None
 
 
-def _site(eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...]) -> Site | None:
+def _site(
+    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...], narrowed: set[Any]
+) -> Site | None:
     """The site that `eqn` is, if it multiplies one weight with one example-dependent value."""
     positions = [i for i, a in enumerate(args) if a.leaves]
     if len(positions) != 1 or len(args) != 2:
@@ -313,7 +327,7 @@ def _site(eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, .
     if view is not None:
         shape = view.shape
         weight_id = kind, layout, view._replace(scanned=(True,) * sum(scanned))
-    elif kind == "conv" and not lengths:
+    elif kind == "conv" and not lengths and (args[operand].whole or weight in narrowed):
         shape, weight_id = tuple(aval.shape), (key[:-1], weight)
     else:  # differentiating such a weight per example costs no more than a derived site
         return None

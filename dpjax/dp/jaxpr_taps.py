@@ -40,7 +40,7 @@ def evaluate(
 
 
 def derived_weight(traced: Traced, site: Site, leaves: dict[int, Any]) -> jax.Array:
-    """Computes the weight of a derived site from parameters alone.
+    """Computes the weight of a derived site from parameters alone, before it is converted.
 
     Args:
         traced: the jaxpr and its sites.
@@ -53,7 +53,7 @@ def derived_weight(traced: Traced, site: Site, leaves: dict[int, Any]) -> jax.Ar
     jaxpr = traced.jaxpr
     args = [leaves.get(i, _UNKNOWN) for i in range(len(jaxpr.jaxpr.invars))]
     wanted = {site.key: site.operand}
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, args, (), {}, wanted)[1][site.key]
+    return _evaluate(jaxpr.jaxpr, jaxpr.consts, args, (), {}, wanted, widen=True)[1][site.key]
 
 
 def _evaluate(
@@ -63,13 +63,17 @@ def _evaluate(
     prefix: Key,
     taps: dict[Key, jax.Array],
     wanted: dict[Key, int],
+    *,
+    widen: bool = False,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
     """Evaluates `jaxpr` with taps; also returns the wanted operand of each wanted equation.
 
-    Equations with unknown arguments are skipped and have unknown results.
+    Equations with unknown arguments are skipped and have unknown results. With `widen`, a wanted
+    operand that is a conversion is returned as it was before.
     """
     env: dict[Any, Any] = {**dict(zip(jaxpr.constvars, consts)), **dict(zip(jaxpr.invars, args))}
     found: dict[Key, jax.Array] = {}
+    wide: dict[Any, Any] = {}  # conversions, before they lost bits
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
@@ -79,7 +83,12 @@ def _evaluate(
         values = [read(atom) for atom in eqn.invars]
         unknown = any(value is _UNKNOWN for value in values)
         if key in wanted:
-            found[key] = values[wanted[key]]
+            operand = wanted[key]
+            found[key] = values[operand]
+            if widen:
+                found[key] = wide.get(eqn.invars[operand], values[operand])
+        if widen and eqn.primitive is P.convert_element_type_p and not unknown:
+            wide[eqn.outvars[0]] = values[0]
         inner = inlined(eqn)
         within = {k: tap for k, tap in taps.items() if k[: len(key)] == key and k != key}
         with eqn.ctx.manager:
@@ -88,7 +97,7 @@ def _evaluate(
             elif within and eqn.primitive is P.scan_p:
                 outs, more = _evaluate_scan(eqn, values, key, within, wanted)
             elif inner is not None and (unknown or eqn.primitive is not P.remat_p):
-                outs, more = _evaluate(*inner, values, key, within, wanted)
+                outs, more = _evaluate(*inner, values, key, within, wanted, widen=widen)
             elif unknown:
                 outs, more = [_UNKNOWN] * len(eqn.outvars), {}
             else:

@@ -53,8 +53,9 @@ class Ledger:
         No ledger exists whose executed steps exceed a phase's planned steps, or whose planned
         composition exceeds the budget. One example is in one part of the data: the cost of a part
         is that of its phases composed, and the run's is that of the dearest part (parallel
-        composition: adding, removing or replacing an example changes one part, and what reads the
-        others sees nothing of it but what was released under the guarantee of its own part).
+        composition: adding or removing an example changes one part, and what reads the others
+        sees nothing of it but what was released under the guarantee of its own part). An example
+        that replaces another may be of another part, so under "replace_one" there is one part.
     """
 
     phases: tuple[Phase, ...]
@@ -66,8 +67,13 @@ class Ledger:
         accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
         if len({(p.mechanism.relation, p.mechanism.accountant) for p in self.phases}) != 1:
             raise ValueError("all phases must share one neighbouring relation and accountant.")
-        whole = [dataclasses.replace(p, steps_done=p.mechanism.steps) for p in self.phases]
-        planned = max(_spent_by_part(whole, self.delta).values())
+        parts = sorted({p.part for p in self.phases})
+        if len(parts) > 1 and self.phases[0].mechanism.relation == "replace_one":
+            raise ValueError(
+                f"parts={parts} must be one part under the relation 'replace_one': an example "
+                "that replaces another may change two."
+            )
+        planned = max(self.planned_by_part().values())
         if not planned <= self.epsilon * (1 + 1e-9):
             raise ValueError(
                 f"the planned steps cost epsilon={planned:.6g}, more than the budget "
@@ -112,8 +118,26 @@ class Ledger:
         return ledger
 
     def spent(self) -> float:
-        """Returns epsilon (nats) of the executed steps at the budget's delta."""
+        """Returns epsilon (nats) of the executed steps at the budget's delta.
+
+        It is a guarantee for a number of steps that was fixed beforehand; `guaranteed` is one for
+        any.
+        """
         return max(self.spent_by_part().values())
+
+    def planned_by_part(self) -> dict[str, float]:
+        """Returns epsilon (nats) of all planned steps, for an example of each part of the data."""
+        whole = [dataclasses.replace(p, steps_done=p.mechanism.steps) for p in self.phases]
+        return _spent_by_part(whole, self.delta)
+
+    def guaranteed_by_part(self) -> dict[str, float]:
+        """Returns what a run may claim that ended here, for an example of each part of the data.
+
+        A run that ends early may do so because of what it released. Its outcome is then that of
+        the whole plan, of which it shows a part, and costs what the plan does.
+        """
+        ended_early = 0 < self.steps_done < self.steps_planned
+        return self.planned_by_part() if ended_early else self.spent_by_part()
 
     def spent_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) for an example of each part of the data."""
@@ -157,8 +181,10 @@ def statement(
         not_charged: what used private data outside the budget.
 
     Returns:
-        The contents of `privacy.json`. `epsilon` is that of the executed steps. Where all phases
-        agree, `noise_multiplier` and the like are numbers, else lists in phase order.
+        The contents of `privacy.json`. `epsilon` is what the released results may claim: of a run
+        that ended early, what was planned; `epsilon_of_steps_done` is that of the executed steps.
+        Where all phases agree, `noise_multiplier` and the like are numbers, else lists in phase
+        order.
     """
     if seed_policy not in SEED_POLICIES:
         raise ValueError(f"seed_policy={seed_policy!r} must be one of {sorted(SEED_POLICIES)}.")
@@ -168,11 +194,13 @@ def statement(
         values = [getattr(m, name) for m in mechanisms]
         return values[0] if len(set(values)) == 1 else values
 
+    by_part = ledger.guaranteed_by_part()
     return {
-        "epsilon": ledger.spent(),
+        "epsilon": max(by_part.values()),
+        "epsilon_of_steps_done": ledger.spent(),
         "delta": ledger.delta,
         "epsilon_budget": ledger.epsilon,
-        "epsilon_by_part": ledger.spent_by_part(),
+        "epsilon_by_part": by_part,
         "unit_of_privacy": "one training example",
         "neighboring_relation": mechanisms[0].relation,
         "sampler": each("sampler"),
@@ -223,6 +251,18 @@ _RELATIONS = {
 }
 
 
+def _ended_early(facts: dict[str, Any]) -> list[str]:
+    done, planned = facts["steps_done"], facts["steps_planned"]
+    if not 0 < done < planned:
+        return []
+    return [
+        f"The run has executed {done} of {planned} steps. The claim is that of the plan, which "
+        f"holds whatever made it stop; had {done} steps been the plan, they would cost epsilon "
+        f"{facts['epsilon_of_steps_done']:.4g}.",
+        "",
+    ]
+
+
 def to_markdown(facts: dict[str, Any]) -> str:
     """Renders a `statement` for people."""
     relation = _RELATIONS[facts["neighboring_relation"]]
@@ -234,6 +274,7 @@ def to_markdown(facts: dict[str, Any]) -> str:
         "",
         f"> {facts['seed_policy']}",
         "",
+        *_ended_early(facts),
         "| | |",
         "|---|---|",
     ]

@@ -18,7 +18,7 @@ from dpjax.models.model import (
 from dpjax.models.small_resnet import resnet8
 from dpjax.models.text import TEXT_SIZES, TextConfig, text_encoder
 from dpjax.models.text_tokens import tokenizer
-from dpjax.models.validate import check_examples_independent
+from dpjax.models.validate import check_examples_independent, probe
 from dpjax.models.vit import SIZES, ViTConfig, vision_transformer
 from dpjax.models.vit_weights import to_timm
 from dpjax.models.weights import load_plain, load_weights, read_tensors, save_weights
@@ -49,6 +49,7 @@ __all__ = [
     "load_plain",
     "load_weights",
     "locate",
+    "probe",
     "read_tensors",
     "resnet8",
     "resnet_v2",

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_examples_independent"]
+from dpjax.models.model import InputSpec, TextSpec
+
+__all__ = ["check_examples_independent", "probe"]
 
 # Other rows of one and the same program: rounding does not depend on the changed example.
 _SAME_PROGRAM = 1e-5
@@ -21,6 +23,14 @@ _ADVICE = (
     "then not its own and clipping bounds nothing. Use group or layer normalisation, or frozen "
     "statistics (inference mode), which are allowed."
 )
+
+
+def probe(spec: InputSpec | TextSpec, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns four public stored inputs `[4, *shape]` for `check_examples_independent`."""
+    rng = np.random.default_rng(0)
+    if isinstance(spec, TextSpec):
+        return rng.integers(0, spec.vocab_size, (4, *shape), dtype=np.int32)
+    return rng.integers(0, 256, (4, *shape), dtype=np.uint8)
 
 
 def check_examples_independent(
