@@ -197,9 +197,9 @@ def test_mistakes(net, params, dataset, tmp_path):
     broken = jax.tree.map(lambda x: x * jnp.nan, params)
     with pytest.raises(ValueError, match="finite"):
         compute(net, broken, dataset, tmp_path)
-    third = jnp.asarray(dataset.get(np.array([3]))["input"][0])
-    poisoned = lambda x: jnp.where(jnp.all(x == third), jnp.nan, x / 255)  # noqa: E731
-    with pytest.raises(ValueError, match="features of example 3 of 'noise' are not finite"):
+    wrong = jnp.asarray(dataset.get(np.array([30]))["input"][0])
+    poisoned = lambda x: jnp.where(jnp.all(x == wrong), jnp.nan, x / 255)  # noqa: E731
+    with pytest.raises(ValueError, match="features of example 30 of 'noise' are not finite"):
         compute(net, params, dataset, tmp_path, prepare=poisoned)
     assert not list(tmp_path.iterdir())
     file = tmp_path / "file"

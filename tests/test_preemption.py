@@ -107,7 +107,9 @@ def test_what_a_killed_process_reported_is_never_taken_back(run, whole, tmp_path
         loop.train(run, Workdir(path), stop=stop_by(Killed(), 3))
     # Killed before step 3 was done, but steps 3 and 4 had been charged, and might have been run.
     assert statement(path)["steps_done"] == 5
-    assert statement(path)["epsilon_of_steps_done"] == run.phases[0].mechanism.epsilon(1e-4, steps=5)
+    mechanism = run.phases[0].mechanism
+    assert statement(path)["epsilon_of_steps_done"] == mechanism.epsilon(1e-4, steps=5)
+    assert statement(path)["epsilon"] == mechanism.epsilon(1e-4)
     with pytest.raises(loop.Preempted):
         loop.train(run, Workdir(path), stop=lambda step: step == 4)
     assert statement(path)["steps_done"] == 5  # 4 now, but 5 may have been run before
