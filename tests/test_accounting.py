@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, special, stats
 
-from dpjax.dp import accounting, events, search
+from dpjax.dp import accounting, cache, events, search
 
 ADD, REPLACE = "add_or_remove_one", "replace_one"
 NUM = 50_000
@@ -363,6 +363,24 @@ def test_a_second_run_computes_nothing(fresh_cache, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     with pytest.raises(AssertionError, match="computed again"):
         spent(make_event(1.0))
+
+
+def test_numbers_of_other_code_are_not_read(fresh_cache, monkeypatch):
+    """A mistake that was mended must not live on in the files."""
+    event = accounting.full_batch(3.0, 2)
+    spent(event)
+    monkeypatch.setattr(cache, "_ours", lambda: "before")
+    spent(event)
+    assert len(list(fresh_cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 2.0])
+def test_every_number_is_kept_wherever_the_folder_is(value, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPJAX_CACHE_DIR", str(tmp_path / "a" / "b"))
+    calls = []
+    for _ in range(2):
+        assert cache.cached(["x", value], lambda: calls.append(1) or value) == value
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "x", "value": 3}', "null", "\x00"])

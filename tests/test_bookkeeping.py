@@ -893,6 +893,14 @@ def test_a_derived_weight_with_a_leaf_of_other_use():
     agree(loss_fn, {"a": normal(3, 2)[0], "b": normal(2, 5, seed=1)[0]}, normal(3))
 
 
+@pytest.mark.parametrize("tokens", [2, 60])  # Gram matrices, and outer products
+def test_a_scaled_weight(tokens):
+    def loss_fn(params, x):
+        return jnp.sum(jnp.tanh(x @ (0.25 * params["w"])))
+
+    agree(loss_fn, {"w": normal(3, 2)[0]}, normal(tokens, 3))
+
+
 def test_weights_that_come_out_of_a_scan():
     def loss_fn(params, x):
         _, turned = jax.lax.scan(lambda carry, w: (carry, w.T), 0.0, params["w"])

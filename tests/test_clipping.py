@@ -90,9 +90,19 @@ def test_factors_follow_the_formulas():
     near(dp.global_(2.0).factors(norm), [0.0])
     near(dp.global_(2.0).factors(small), [1.0])
     near(dp.global_(2.0, normalised=True).factors(small), [0.5])
+    near(dp.flat(0.1).factors(small), [0.4])  # norms below 1 as those above
+    near(dp.automatic(3.0, gamma=0.25).factors(small), [6.0])
+    near(dp.automatic(gamma=0.0).factors(norm), [1 / 4])  # C = 1 unless told
     layers = dp.per_layer(2.0).factors(jnp.array([4.0, 0.1]))
     near(layers, [2 / np.sqrt(2) / 4, 1.0])
     near(dp.per_layer(jnp.array([1.0, 3.0])).factors(jnp.array([4.0, 6.0])), [0.25, 0.5])
+
+
+@pytest.mark.parametrize("rule", [dp.flat(2.0), dp.per_layer(2.0), dp.automatic()])
+def test_no_parameters_form_no_group(rule):
+    assert rule.groups({}) == ()
+    assert rule.num_groups({}) == 0
+    assert rule.factors(jnp.zeros(0)).shape == rule.thresholds(0).shape == (0,)
 
 
 def test_groupings():
@@ -127,6 +137,7 @@ def test_bounds_are_traced():
         (lambda: dp.flat(jnp.ones(2)), "scalar"),
         (lambda: dp.per_layer(jnp.array([1.0, -2.0])), "bounds="),
         (lambda: dp.automatic(gamma=-0.1), "gamma=-0.1"),
+        (lambda: dp.automatic(gamma=jnp.ones(2)), "scalar"),
         (lambda: dp.by_prefix(0), "depth=0"),
         (lambda: dp.per_layer(jnp.ones(2)).factors(jnp.ones(3)), "2 entries"),
         (lambda: dp.per_layer(1.0, grouping=lambda t: (0, 2, 2)).groups(TREE), "without gaps"),

@@ -93,6 +93,8 @@ def test_plain_gradient(case):
     want_loss, want = jax.value_and_grad(total)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, want)
     np.testing.assert_allclose(facts.loss.sum(), want_loss, rtol=1e-5)
+    np.testing.assert_array_equal(facts.norms, np.zeros((len(mask), 1)))
+    np.testing.assert_array_equal(facts.factors, np.ones((len(mask), 1)))
 
 
 def test_other_trees_are_refused():

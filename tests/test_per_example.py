@@ -7,6 +7,7 @@ import pytest
 from test_clipping import RULES
 
 from dpjax import dp
+from dpjax.dp import bookkeeping
 from dpjax.dp.per_example import cut
 
 METHODS = ("vmap", "auto")
@@ -152,6 +153,29 @@ def test_padding_alone_gives_zero(method):
     assert all((x == 0).all() for x in jax.tree.leaves(got.value))
     assert (facts.factors == 0).all()
     assert (facts.norms == 0).all()
+    assert (facts.loss == 0).all()
+
+
+def test_a_method_is_what_its_name_says(monkeypatch):
+    def fail(*_):
+        raise AssertionError("book-keeping")
+
+    params, batch = setup()
+    monkeypatch.setattr(bookkeeping, "microbatch_sum", fail)
+    dp.clipped_sum(loss_fn, dp.flat(1.0), method="vmap")(params, batch, jnp.ones(6, bool))
+    for method in ("bookkeeping", "auto"):
+        with pytest.raises(AssertionError, match="book-keeping"):
+            dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)(params, batch, jnp.ones(6, bool))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_parameters_there_is_nothing_to_clip(method):
+    batch = jnp.arange(4.0)
+    got, facts = dp.clipped_sum(lambda params, x: x**2, dp.flat(1.0), method=method)(
+        {}, batch, jnp.ones(4, bool)
+    )
+    assert got.value == {}
+    assert facts.norms.shape == facts.factors.shape == (4, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

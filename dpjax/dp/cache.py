@@ -20,13 +20,12 @@ __all__ = ["cached"]
 
 
 @functools.cache
-def _versions() -> str:
+def _ours() -> str:
+    """Digest of the code whose results are kept."""
     here = pathlib.Path(__file__).parent
-    code = b"".join(
-        (here / f"{name}.py").read_bytes() for name in ("accounting", "events", "search")
-    )
-    ours = hashlib.sha256(code).hexdigest()[:16]
-    return f"dp-accounting {importlib.metadata.version('dp-accounting')}, ours {ours}"
+    names = ("accounting", "events", "search")
+    code = b"".join((here / f"{name}.py").read_bytes() for name in names)
+    return hashlib.sha256(code).hexdigest()[:16]
 
 
 def cached(key: Sequence[Any], compute: Callable[[], float]) -> float:
@@ -42,7 +41,8 @@ def cached(key: Sequence[Any], compute: Callable[[], float]) -> float:
     root = os.environ.get("DPJAX_CACHE_DIR", os.path.expanduser("~/.cache/dpjax"))
     if not root:
         return compute()
-    text = json.dumps([_versions(), *key])
+    version = importlib.metadata.version("dp-accounting")
+    text = json.dumps([f"dp-accounting {version}, dpjax {_ours()}", *key])
     name = hashlib.sha256(text.encode()).hexdigest()[:40]
     path = pathlib.Path(root, "accounting", f"{name}.json")
     try:
