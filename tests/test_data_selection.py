@@ -143,6 +143,15 @@ def test_where_an_example_goes_depends_on_itself_alone(split):
     assert numbers(again) != numbers(share)
 
 
+def test_a_choice_that_depends_on_others_is_seen():
+    """A stratified subset is one, and is said not to be charged."""
+    chosen, fewer = (
+        numbers(data.subset(numbered(rows, np.zeros(len(rows), int)), 0.2, seed=1))
+        for rows in (np.arange(1000), np.arange(1, 1000))
+    )
+    assert len(chosen & fewer) < 0.4 * len(chosen)
+
+
 def test_a_share_is_a_number():
     for share in (True, "0.1", None):
         with pytest.raises(TypeError, match="share="):

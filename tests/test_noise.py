@@ -224,6 +224,12 @@ def test_the_range_is_nine_standard_deviations_and_symmetric(monkeypatch):
     )
 
 
+def test_a_short_range_is_seen():
+    """Of JAX's own normal numbers, made of a float below 1."""
+    largest = jnp.nextafter(jnp.float32(1), jnp.float32(0))
+    assert 5 < jnp.sqrt(2.0) * jax.scipy.special.erfinv(largest) < 6 < 9.155
+
+
 @pytest.mark.parametrize("threshold", [2.0, 3.0, 4.0, 4.8])
 def test_tails_are_those_of_the_normal_law(threshold):
     """Two million numbers; the last threshold is passed by one in 600,000 on each side."""

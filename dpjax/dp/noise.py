@@ -90,6 +90,8 @@ def gaussian(
     Guarantees:
         Given a `ClippedSum` of sensitivity S, one update is the Gaussian mechanism with standard
         deviation `noise_multiplier * S` on the sum. Noise is float32 whatever the parameters are.
+        It must be the first of a chain: a transform before it would change the sum and leave the
+        sensitivity that the sum carries as it was.
 
     Raises:
         TypeError: `update` got anything but a `ClippedSum`, or the key is not a typed key.
@@ -156,7 +158,14 @@ def aggregate(
         key: typed PRNG key of the whole run, secret.
 
     Returns:
-        A transform whose `update` takes a tree of `[batch, ...]` per-example gradients.
+        A transform whose `update` takes a tree of `[batch, ...]` per-example gradients, each of ONE
+        example: it cannot tell them from gradients of means, about which it guarantees nothing.
+
+    Guarantees:
+        For such gradients, those of `gaussian`.
+
+    Raises:
+        TypeError, ValueError: as `gaussian`, and for a bound out of range.
 
     >>> import jax, jax.numpy as jnp
     >>> tx = aggregate(1.0, 0.0, 4, key=jax.random.key(0))
