@@ -140,7 +140,10 @@ def train_heads(
 
     Guarantees:
         A point's head is the one that `loop.train` trains with its learning rate, rule, mechanism
-        and private seed, up to rounding. Batches of Poisson sampling are never truncated.
+        and private seed, up to rounding. Batches of Poisson sampling are never truncated. Each
+        point costs its mechanism's epsilon, and nothing here charges it. Points of one seed share
+        batches and noise: where two of them are released, their difference may cancel the noise,
+        which costs more than the two epsilons.
 
     Raises:
         ValueError: points that do not fit the arguments or one another, naming the field.

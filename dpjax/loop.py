@@ -69,14 +69,14 @@ def train(
         ValueError: the privacy of the run was planned for other data.
     """
     config = run.config
+    workdir.check(config)
+    hosts.agree({"config": digest(config), "data": run.train.digest, "code": code_digest()})
     for phase in run.phases:
         if phase.mechanism is not None and phase.mechanism.num_examples != len(run.train):
             raise ValueError(
                 f"num_examples={phase.mechanism.num_examples} of phase {phase.name!r} must be that "
                 f"of the training data, {len(run.train)}: give `build` the data it is for."
             )
-    workdir.check(config)
-    hosts.agree({"config": digest(config), "data": run.train.digest, "code": code_digest()})
     workdir.create(config)
     private_seed = _private_seed(run, workdir)
     _claim(run, workdir, private_seed)

@@ -545,3 +545,15 @@ def test_nan_from_an_accountant_is_an_error_and_not_stored(fresh_cache, monkeypa
     with pytest.raises(ValueError, match="returned NaN"):
         spent(accounting.full_batch(1.0, 1))
     assert not fresh_cache.exists()
+
+
+def test_deltas_of_different_epsilons_are_kept_apart(fresh_cache):
+    event = accounting.full_batch(3.0, 2)
+    for _ in range(2):
+        found = [accounting.delta(event, epsilon) for epsilon in (0.5, 1.0, 2.0)]
+        assert found == sorted(found, reverse=True)
+        assert len(set(found)) == 3
+        for epsilon, delta in zip((0.5, 1.0, 2.0), found):
+            assert spent(event, delta) == pytest.approx(epsilon, rel=1e-2)
+    with pytest.raises(ValueError, match="epsilon=inf"):
+        accounting.delta(event, math.inf)

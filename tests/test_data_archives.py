@@ -287,7 +287,7 @@ def test_command_as_it_is_typed(tmp_path):
         timeout=120,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "does not exist" in done.stderr
 
 

@@ -63,7 +63,7 @@ def test_newsgroups_wrong_tokenizer(tmp_path, tokenize):
 def test_command(tmp_path, capsys, monkeypatch):
     source = newsgroups(tmp_path / "a.tgz")
     flags = ["newsgroups20", f"--source={source}", f"--data_dir={tmp_path}"]
-    assert command.main(flags) == 1
+    assert command.main(flags) == 2
     assert "holds {'train': 18, 'test': 6} posts, not" in capsys.readouterr().err
     monkeypatch.setitem(
         SOURCES,

@@ -70,6 +70,15 @@ def test_the_optax_example_of_the_readme_runs():
     names = run(code)
     assert names["mechanism"].epsilon(1e-5) <= 2.0
     assert names["accuracy"] > 0.9
+    assert names["statement"]["steps_done"] == names["mechanism"].steps
+    assert names["statement"]["epsilon"] <= 2.0
+
+
+def test_the_recipes_for_heads_run(monkeypatch):
+    monkeypatch.chdir(ROOT)  # they name a config of the repository
+    names = run("\n".join(blocks((GUIDE / "recipes.md").read_text(), "python")))
+    assert len(names["results"]) == len(names["points"])
+    assert max(r["accuracy"] for r in names["results"]) > 0.5  # of ten classes
 
 
 def test_the_worked_example_runs(tmp_path, monkeypatch):
@@ -84,6 +93,10 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
             run(code)
     (first, flags), (second, more) = commands(text)
     assert (first, second) == ("dpjax.data.prepare", "dpjax.train")
+    assert (tmp_path / "in_memory" / "privacy.json").is_file()
+    # Under a split name of their own, the evaluations are not of the private data.
+    assert "eval/nll" in (tmp_path / "in_memory" / "metrics.jsonl").read_text()
+    assert "nonprivate/eval" not in (tmp_path / "in_memory" / "metrics.jsonl").read_text()
     assert prepare.main(flags.split()) == 0
     done = subprocess.run(
         [sys.executable, "-m", second, *more.split()], capture_output=True, text=True, check=False,

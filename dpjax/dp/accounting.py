@@ -107,7 +107,19 @@ def delta(
     relation: str = "add_or_remove_one",
     grid: float | None = None,
 ) -> float:
-    """Delta of the composition of `events` at `epsilon` >= 0; 1.0 if an event is not private."""
+    """Delta of the composition of `events` at `epsilon`, an upper bound; cached on disk.
+
+    Args:
+      events: one event, or the sequence of what was released.
+      epsilon: in nats, >= 0.
+      accountant: as for `epsilon`.
+      relation: as for `epsilon`.
+      grid: as for `epsilon`.
+    Returns:
+      Delta in [0, 1]; 1.0 if an event is not private.
+    Raises:
+      ValueError: as for `epsilon`.
+    """
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be >= 0 and finite.")
     budget = _Budget.checked(
@@ -117,7 +129,15 @@ def delta(
 
 
 def check_budget(epsilon: float, delta: float, num_examples: int | None = None) -> None:
-    """Raises ValueError, naming field and value, for a budget that no mechanism can be held to."""
+    """Refuses a budget that no mechanism can be held to.
+
+    Args:
+      epsilon: in nats, must be > 0 and finite.
+      delta: must be in (0, 1), and below 1 / num_examples where that is given.
+      num_examples: N, if known.
+    Raises:
+      ValueError: naming field and value.
+    """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be > 0 and finite.")
     if not 0 < delta < 1:
@@ -156,7 +176,17 @@ def calibrate_noise_multiplier(
 def calibrate_sampling_prob(
     make_event: Callable[[float], Events], *, tol: float = 1e-4, **budget: Unpack[BudgetArgs]
 ) -> float:
-    """Largest sampling probability within the budget, 1.0 if even that fits; else as above."""
+    """Largest sampling probability within the budget, up to a relative `tol`; never above it.
+
+    Args:
+      make_event: sampling probability -> event(s), epsilon rising with it.
+      tol: relative.
+      **budget: as for `calibrate_noise_multiplier`.
+    Returns:
+      q in (0, 1]; 1.0 if even that keeps the budget.
+    Raises:
+      ValueError: impossible budget, or no probability reaches it.
+    """
     limit, tol = _Budget.checked(**budget), positive("tol", tol)
     event_at = lambda x: _compose(make_event(math.exp(-x)))  # noqa: E731
     solve = lambda: math.exp(-_solve(event_at, limit, tol, start=4.6, floor=0.0))  # noqa: E731
@@ -169,8 +199,14 @@ def calibrate_steps(
     maximum: int = 10_000_000,
     **budget: Unpack[BudgetArgs],
 ) -> int:
-    """Largest number of steps in 1..maximum within the budget; `make_event` maps steps to event(s).
+    """Largest number of steps within the budget.
 
+    Args:
+      make_event: number of steps -> event(s), epsilon rising with it.
+      maximum: where the search ends.
+      **budget: as for `calibrate_noise_multiplier`.
+    Returns:
+      Steps in 1..maximum that keep the budget; one more would not, unless it is the maximum.
     Raises:
       ValueError: impossible budget, or not even 1 step fits.
     """
@@ -181,10 +217,17 @@ def calibrate_steps(
 
 
 def calibrate_batch_size(make_event: Callable[[int], Events], **budget: Unpack[BudgetArgs]) -> int:
-    """Largest expected batch size in 1..num_examples within the budget; else as `calibrate_steps`.
+    """Largest expected batch size within the budget.
 
-    `make_event` decides what stays fixed as B grows: steps, or epochs (T = round(E N / B)). In the
-    latter case rounding makes epsilon slightly uneven in B; the result still keeps the budget.
+    Args:
+      make_event: batch size -> event(s). It decides what stays fixed as B grows: steps, or epochs
+        (T = round(E N / B)). In the latter case rounding makes epsilon slightly uneven in B; the
+        result still keeps the budget.
+      **budget: as for `calibrate_noise_multiplier`; num_examples is needed.
+    Returns:
+      B in 1..num_examples.
+    Raises:
+      ValueError: impossible budget, no num_examples, or not even B = 1 fits.
     """
     if budget.get("num_examples") is None:
         raise ValueError("num_examples=None must be given: it bounds the batch size.")
@@ -194,7 +237,17 @@ def calibrate_batch_size(make_event: Callable[[int], Events], **budget: Unpack[B
 def calibrate_epochs(
     noise_multiplier: float, *, batch_size: int, **budget: Unpack[BudgetArgs]
 ) -> float:
-    """Epochs E = T B / N of the longest Poisson-sampled run within the budget, with q = B / N."""
+    """Epochs of the longest Poisson-sampled run within the budget.
+
+    Args:
+      noise_multiplier: sigma of every step.
+      batch_size: expected batch size B, so that q = B / N.
+      **budget: as for `calibrate_noise_multiplier`; num_examples is needed.
+    Returns:
+      E = T B / N, with the largest number of steps T that keeps the budget.
+    Raises:
+      ValueError: impossible budget, a field out of range, or not even 1 step fits.
+    """
     total = count("num_examples", budget.get("num_examples") or 0)
     prob = fraction("batch_size / num_examples", count("batch_size", batch_size) / total)
     steps = calibrate_steps(lambda n: poisson(noise_multiplier, prob, n), **budget)

@@ -76,6 +76,18 @@ class QuantileBound(NamedTuple):
 def quantile_bound(quantile: float, *, rate: float = 0.2, lower_bound: float) -> QuantileBound:
     """Checks and makes a `QuantileBound`.
 
+    Args:
+        quantile: gamma in (0, 1), the wanted share of norms that are at most the bound.
+        rate: eta > 0; a step moves the logarithm of the bound by rate * (share - quantile).
+        lower_bound: the bound never falls below it, in units of gradient norm.
+
+    Returns:
+        The rule that moves the bound.
+
+    Guarantees:
+        The bound stays in [lower_bound, LARGEST_BOUND]. It follows from the noised count alone, so
+        it costs nothing beyond that count, which `Mechanism.count_noise` accounts for.
+
     Raises:
         ValueError: a value out of range, naming it.
     """

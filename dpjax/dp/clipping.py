@@ -187,12 +187,26 @@ class ClipRule:
 
 
 def one_group(tree: PyTree) -> tuple[int, ...]:
-    """Puts every leaf into one group: the norm is that of the whole gradient."""
+    """Puts every leaf into one group: the norm is that of the whole gradient.
+
+    Args:
+        tree: the trainable parameters.
+
+    Returns:
+        0 for each leaf, in `jax.tree.leaves` order.
+    """
     return (0,) * len(jax.tree.leaves(tree))
 
 
 def by_leaf(tree: PyTree) -> tuple[int, ...]:
-    """Puts every leaf into a group of its own."""
+    """Puts every leaf into a group of its own.
+
+    Args:
+        tree: the trainable parameters.
+
+    Returns:
+        0, 1, 2, ... in `jax.tree.leaves` order.
+    """
     return tuple(range(len(jax.tree.leaves(tree))))
 
 
@@ -203,7 +217,11 @@ def by_prefix(depth: int) -> Grouping:
         depth: number of leading path keys, at least 1.
 
     Returns:
-        A grouping; equal depths give the same object, so that jit caches hit.
+        A grouping, for `per_layer` and the like; equal depths give the same object, so that jit
+        caches hit.
+
+    Raises:
+        ValueError: `depth` is below 1.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be >= 1.")

@@ -39,7 +39,14 @@ def poisson(noise_multiplier: float, sampling_prob: float, steps: int) -> dpa.Dp
 
 
 def full_batch(noise_multiplier: float, steps: int) -> dpa.DpEvent:
-    """`steps` Gaussian sums over all examples. Arguments as in `poisson`."""
+    """`steps` Gaussian sums over all examples.
+
+    Args:
+      noise_multiplier: noise standard deviation / C (see the module), > 0.
+      steps: number of noised sums released, >= 1.
+    Raises:
+      ValueError: a field is out of range.
+    """
     gaussian = dpa.GaussianDpEvent(positive("noise_multiplier", noise_multiplier))
     return dpa.SelfComposedDpEvent(gaussian, count("steps", steps))
 
@@ -56,6 +63,11 @@ def fixed_size(
     dp_accounting evaluates that bound reliably up to order 110 or so, which leaves epsilons below
     0.06 or so (at delta = 1e-5) out of reach.
 
+    Args:
+      noise_multiplier: noise standard deviation / C (see the module), > 0.
+      sample_size: B, the size of every batch.
+      num_examples: N.
+      steps: number of noised sums released, >= 1.
     Raises:
       ValueError: a field is out of range, or sample_size > num_examples.
     """
@@ -78,6 +90,15 @@ def truncated_poisson(
 
     Only for accountant="pld". A newcomer may displace another example, so truncation well above
     the expected size costs more than `poisson`; far below it, fewer are sampled, and it costs less.
+
+    Args:
+      noise_multiplier: noise standard deviation / C (see the module), > 0.
+      sampling_prob: q in (0, 1], before truncation.
+      max_batch_size: where a sample is cut.
+      num_examples: N.
+      steps: number of noised sums released, >= 1 (empty batches included).
+    Raises:
+      ValueError: a field is out of range.
     """
     event = dpa.TruncatedSubsampledGaussianDpEvent(
         dataset_size=count("num_examples", num_examples),

@@ -134,10 +134,12 @@ class Ledger:
         """Returns what a run may claim that ended here, for an example of each part of the data.
 
         A run that ends early may do so because of what it released. Its outcome is then that of
-        the whole plan, of which it shows a part, and costs what the plan does.
+        the whole plan, of which it shows a part, and costs what the plan does. A part of the data
+        that no step has read costs nothing.
         """
-        ended_early = 0 < self.steps_done < self.steps_planned
-        return self.planned_by_part() if ended_early else self.spent_by_part()
+        read = {phase.part for phase in self.phases if phase.steps_done}
+        planned = self.planned_by_part()
+        return {part: epsilon if part in read else 0.0 for part, epsilon in planned.items()}
 
     def spent_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) for an example of each part of the data."""

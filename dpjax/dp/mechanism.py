@@ -161,6 +161,14 @@ class Mechanism:
 def num_steps(num_examples: int, batch_size: float, epochs: float) -> int:
     """Returns T = round(E N / B), at least 1.
 
+    Args:
+        num_examples: N.
+        batch_size: expected batch size B.
+        epochs: E, how often an example is drawn in the mean.
+
+    Raises:
+        ValueError: an argument is not > 0 and finite, naming it.
+
     >>> num_steps(50_000, 256, 8)
     1562
     """
@@ -198,7 +206,11 @@ def calibrated(
         accountant: "pld" or "rdp"; the tightest one that knows the sampler by default.
 
     Returns:
-        A mechanism with q = B/N whose `epsilon(delta)` is at most `epsilon`.
+        A mechanism with q = B/N.
+
+    Guarantees:
+        By the accountant that was asked for, its epsilon is at most `epsilon`, and with noise less
+        by 1e-4 of itself it would be more.
 
     Raises:
         ValueError: an impossible budget, naming field and value.
@@ -251,6 +263,12 @@ def calibrated_phases(
         count_noises: of each phase, see `Mechanism.count_noise`; none by default. They do not
             change the noise multipliers, which are those of gradient and count together.
         accountant: as for `calibrated`.
+
+    Returns:
+        A mechanism for each phase, in order, for phases that all read the same examples.
+
+    Guarantees:
+        Their composition costs at most `epsilon` at `delta`.
 
     Raises:
         ValueError: an impossible budget, naming field and value.

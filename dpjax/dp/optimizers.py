@@ -56,7 +56,18 @@ def sgd(
     key: jax.Array,
     **kwargs: Any,
 ) -> optax.GradientTransformation:
-    """DP-SGD (arXiv 1607.00133, algorithm 1); `kwargs` go to `optax.sgd` (momentum, ...)."""
+    """DP-SGD: SGD on the noisy mean of clipped gradients (arXiv 1607.00133, algorithm 1).
+
+    Args:
+        learning_rate: step size or schedule.
+        noise_multiplier: sigma, see `gaussian`.
+        expected_batch_size: B, see `gaussian`.
+        key: typed PRNG key of the whole run, secret.
+        **kwargs: passed to `optax.sgd` (momentum, ...).
+
+    Returns:
+        A transform whose `update` takes a `ClippedSum`.
+    """
     return _chain(
         optax.sgd(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
     )
@@ -70,7 +81,18 @@ def lamb(
     key: jax.Array,
     **kwargs: Any,
 ) -> optax.GradientTransformation:
-    """DP-LAMB (arXiv 2205.02973); `kwargs` go to `optax.lamb` (weight_decay, ...)."""
+    """DP-LAMB: LAMB on the noisy mean of clipped gradients (arXiv 2205.02973).
+
+    Args:
+        learning_rate: step size or schedule.
+        noise_multiplier: sigma, see `gaussian`.
+        expected_batch_size: B, see `gaussian`.
+        key: typed PRNG key of the whole run, secret.
+        **kwargs: passed to `optax.lamb` (weight_decay, ...).
+
+    Returns:
+        A transform whose `update` takes a `ClippedSum`, and parameters.
+    """
     return _chain(
         optax.lamb(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
     )

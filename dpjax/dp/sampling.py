@@ -79,6 +79,19 @@ def truncated_poisson(
     """Draws a Poisson batch and keeps a uniform subset if it exceeds `max_batch_size`.
 
     Never account it as plain Poisson sampling: it has an event of its own (arXiv 2508.15089).
+
+    Args:
+        seed: secret 128-bit integer.
+        step: step index >= 0.
+        num_examples: N >= 1.
+        sampling_prob: q in (0, 1], before truncation.
+        max_batch_size: largest size, >= 1.
+
+    Returns:
+        Sorted int64 indices `[size]` with size <= max_batch_size, possibly 0.
+
+    Raises:
+        ValueError: an argument out of range.
     """
     if max_batch_size < 1:
         raise ValueError(f"max_batch_size={max_batch_size} must be >= 1.")
@@ -94,8 +107,17 @@ def truncated_poisson(
 def fixed_size(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:
     """Draws `batch_size` distinct examples uniformly, independently at every step.
 
+    Args:
+        seed: secret 128-bit integer.
+        step: step index >= 0.
+        num_examples: N >= 1.
+        batch_size: B in [1, N].
+
     Returns:
         Sorted int64 indices `[batch_size]`.
+
+    Raises:
+        ValueError: an argument out of range.
     """
     _check_examples(num_examples)
     if not 1 <= batch_size <= num_examples:
@@ -119,6 +141,12 @@ def chunks(indices: np.ndarray, size: int) -> np.ndarray:
     Returns:
         `[max(1, ceil(batch / size)), size]` indices, `PADDING` at the end of the last chunk. An
         empty batch gives one chunk of padding: the step is then noise alone, and counts.
+
+    Guarantees:
+        Every index is in exactly one chunk, in the given order; nothing is dropped or repeated.
+
+    Raises:
+        ValueError: `size` is below 1.
 
     >>> chunks(np.arange(3), 2)
     array([[ 0,  1],
