@@ -529,9 +529,15 @@ def half_way(kernel, dtype):
     return jnp.sin(in_half(kernel, dtype)).astype(jnp.float32)
 
 
+def hidden(kernel, dtype):
+    """In a loop of one turn, which shows float32 to those outside."""
+    turn = lambda _, w: half_way(w, dtype)  # noqa: E731
+    return jax.lax.fori_loop(0, 1, turn, kernel)
+
+
 @pytest.mark.parametrize("method", ["bookkeeping", "vmap"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("make", [in_half, all_in_half, half_way])
+@pytest.mark.parametrize("make", [in_half, all_in_half, half_way, hidden])
 def test_many_examples_move_no_sum_by_more_than_the_bound(make, dtype, method):
     """A sum that is rounded to few bits moves by its own rounding, which grows with its size."""
     numbers = np.random.default_rng(0)
@@ -572,9 +578,10 @@ def test_a_kernel_that_is_converted_at_the_end_keeps_its_route():
     example = jnp.ones((4, 4, 2), jnp.bfloat16)
     routes = {
         make.__name__: bookkeeping.plan(loss_fn(make), params, example)[0].route
-        for make in (in_half, all_in_half, half_way)
+        for make in (in_half, all_in_half, half_way, hidden)
     }
-    assert routes == {"in_half": "conv", "all_in_half": "direct", "half_way": "direct"}
+    assert routes.pop("in_half") == "conv"
+    assert set(routes.values()) == {"direct"}
 
 
 def test_cancelling_gradients_are_not_measured_too_small():

@@ -6,9 +6,9 @@ gradient of such a leaf is a sum of products of the site's input and the cotange
 output, so both are all that per-example norms and weighted sums need. A convolution whose kernel
 is some other function of parameters alone (weight standardisation) is a *derived* site, if it is
 computed in float32 and at most converted at the end: a derivative in fewer bits would round the sum
-over the examples, which then moves by more than the bound. A leaf
-with any other use is *direct*: it is differentiated as it is. Because the transform reads jaxprs,
-it serves any model library and plain functions alike.
+over the examples, which then moves by more than the bound. A leaf with any other use is *direct*:
+it is differentiated as it is. Because the transform reads jaxprs, it serves any model library and
+plain functions alike.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def _walk(
         if inner is not None:
             outs = _walk(inner[0], args, key, lengths, walk)
         elif not any(a.example for a in args):
-            whole = all(a.whole for a in args) and all(_is_whole(v.aval) for v in eqn.outvars)
+            whole = all(a.whole for a in args) and not _is_closed(eqn)
+            whole = whole and all(_is_whole(v.aval) for v in eqn.outvars)
             outs = [_Info(False, _leaves(args), _follow(eqn, args), whole)] * len(eqn.outvars)
             if eqn.primitive is P.convert_element_type_p and args[0].whole:
                 narrowed.add(eqn.outvars[0])
@@ -209,6 +210,12 @@ def _walk(
                 walk.give_up(_leaves(args), f"used by {eqn.primitive.name}")
         env.update(zip(eqn.outvars, outs))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_closed(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation has an inside (a loop, a custom derivative) that nobody looks into."""
+    parts = jax.tree.leaves(list(eqn.params.values()))
+    return any(isinstance(p, (core.Jaxpr, core.ClosedJaxpr)) for p in parts)
 
 
 def _is_whole(value: Any) -> bool:
@@ -332,16 +339,7 @@ def _site(
     else:  # differentiating such a weight per example costs no more than a derived site
         return None
     return Site(
-        key=key,
-        kind=kind,
-        leaves=leaves,
-        view=view,
-        weight_id=weight_id,
-        operand=operand,
-        params=params,
-        shape=shape,
-        input=eqn.invars[1 - operand].aval,
-        output=eqn.outvars[0].aval,
-        lengths=lengths,
-        scanned=scanned,
-    )
+        key=key, kind=kind, leaves=leaves, view=view, weight_id=weight_id, operand=operand,
+        params=params, shape=shape, input=eqn.invars[1 - operand].aval,
+        output=eqn.outvars[0].aval, lengths=lengths, scanned=scanned,
+    )  # fmt: skip
