@@ -44,6 +44,9 @@ _SAMPLE = flags.DEFINE_float("sample", 1.0, "Share of the mutants, drawn with --
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
 _WORKERS = flags.DEFINE_integer("workers", 1, "Processes at a time.")
 _ONLY = flags.DEFINE_list("only", None, "Modules of dpjax/dp, by name; all of them by default.")
+_SLOWEST = flags.DEFINE_float(
+    "slowest", float("inf"), "Seconds; no test that takes longer. What lives is to be run again."
+)
 _OUT = flags.DEFINE_string("out", None, "JSON lines, appended.", required=True)
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +70,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "optimizers": ("optimizers", "noise"),
     "per_example": ("per_example", "step"),
     "sampling": ("sampling", "data_pipeline"),
-    "search": ("search",),
+    "search": ("accounting", "plan"),
     "site_algebra": _BOOKKEEPING,
     "site_products": _BOOKKEEPING,
     "temperature": ("temperature",),
@@ -190,8 +193,10 @@ class _Select:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         files = list(dict.fromkeys(map(_file, items)))
+        slowest = _SLOWEST.value
         if self.names:
             items[:] = [item for item in items if {item.nodeid, _file(item)} & self.names]
+        items[:] = [item for item in items if self.seconds.get(item.nodeid, 0) <= slowest]
         items.sort(key=lambda item: (files.index(_file(item)), self.seconds.get(item.nodeid, 0)))
 
 
