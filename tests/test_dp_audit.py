@@ -20,7 +20,19 @@ def exact_p_value(m, r, v, epsilon, delta):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.7, 5.0, 40.0])
-@pytest.mark.parametrize("m,r,v", [(50, 50, 40), (300, 40, 40), (300, 40, 0), (1000, 700, 460)])
+@pytest.mark.parametrize(
+    "m,r,v",
+    [
+        (50, 50, 40),
+        (300, 40, 40),
+        (300, 40, 0),
+        (1000, 700, 460),
+        (40, 1, 1),
+        (40, 2, 2),
+        (40, 5, 1),
+        (40, 5, 2),
+    ],
+)
 @pytest.mark.parametrize("delta", [0.0, 1e-5, 1e-2])
 def test_p_value_is_the_theorem(m, r, v, epsilon, delta):
     want = exact_p_value(m, r, v, epsilon, delta)

@@ -147,8 +147,9 @@ def test_mistakes(case):
     for share in (0, 1):
         with pytest.raises(ValueError, match=f"covariance_share={share}"):
             least_squares.release(sums, 1.0, covariance_share=share, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="noise_multiplier=-1"):
-        least_squares.release(sums, -1, key=jax.random.key(0))
+    for sigma in (-1, math.inf):
+        with pytest.raises(ValueError, match=f"noise_multiplier={sigma}"):
+            least_squares.release(sums, sigma, key=jax.random.key(0))
     with pytest.raises(TypeError, match="takes a MomentSum"):
         least_squares.release(case[0], 1.0, key=jax.random.key(0))
     noisy = least_squares.release(sums, 1.0, key=jax.random.key(0))
