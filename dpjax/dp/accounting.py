@@ -107,19 +107,7 @@ def delta(
     relation: str = "add_or_remove_one",
     grid: float | None = None,
 ) -> float:
-    """Delta of the composition of `events` at `epsilon`, an upper bound; cached on disk.
-
-    Args:
-      events: one event, or the sequence of what was released.
-      epsilon: in nats, >= 0.
-      accountant: as for `epsilon`.
-      relation: as for `epsilon`.
-      grid: as for `epsilon`.
-    Returns:
-      Delta in [0, 1]; 1.0 if an event is not private.
-    Raises:
-      ValueError: as for `epsilon`.
-    """
+    """Delta of the composition of `events` at `epsilon` >= 0; 1.0 if an event is not private."""
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be >= 0 and finite.")
     budget = _Budget.checked(
@@ -129,15 +117,7 @@ def delta(
 
 
 def check_budget(epsilon: float, delta: float, num_examples: int | None = None) -> None:
-    """Refuses a budget that no mechanism can be held to.
-
-    Args:
-      epsilon: in nats, must be > 0 and finite.
-      delta: must be in (0, 1), and below 1 / num_examples where that is given.
-      num_examples: N, if known.
-    Raises:
-      ValueError: naming field and value.
-    """
+    """Raises ValueError, naming field and value, for a budget that no mechanism can be held to."""
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be > 0 and finite.")
     if not 0 < delta < 1:
@@ -176,17 +156,7 @@ def calibrate_noise_multiplier(
 def calibrate_sampling_prob(
     make_event: Callable[[float], Events], *, tol: float = 1e-4, **budget: Unpack[BudgetArgs]
 ) -> float:
-    """Largest sampling probability within the budget, up to a relative `tol`; never above it.
-
-    Args:
-      make_event: sampling probability -> event(s), epsilon rising with it.
-      tol: relative.
-      **budget: as for `calibrate_noise_multiplier`.
-    Returns:
-      q in (0, 1]; 1.0 if even that keeps the budget.
-    Raises:
-      ValueError: impossible budget, or no probability reaches it.
-    """
+    """Largest sampling probability within the budget, 1.0 if even that fits; else as above."""
     limit, tol = _Budget.checked(**budget), positive("tol", tol)
     event_at = lambda x: _compose(make_event(math.exp(-x)))  # noqa: E731
     solve = lambda: math.exp(-_solve(event_at, limit, tol, start=4.6, floor=0.0))  # noqa: E731
@@ -199,14 +169,8 @@ def calibrate_steps(
     maximum: int = 10_000_000,
     **budget: Unpack[BudgetArgs],
 ) -> int:
-    """Largest number of steps within the budget.
+    """Largest number of steps in 1..maximum within the budget; `make_event` maps steps to event(s).
 
-    Args:
-      make_event: number of steps -> event(s), epsilon rising with it.
-      maximum: where the search ends.
-      **budget: as for `calibrate_noise_multiplier`.
-    Returns:
-      Steps in 1..maximum that keep the budget; one more would not, unless it is the maximum.
     Raises:
       ValueError: impossible budget, or not even 1 step fits.
     """
@@ -217,17 +181,10 @@ def calibrate_steps(
 
 
 def calibrate_batch_size(make_event: Callable[[int], Events], **budget: Unpack[BudgetArgs]) -> int:
-    """Largest expected batch size within the budget.
+    """Largest expected batch size in 1..num_examples within the budget; else as `calibrate_steps`.
 
-    Args:
-      make_event: batch size -> event(s). It decides what stays fixed as B grows: steps, or epochs
-        (T = round(E N / B)). In the latter case rounding makes epsilon slightly uneven in B; the
-        result still keeps the budget.
-      **budget: as for `calibrate_noise_multiplier`; num_examples is needed.
-    Returns:
-      B in 1..num_examples.
-    Raises:
-      ValueError: impossible budget, no num_examples, or not even B = 1 fits.
+    `make_event` decides what stays fixed as B grows: steps, or epochs (T = round(E N / B)). In the
+    latter case rounding makes epsilon slightly uneven in B; the result still keeps the budget.
     """
     if budget.get("num_examples") is None:
         raise ValueError("num_examples=None must be given: it bounds the batch size.")
@@ -237,16 +194,9 @@ def calibrate_batch_size(make_event: Callable[[int], Events], **budget: Unpack[B
 def calibrate_epochs(
     noise_multiplier: float, *, batch_size: int, **budget: Unpack[BudgetArgs]
 ) -> float:
-    """Epochs of the longest Poisson-sampled run within the budget.
+    """Epochs E = T B / N of the longest Poisson-sampled run within the budget, with q = B / N.
 
-    Args:
-      noise_multiplier: sigma of every step.
-      batch_size: expected batch size B, so that q = B / N.
-      **budget: as for `calibrate_noise_multiplier`; num_examples is needed.
-    Returns:
-      E = T B / N, with the largest number of steps T that keeps the budget.
-    Raises:
-      ValueError: impossible budget, a field out of range, or not even 1 step fits.
+    The budget needs num_examples, N. Raises as `calibrate_steps`, for a field out of range too.
     """
     total = count("num_examples", budget.get("num_examples") or 0)
     prob = fraction("batch_size / num_examples", count("batch_size", batch_size) / total)

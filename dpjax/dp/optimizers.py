@@ -58,15 +58,7 @@ def sgd(
 ) -> optax.GradientTransformation:
     """DP-SGD: SGD on the noisy mean of clipped gradients (arXiv 1607.00133, algorithm 1).
 
-    Args:
-        learning_rate: step size or schedule.
-        noise_multiplier: sigma, see `gaussian`.
-        expected_batch_size: B, see `gaussian`.
-        key: typed PRNG key of the whole run, secret.
-        **kwargs: passed to `optax.sgd` (momentum, ...).
-
-    Returns:
-        A transform whose `update` takes a `ClippedSum`.
+    Takes and returns what `adam` does; `kwargs` go to `optax.sgd` (momentum, ...).
     """
     return _chain(
         optax.sgd(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
@@ -83,15 +75,7 @@ def lamb(
 ) -> optax.GradientTransformation:
     """DP-LAMB: LAMB on the noisy mean of clipped gradients (arXiv 2205.02973).
 
-    Args:
-        learning_rate: step size or schedule.
-        noise_multiplier: sigma, see `gaussian`.
-        expected_batch_size: B, see `gaussian`.
-        key: typed PRNG key of the whole run, secret.
-        **kwargs: passed to `optax.lamb` (weight_decay, ...).
-
-    Returns:
-        A transform whose `update` takes a `ClippedSum`, and parameters.
+    Takes and returns what `adam` does; `kwargs` go to `optax.lamb` (weight_decay, ...).
     """
     return _chain(
         optax.lamb(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
