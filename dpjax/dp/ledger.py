@@ -120,8 +120,8 @@ class Ledger:
     def spent(self) -> float:
         """Returns epsilon (nats) of the executed steps at the budget's delta.
 
-        It is a guarantee for a number of steps that was fixed beforehand; `guaranteed` is one for
-        any.
+        It is a guarantee for a number of steps that was fixed beforehand; `guaranteed_by_part` is
+        one for any.
         """
         return max(self.spent_by_part().values())
 

@@ -209,8 +209,7 @@ def calibrated(
         A mechanism with q = B/N.
 
     Guarantees:
-        By the accountant that was asked for, its epsilon is at most `epsilon`, and with noise less
-        by 1e-4 of itself it would be more.
+        By the accountant that was asked for, its epsilon is at most `epsilon`.
 
     Raises:
         ValueError: an impossible budget, naming field and value.
