@@ -168,12 +168,10 @@ def _group(walk: _Walk) -> tuple[tuple[Site, ...], ...]:
     for leaf, ids in weights.items():
         if len(ids) > 1:
             walk.give_up(frozenset([leaf]), f"used in {len(ids)} ways")
-    before = -1
-    while before != len(walk.direct):  # a derived weight needs all of its leaves
-        before = len(walk.direct)
-        for sites in groups.values():
-            if not sites[0].leaves.isdisjoint(walk.direct):
-                walk.give_up(sites[0].leaves, "its weight has a leaf that is used elsewhere")
+    # A derived weight needs all of its leaves. Once is enough: none is a leaf of a second weight.
+    for sites in groups.values():
+        if not sites[0].leaves.isdisjoint(walk.direct):
+            walk.give_up(sites[0].leaves, "its weight has a leaf that is used elsewhere")
     return tuple(tuple(s) for s in groups.values() if s[0].leaves.isdisjoint(walk.direct))
 
 
