@@ -160,6 +160,16 @@ def twice_embedded(module, x):
     return nn.tanh(embed(x)) * embed(x[::-1])
 
 
+def embed_inside_scan(module, x):
+    table = module.param("table", nn.initializers.normal(1.0), (11, 5))
+
+    def step(state, rows):
+        return jnp.tanh(state + table[rows].sum(0)), state
+
+    state, _ = jax.lax.scan(step, jnp.zeros(5), x.reshape(3, 2))
+    return state
+
+
 def positions(module, x):
     return x + nn.Embed(8, x.shape[-1])(jnp.arange(x.shape[0]))
 
@@ -191,7 +201,7 @@ def branches(module, x):
 def python_scan(module, x):
     kernel = module.param("kernel", nn.initializers.normal(0.5), (x.shape[-1], x.shape[-1]))
     gate = module.param("gate", nn.initializers.normal(0.5), (3, x.shape[-1], x.shape[-1]))
-    filters = module.param("filters", nn.initializers.normal(0.5), (3, 3, 1, x.shape[-1]))
+    filters = module.param("filters", nn.initializers.normal(0.5), (3, 2, 1, x.shape[-1]))
 
     def step(x, own):
         gate, taps = own
@@ -231,6 +241,7 @@ TOKENS = np.array([[3, 3, 1, 0, 10, 3], [1, 2, 3, 4, 5, 6], [7] * 6, [0, 9, 0, 9
 LAYERS = {
     "dense": (nn.Dense(3), normal(5)),
     "dense of tokens": (nn.Dense(3), normal(7, 5)),
+    "dense of one feature": (nn.Dense(3), normal(2, 1)),
     "dense of two axes": (nn.Dense(30), normal(2, 3, 40)),
     "dense of many tokens": (nn.Dense(3), normal(60, 5)),
     "dense without bias": (nn.Dense(3, use_bias=False), normal(7, 5)),
@@ -279,6 +290,7 @@ LAYERS = {
     "called twice": (Fn(shared_twice), normal(7, 6)),
     "tied": (Fn(tied), TOKENS),
     "embedded twice": (Fn(twice_embedded), TOKENS),
+    "embedded inside a scan": (Fn(embed_inside_scan), TOKENS),
     "constant lookup": (Fn(positions), normal(7, 5)),
     "regularised": (Fn(regularised), normal(7, 5)),
     "unused": (Fn(unused), normal(7, 5)),
@@ -305,6 +317,8 @@ ROUTES = {
     "scaled view": {"kernel": "gram"},
     "batched weights": {"kernel": "gram"},
     "called twice": {"Dense_0/kernel": "outer"},
+    "dense of one feature": {"kernel": "gram"},
+    "embedded inside a scan": {"table": "embed"},
     "embedded twice": {"Embed_0/embedding": "embed"},
     "unused": {"Dense_0/kernel": "outer", "unused": "unused"},
     "scan of slices and constants": {"kernel": "outer", "gate": "gram", "filters": "conv"},
@@ -889,12 +903,63 @@ def test_leaves_of_models(name):
             assert re.search(r"bias|scale|cls|pos|token_type", leaf.path), leaf
 
 
-def test_large_arrays_are_cleared_like_small_ones():
+@pytest.mark.parametrize("shape", [(1, 2, 2**14), (2, 1, 2**14)])
+def test_large_arrays_are_cleared_like_small_ones(shape):
     """Also along axes of length 1 and 2, above the size from which they are cleared in place."""
-    array = jnp.asarray(normal(1, 2, 2**14))
+    array = jnp.asarray(normal(*shape))
     finite = jnp.array([True, False, True, False])
     want = jnp.where(finite[:, None, None, None], array, 0)
     np.testing.assert_array_equal(jax.jit(site_products.cleared)(array, finite), want)
+
+
+DTYPES = [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16),
+          (jnp.bfloat16, jnp.bfloat16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("products", [1, 2, 3])
+def test_products_are_those_of_exact_arithmetic(products, dtypes):
+    """Also of several products an example, on both sides and of numbers of 16 bits."""
+    x = jnp.asarray(normal(products, 6, 5), dtypes[0])
+    g = jnp.asarray(normal(products, 6, 4, seed=1), dtypes[1])
+    factors, finite = jnp.array([0.3, 0.0, 1.0, 0.7]), jnp.array([True, False, True, True])
+    exact = np.einsum("nbtd,nbtp->nbdp", np.float64(x), np.float64(g))
+    np.testing.assert_allclose(site_products.materialise(x, g), exact, rtol=0, atol=1e-5)
+    norms = site_products.gram_squares(x, g)
+    np.testing.assert_allclose(norms, np.sum(exact**2, (1, 2, 3)), rtol=1e-5)
+    want = np.einsum("n,nbdp->bdp", np.float64(factors), exact)
+    bits = 16 if dtypes == DTYPES[-1] else 22
+    for a, b, wanted in ((x, g, want), (g, x, want.swapaxes(1, 2))):
+        found = site_products.weighted_product(a.at[1].set(jnp.nan), b, factors, finite)
+        assert np.max(np.abs(found - wanted)) < 2.0**-bits * np.max(np.abs(exact)) * 24
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_no_product_is_rounded_on_an_accelerator(dtypes):
+    x, g = jnp.zeros((4, 2, 6, 5), dtypes[0]), jnp.zeros((4, 2, 6, 4), dtypes[1])
+    factors, finite = jnp.ones(4), jnp.ones(4, bool)
+
+    def everything(x, g):
+        gradients = site_products.materialise(x, g)
+        return (
+            site_products.gram_squares(x, g), site_products.weigh(gradients, factors, finite),
+            site_products.weighted_product(x, g, factors, finite),
+        )  # fmt: skip
+
+    found = [e for e in jax.make_jaxpr(everything)(x, g).eqns if e.primitive.name == "dot_general"]
+    assert len(found) >= 5
+    for eqn in found:
+        kinds = {str(atom.aval.dtype) for atom in eqn.invars}
+        assert len(kinds) == 1
+        highest = (jax.lax.Precision.HIGHEST,) * 2
+        assert eqn.params["precision"] == (None if kinds == {"bfloat16"} else highest)
+        assert eqn.params["preferred_element_type"] == jnp.float32
+
+
+def test_diagonals():
+    matrices = normal(2, 3, 3)
+    want = np.diagonal(matrices, axis1=2, axis2=3)
+    np.testing.assert_array_equal(site_products._diagonals(matrices), want)
 
 
 def test_the_loss_is_traced_at_the_shape_of_one_example():
