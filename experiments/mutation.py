@@ -50,7 +50,7 @@ _SLOWEST = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", None, "JSON lines, appended.", required=True)
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BOOKKEEPING = ("bookkeeping",)
+_BOOKKEEPING = ("bookkeeping", "sites")
 # The tests that own a module, most likely to notice first.
 OWNERS: dict[str, tuple[str, ...]] = {
     "accounting": ("accounting", "mechanism", "plan"),
@@ -70,7 +70,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "optimizers": ("optimizers", "noise"),
     "per_example": ("per_example", "step"),
     "sampling": ("sampling", "data_pipeline"),
-    "search": ("accounting", "plan"),
+    "search": ("dp_search",),
     "site_algebra": _BOOKKEEPING,
     "site_products": _BOOKKEEPING,
     "temperature": ("temperature",),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, special, stats
 
-from dpjax.dp import accounting, cache, events, search
+from dpjax.dp import accounting, cache, events
 
 ADD, REPLACE = "add_or_remove_one", "replace_one"
 NUM = 50_000
@@ -324,21 +324,6 @@ def test_budgets_that_nothing_can_meet_are_refused():
             lambda s: [accounting.full_batch(2.0, 8), accounting.full_batch(s, 8)],
             epsilon=1.0, delta=1e-5,
         )  # fmt: skip
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 500), st.integers(1, 500), st.integers(1, 500))
-def test_integer_search_is_a_linear_scan(limit, guess, top):
-    assert search.largest_integer(lambda n: n <= limit, guess=guess, top=top) == min(limit, top)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.floats(-9, 9), st.floats(0.2, 5.0), st.floats(-20, 20), st.sampled_from([1e-4, 0.1]))
-def test_falling_root_brackets_a_bent_function(root, power, start, tol):
-    gap = lambda x: -math.copysign(abs(x - root) ** power, x - root)  # noqa: E731
-    x, slope = search.falling_root(gap, start, -1.0, tol=tol)
-    assert gap(x) <= 0 <= gap(x - tol)
-    assert slope < 0
 
 
 # --- The cache -----------------------------------------------------------------------------------
