@@ -216,6 +216,51 @@ def python_scan(module, x):
     return x + sums.sum()
 
 
+def nested_scans(module, x):
+    width = x.shape[-1]
+    own = module.param("own", nn.initializers.normal(0.5), (2, 3, width, width))
+    inner = module.param("inner", nn.initializers.normal(0.5), (3, width, width))
+    outer = module.param("outer", nn.initializers.normal(0.5), (2, width, width))
+
+    def turn(x, both):
+        own, outer = both
+
+        def step(x, both):
+            own, inner = both
+            return nn.tanh(x @ own + jnp.sin(x) @ inner + jnp.cos(x) @ outer), None
+
+        return jax.lax.scan(step, x, (own, inner))
+
+    return jax.lax.scan(turn, x, (own, outer))[0]
+
+
+def lookups_in_slices(module, x):
+    tables = module.param("tables", nn.initializers.normal(1.0), (3, 11, 5))
+    lookup = lambda state, both: (jnp.tanh(state + both[0][both[1]].sum(0)), None)  # noqa: E731
+    state, _ = jax.lax.scan(lookup, jnp.zeros(5), (tables, x.reshape(3, 2)))
+    return state
+
+
+def batched_lookups(module, x):
+    tables = module.param("tables", nn.initializers.normal(1.0), (3, 11, 5))
+    return jnp.sin(jax.vmap(lambda table, rows: table[rows])(tables, x.reshape(3, 2)))
+
+
+@jax.jit
+def standard_conv(kernel, x):
+    """One jaxpr however often it is called, the variable of its weight included."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
+    return jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", dimension_numbers=dims)[0]
+
+
+def two_derived_weights(module, x):
+    for name in ("first", "second"):
+        kernel = module.param(name, nn.initializers.normal(1.0), (3, 3, x.shape[-1], x.shape[-1]))
+        x = nn.tanh(standard_conv(kernel, x))
+    return x
+
+
 class Residual(nn.Module):
     """A block in the form that nn.scan takes."""
 
@@ -281,6 +326,7 @@ LAYERS = {
     "lora": (Fn(lora), normal(7, 6)),
     "merged lora": (Fn(merged_lora), normal(7, 6)),
     "weight standardisation": (Fn(standardised), normal(6, 6, 2)),
+    "weight standardisation, twice": (Fn(two_derived_weights), normal(4, 4, 2)),
     "weight standardisation, few positions": (Fn(standardised), normal(2, 3, 2)),
     "weight first": (Fn(transposed), normal(7, 5)),
     "scaled view": (Fn(scaled_view), normal(7, 5)),
@@ -297,6 +343,9 @@ LAYERS = {
     "custom vjp": (Fn(custom), normal(7, 5)),
     "cond": (Fn(branches), normal(7, 5)),
     "scan of slices and constants": (Fn(python_scan), normal(7, 5)),
+    "nested scans": (Fn(nested_scans), normal(7, 5)),
+    "lookups in slices": (Fn(lookups_in_slices), TOKENS),
+    "batched lookups": (Fn(batched_lookups), TOKENS),
     "nn.scan": (scanned(), normal(7, 5)),
     "nn.scan of nn.remat": (scanned(remat=True), normal(7, 5)),
     "dense after nn.scan": (Fn(dense_after_scan), normal(7, 5)),
@@ -314,6 +363,10 @@ ROUTES = {
     "attention": {f"{name}/kernel": "gram" for name in ("query", "key", "value", "out")},
     "lora": {"a": "gram", "b": "outer"},
     "weight standardisation": {"kernel": "conv", "gain": "conv"},
+    "weight standardisation, twice": {"first": "conv", "second": "conv"},
+    "nested scans": {"own": "gram", "inner": "outer", "outer": "outer"},
+    "lookups in slices": {},
+    "batched lookups": {},
     "scaled view": {"kernel": "gram"},
     "batched weights": {"kernel": "gram"},
     "called twice": {"Dense_0/kernel": "outer"},
@@ -640,7 +693,9 @@ def test_cancelling_gradients_are_not_measured_too_small():
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("sizes", [(1e-21, 1e18), (1e18, 1e-21)])
+@pytest.mark.parametrize(
+    "sizes", [(1e-21, 1e18), (1e18, 1e-21), (1e10, 0.99 * 2.0**-63), (0.99 * 2.0**-63, 1e10)]
+)
 def test_underflowing_gradients_are_not_measured_too_small(tokens, sizes):
     x = np.full((1, 1, tokens, 3), sizes[0], np.float32)
     g = np.full((1, 1, tokens, 4), sizes[1], np.float32)

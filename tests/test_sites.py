@@ -30,6 +30,15 @@ def test_a_scaled_weight(tokens):
     agree(loss_fn, {"w": normal(3, 2)[0]}, normal(tokens, 3))
 
 
+def test_a_scaled_table():
+    def loss_fn(params, rows):
+        return jnp.sum(jnp.tanh((0.25 * params["table"])[rows]))
+
+    rows, params = np.array([[0, 1], [2, 2], [1, 0], [2, 1]]), {"table": normal(3, 2)[0]}
+    assert routes(loss_fn, params, rows) == {"table": "embed"}
+    agree(loss_fn, params, rows)
+
+
 def test_weights_that_come_out_of_a_scan():
     def loss_fn(params, x):
         _, turned = jax.lax.scan(lambda carry, w: (carry, w.T), 0.0, params["w"])
