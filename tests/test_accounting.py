@@ -312,6 +312,13 @@ def test_a_generous_budget_stops_at_the_natural_bounds():
     assert everything == 300
 
 
+def test_a_budget_of_exactly_one_step():
+    one, two = (spent(accounting.full_batch(3.0, t)) for t in (1, 2))
+    for epsilon, wanted in (((one + two) / 2, 1), (two * 1.001, 2)):
+        make_event = lambda t: accounting.full_batch(3.0, t)  # noqa: E731
+        assert accounting.calibrate_steps(make_event, epsilon=epsilon, delta=1e-5) == wanted
+
+
 def test_budgets_that_nothing_can_meet_are_refused():
     with pytest.raises(ValueError, match="does not allow even 1"):
         accounting.calibrate_steps(

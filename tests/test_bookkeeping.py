@@ -234,6 +234,49 @@ def nested_scans(module, x):
     return jax.lax.scan(turn, x, (own, outer))[0]
 
 
+def convolutions_in_nested_scans(module, x):
+    shapes = {
+        "own": (2, 3, 2, 3, 3),
+        "inner": (3, 2, 3, 3),
+        "outer": (2, 2, 3, 3),
+        "one": (2, 3, 3),
+    }
+    own, inner, outer, one = (
+        module.param(name, nn.initializers.normal(0.3), shape) for name, shape in shapes.items()
+    )
+
+    def conv(x, kernel):
+        dims = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=dims)[
+            0
+        ]
+
+    def turn(x, both):
+        own, outer = both
+
+        def step(x, both):
+            y = conv(x, both[0]) + conv(jnp.sin(x), both[1]) + conv(jnp.cos(x), outer)
+            return nn.tanh(y + conv(x**2, one)), None
+
+        return jax.lax.scan(step, x, (own, inner))
+
+    return jax.lax.scan(turn, x, (own, outer))[0]
+
+
+def weight_under_the_kernel(module, x):
+    """The example is the kernel, the parameter what it slides over."""
+    image = module.param("image", nn.initializers.normal(1.0), (1, 9, 2))
+    dims = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(image, x, (1,), "VALID", dimension_numbers=dims)
+
+
+def batch_groups(module, x):
+    kernel = module.param("kernel", nn.initializers.normal(1.0), (3, 2, 4))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=2
+    )
+
+
 def lookups_in_slices(module, x):
     tables = module.param("tables", nn.initializers.normal(1.0), (3, 11, 5))
     lookup = lambda state, both: (jnp.tanh(state + both[0][both[1]].sum(0)), None)  # noqa: E731
@@ -344,6 +387,9 @@ LAYERS = {
     "cond": (Fn(branches), normal(7, 5)),
     "scan of slices and constants": (Fn(python_scan), normal(7, 5)),
     "nested scans": (Fn(nested_scans), normal(7, 5)),
+    "convolutions in nested scans": (Fn(convolutions_in_nested_scans), normal(5, 3)),
+    "weight under the kernel": (Fn(weight_under_the_kernel), normal(3, 2, 4)),
+    "batch groups": (Fn(batch_groups), normal(2, 6, 2)),
     "lookups in slices": (Fn(lookups_in_slices), TOKENS),
     "batched lookups": (Fn(batched_lookups), TOKENS),
     "nn.scan": (scanned(), normal(7, 5)),
@@ -365,6 +411,9 @@ ROUTES = {
     "weight standardisation": {"kernel": "conv", "gain": "conv"},
     "weight standardisation, twice": {"first": "conv", "second": "conv"},
     "nested scans": {"own": "gram", "inner": "outer", "outer": "outer"},
+    "convolutions in nested scans": dict.fromkeys(("own", "inner", "outer", "one"), "conv"),
+    "weight under the kernel": {},
+    "batch groups": {},
     "lookups in slices": {},
     "batched lookups": {},
     "scaled view": {"kernel": "gram"},
@@ -1025,12 +1074,34 @@ def test_the_loss_is_traced_at_the_shape_of_one_example():
     agree(loss_fn, {"w": normal(3, 2)[0]}, normal(3))
 
 
-@pytest.mark.parametrize("budget", [1, 1300])
-def test_chunks_of_examples(monkeypatch, budget):
+def all_equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(inner, "jaxpr"):
+                yield from all_equations(inner.jaxpr)
+
+
+CHUNKED = {
+    "patches": (nn.Conv(5, (3, 3)), normal(6, 6, 2), 36 * 18),
+    "gradients": (nn.Dense(16), normal(50, 16), 16 * 16),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_chunks_of_examples(monkeypatch, name, chunk):
     """What is too large for all examples at once is done a few at a time, with the same result."""
-    inputs = normal(6, 6, 2)  # 36 patches of 18 numbers an example: chunks of one, and of two
-    loss_fn, params = as_loss(nn.Conv(5, (3, 3)), inputs)
+    layer, inputs, size = CHUNKED[name]
+    loss_fn, params = as_loss(layer, inputs)
     whole = both(loss_fn, dp.flat(0.5), params, inputs)
-    monkeypatch.setitem(bookkeeping._CHUNK, "cpu", budget)
-    agree(loss_fn, params, inputs)
-    assert_close(whole[0], both(loss_fn, dp.flat(0.5), params, inputs)[1])
+    monkeypatch.setitem(bookkeeping._CHUNK, "cpu", chunk * size)
+    found = both(loss_fn, dp.flat(0.5), params, inputs)
+    assert_close(whole[0], found[1])
+
+    def run(params):
+        return bookkeeping.microbatch_sum(loss_fn, dp.flat(0.5), params, inputs, MASK)
+
+    lengths = [e.params["length"] for e in all_equations(jax.make_jaxpr(run)(params).jaxpr)
+               if e.primitive.name == "scan"]  # fmt: skip
+    assert lengths == ([] if chunk == SIZE else [SIZE // chunk])

@@ -22,10 +22,11 @@ def test_clipped_indices_look_up_the_last_row():
     assert np.any(total.value["table"][4])
 
 
+@pytest.mark.parametrize("scale", [0.25, 2.0])
 @pytest.mark.parametrize("tokens", [2, 60])  # Gram matrices, and outer products
-def test_a_scaled_weight(tokens):
+def test_a_scaled_weight(tokens, scale):
     def loss_fn(params, x):
-        return jnp.sum(jnp.tanh(x @ (0.25 * params["w"])))
+        return jnp.sum(jnp.tanh(x @ (scale * params["w"])))
 
     agree(loss_fn, {"w": normal(3, 2)[0]}, normal(tokens, 3))
 
@@ -108,3 +109,12 @@ def test_the_plan_gives_the_sizes_that_decided():
         loss_fn, params = as_loss(*LAYERS[name])
         plan = bookkeeping.plan(loss_fn, params, LAYERS[name][1][0])
         assert sizes in [leaf.reason for leaf in plan], (name, plan)
+
+
+def test_inputs_are_recorded_as_the_product_has_them():
+    """Rounded to 16 bits, where the layer rounds them."""
+    layer = nn.Dense(8, dtype=jnp.bfloat16, use_bias=False)
+    inputs = np.full((4, 2, 64), 1.0 + 0.99 * 2.0**-8, np.float32)  # which becomes 1
+    loss_fn, params = as_loss(layer, inputs)
+    (_, want), (_, found) = both(loss_fn, dp.flat(1.0), params, inputs)
+    np.testing.assert_allclose(found.norms, want.norms, rtol=1e-3)
