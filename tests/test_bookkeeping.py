@@ -298,10 +298,28 @@ def standard_conv(kernel, x):
 
 
 def two_derived_weights(module, x):
-    for name in ("first", "second"):
-        kernel = module.param(name, nn.initializers.normal(1.0), (3, 3, x.shape[-1], x.shape[-1]))
-        x = nn.tanh(standard_conv(kernel, x))
-    return x
+    shape = (3, 3, x.shape[-1], x.shape[-1])
+    first, second = (
+        module.param(name, nn.initializers.normal(1.0), shape) for name in ("first", "second")
+    )
+
+    @jax.jit
+    def both(first, second, x):
+        return nn.tanh(standard_conv(second, nn.tanh(standard_conv(first, x))))
+
+    return both(first, second, x)
+
+
+def learned_initial_state(module, x):
+    state = module.param("state", nn.initializers.normal(1.0), (x.shape[-1],))
+    return jax.lax.scan(lambda s, row: (jnp.tanh(s + row), s), state, x)[1]
+
+
+def weights_out_of_a_scan(module, x):
+    kernels = module.param("kernels", nn.initializers.normal(1.0), (x.shape[0], 3))
+    step = lambda carry, both: (carry + both[0].sum(), jnp.sin(both[1]))  # noqa: E731
+    total, turned = jax.lax.scan(step, 0.0, (x, kernels))
+    return x.T @ turned + total
 
 
 class Residual(nn.Module):
@@ -389,6 +407,8 @@ LAYERS = {
     "nested scans": (Fn(nested_scans), normal(7, 5)),
     "convolutions in nested scans": (Fn(convolutions_in_nested_scans), normal(5, 3)),
     "weight under the kernel": (Fn(weight_under_the_kernel), normal(3, 2, 4)),
+    "learned initial state": (Fn(learned_initial_state), normal(7, 5)),
+    "weights out of a scan": (Fn(weights_out_of_a_scan), normal(7, 5)),
     "batch groups": (Fn(batch_groups), normal(2, 6, 2)),
     "lookups in slices": (Fn(lookups_in_slices), TOKENS),
     "batched lookups": (Fn(batched_lookups), TOKENS),
@@ -413,6 +433,8 @@ ROUTES = {
     "nested scans": {"own": "gram", "inner": "outer", "outer": "outer"},
     "convolutions in nested scans": dict.fromkeys(("own", "inner", "outer", "one"), "conv"),
     "weight under the kernel": {},
+    "learned initial state": {},
+    "weights out of a scan": {},
     "batch groups": {},
     "lookups in slices": {},
     "batched lookups": {},

@@ -43,14 +43,6 @@ FAMILIES = {
     "wide_resnet": lambda **kwargs: models.wide_resnet(WRN, CLASSES, **kwargs),
     "text": lambda **kwargs: models.text_encoder(TEXT, CLASSES, **kwargs),
 }
-# Most of the time goes into compiling; nothing here is about speed.
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -81,7 +73,7 @@ def filled(model, seed):
 def made(family):
     """The model with both its functions compiled once for all tests, and parameters."""
     model = FAMILIES[family]()
-    fast = model._replace(apply=fast_jit(model.apply), features=fast_jit(model.features))
+    fast = model._replace(apply=jax.jit(model.apply), features=jax.jit(model.features))
     return fast, filled(model, 0)
 
 
@@ -124,7 +116,7 @@ def test_per_example_gradients_reach_every_parameter(family):
     def loss(params, example):
         return jnp.sum(jnp.square(apply(params, example)))
 
-    grads = fast_jit(jax.vmap(jax.grad(loss), (None, 0)))(params, inputs)
+    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, inputs)
     for path, leaf in models.flatten(grads).items():
         assert np.isfinite(leaf).all(), path
         # Attention does not see a constant added to all keys.
@@ -135,7 +127,7 @@ def test_per_example_gradients_reach_every_parameter(family):
 @pytest.mark.parametrize("family", ["vit", "wide_resnet", "text"])
 def test_initial_parameters(family):
     model, _ = made(family)
-    params = fast_jit(model.init)(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     assert type(params) is dict
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert set(params["head"]) == {"kernel", "bias"}
@@ -161,7 +153,7 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters(family):
     for leaf in jax.tree.leaves(jax.eval_shape(low.init, jax.random.key(0))):
         assert leaf.dtype == jnp.float32
     exact = model.apply(params, inputs)
-    rounded = fast_jit(low.apply)(params, inputs)
+    rounded = jax.jit(low.apply)(params, inputs)
     assert rounded.dtype == jnp.float32
     assert not np.array_equal(exact, rounded)
     np.testing.assert_allclose(rounded, exact, atol=0.05 * np.abs(exact).max())
@@ -282,7 +274,7 @@ def test_padding_takes_no_part_in_text():
     ids = examples(model)
     short = models.text_encoder(dataclasses.replace(TEXT, max_length=3), CLASSES)
     np.testing.assert_allclose(
-        model.apply(params, ids[0]), fast_jit(short.apply)(params, ids[0, :3]), atol=1e-5
+        model.apply(params, ids[0]), jax.jit(short.apply)(params, ids[0, :3]), atol=1e-5
     )
     nothing = model.apply(params, np.zeros_like(ids[0]))
     assert np.isfinite(nothing).all()

@@ -24,14 +24,6 @@ LAUNCH = Path(__file__).parent.parent / "configs" / "launch"
 CLOSE = {"rtol": 1e-5, "atol": 1e-8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Optimising would take most of the time of this file."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def start(*command, **environment):
     """Starts a command with two host devices."""
     here = os.path.dirname(__file__)
@@ -41,8 +33,8 @@ def start(*command, **environment):
             **os.environ,
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
             "PYTHONPATH": f"{here}:{os.path.dirname(here)}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
+            "--xla_backend_optimization_level=0",
             **environment,
         },
     )  # fmt: skip

@@ -48,6 +48,12 @@ def test_weights_that_come_out_of_a_scan():
     agree(loss_fn, {"w": normal(2, 5, 3)[0]}, normal(3))
 
 
+@pytest.mark.parametrize("loss", [lambda w, x: x * w, lambda w, x: (x.sum() * w, x.sum())])
+def test_a_loss_that_is_no_scalar_is_refused(loss):
+    with pytest.raises(TypeError, match="one scalar"):
+        bookkeeping.plan(loss, jnp.float32(1.0), jnp.ones(3))
+
+
 def test_filled_indices_look_up_nothing():
     """Rows out of range give a constant, which has no gradient."""
 
