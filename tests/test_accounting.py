@@ -312,6 +312,14 @@ def test_a_generous_budget_stops_at_the_natural_bounds():
     assert everything == 300
 
 
+def test_what_rdp_cannot_show_is_refused_with_its_name():
+    """Where its curve is flat, no noise meets the budget, short of an absurd one."""
+    with pytest.raises(ValueError, match=r"epsilon=0\.01 .* out of reach of accountant='rdp'"):
+        accounting.calibrate_noise_multiplier(
+            lambda s: accounting.poisson(s, 0.01, 100), epsilon=0.01, delta=1e-8, accountant="rdp"
+        )
+
+
 def test_a_budget_of_exactly_one_step():
     one, two = (spent(accounting.full_batch(3.0, t)) for t in (1, 2))
     for epsilon, wanted in (((one + two) / 2, 1), (two * 1.001, 2)):
