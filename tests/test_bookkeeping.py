@@ -1106,6 +1106,11 @@ def all_equations(jaxpr):
 
 CHUNKED = {
     "patches": (nn.Conv(5, (3, 3)), normal(6, 6, 2), 36 * 18),
+    "patches and kept gradients": (
+        nn.Conv(6, (3, 3), feature_group_count=2),
+        normal(9, 9, 4),
+        2 * 81 * 18,
+    ),
     "gradients": (nn.Dense(16), normal(50, 16), 16 * 16),
 }
 
