@@ -320,6 +320,21 @@ def test_what_rdp_cannot_show_is_refused_with_its_name():
         )
 
 
+def test_delta_at_epsilon_zero_is_the_total_variation():
+    event = accounting.full_batch(2.0, 1)  # of N(0, 1) and N(1/2, 1)
+    assert accounting.delta(event, 0.0) == pytest.approx(math.erf(0.25 / math.sqrt(2)), rel=1e-3)
+
+
+def test_a_usual_budget_by_rdp_needs_a_little_more_noise():
+    make_event = lambda s: accounting.poisson(s, 0.01, 100)  # noqa: E731
+    tight, loose = (
+        accounting.calibrate_noise_multiplier(make_event, epsilon=1.0, delta=1e-5, accountant=name)
+        for name in ("pld", "rdp")
+    )
+    assert tight < loose < 1.3 * tight
+    assert 0.99 < spent(make_event(loose), accountant="rdp") <= 1.0
+
+
 def test_a_budget_of_exactly_one_step():
     one, two = (spent(accounting.full_batch(3.0, t)) for t in (1, 2))
     for epsilon, wanted in (((one + two) / 2, 1), (two * 1.001, 2)):

@@ -186,6 +186,11 @@ def test_phases_with_noise_of_their_own_meet_the_budget():
     assert spent == pytest.approx(accountant.get_epsilon(BUDGET["delta"]), rel=1e-2)
 
 
+def test_a_batch_of_one_expected_example():
+    (phase,) = dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=[1], steps=[10])
+    assert phase.sampling_prob == 1e-3
+
+
 def test_bad_phases():
     with pytest.raises(ValueError, match="noise_ratios="):
         dp.calibrated_phases(
