@@ -50,7 +50,7 @@ _SLOWEST = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", None, "JSON lines, appended.", required=True)
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BOOKKEEPING = ("bookkeeping", "sites")
+_BOOKKEEPING = ("site_products", "bookkeeping", "sites")
 # The tests that own a module, most likely to notice first.
 OWNERS: dict[str, tuple[str, ...]] = {
     "accounting": ("accounting", "mechanism", "plan"),
