@@ -325,8 +325,11 @@ def test_delta_at_epsilon_zero_is_the_total_variation():
     assert accounting.delta(event, 0.0) == pytest.approx(math.erf(0.25 / math.sqrt(2)), rel=1e-3)
 
 
-def test_a_usual_budget_by_rdp_needs_a_little_more_noise():
-    make_event = lambda s: accounting.poisson(s, 0.01, 100)  # noqa: E731
+@pytest.mark.parametrize(
+    "make_event",
+    [lambda s: accounting.poisson(s, 0.01, 100), lambda s: accounting.full_batch(s, 10)],
+)
+def test_a_usual_budget_by_rdp_needs_a_little_more_noise(make_event):
     tight, loose = (
         accounting.calibrate_noise_multiplier(make_event, epsilon=1.0, delta=1e-5, accountant=name)
         for name in ("pld", "rdp")
