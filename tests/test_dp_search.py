@@ -28,7 +28,7 @@ def bent(root, power):
 def test_a_bent_function_is_bracketed(root, power, start, tol):
     gap = bent(root, power)
     (x, slope), seen = find(gap, start, tol=tol)
-    assert gap(x) <= 0
+    assert gap(x) <= 0 <= gap(x - tol)
     assert x in seen  # and was seen to be so
     assert any(gap(y) > 0 and y >= x - tol * (1 + 1e-9) for y in seen)
     assert -10 <= slope <= -0.1

@@ -97,6 +97,14 @@ def test_a_derived_weight_with_a_leaf_of_other_use(elsewhere):
     agree(loss_fn, params, normal(7, 2))
 
 
+def test_a_product_of_weights_with_a_leaf_of_other_use():
+    def loss_fn(params, x):
+        out = jnp.tanh(x @ (params["a"] @ params["b"]))
+        return jnp.sum(out) + jnp.sum(jnp.sin(params["a"]) * x[:, None])
+
+    agree(loss_fn, {"a": normal(3, 2)[0], "b": normal(2, 5, seed=1)[0]}, normal(3))
+
+
 def test_weights_in_half_precision_keep_their_route():
     layer = nn.Dense(3, dtype=jnp.bfloat16, use_bias=False)
     found = routes(*as_loss(layer, normal(7, 5)), normal(7, 5))

@@ -156,7 +156,7 @@ def calibrate_noise_multiplier(
 def calibrate_sampling_prob(
     make_event: Callable[[float], Events], *, tol: float = 1e-4, **budget: Unpack[BudgetArgs]
 ) -> float:
-    """Largest sampling probability within the budget, 1.0 if even that fits; else as above."""
+    """Largest sampling probability within the budget (1.0 if that fits), up to a relative `tol`."""
     limit, tol = _Budget.checked(**budget), positive("tol", tol)
     event_at = lambda x: _compose(make_event(math.exp(-x)))  # noqa: E731
     solve = lambda: math.exp(-_solve(event_at, limit, tol, start=4.6, floor=0.0))  # noqa: E731
