@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax import models, rng
+from dpjax import dp, models, rng
 from dpjax.build import Run
 from dpjax.data.dataset import Dataset, Source
 from dpjax.models import Params
@@ -94,9 +94,10 @@ def make(run: Run, canaries: str, count: int) -> Game:
 def _with_leaf(run: Run, count: int) -> Run:
     """Gives a run `count` parameters that only gradient canaries move, one each."""
     rule, classes = run.rule, run.train.num_classes
-    # Global clipping drops what is beyond its bound, so canaries stay just within it.
-    within = rule is not None and rule.kind == "global"
-    norm = (0.999 if within else _BEYOND) * min(phase.bound for phase in run.phases)
+    # Of a norm just within the bound and one far beyond it, that of which the rule keeps more:
+    # global clipping drops what is beyond its bound.
+    norm = max(_BEYOND, 0.999, key=lambda times: _kept(rule, times))
+    norm *= min(phase.bound for phase in run.phases)
 
     def loss_fn(params: Params, example: dict[str, jax.Array]) -> jax.Array:
         rest = {name: leaf for name, leaf in params.items() if name != _LEAF}
@@ -109,6 +110,14 @@ def _with_leaf(run: Run, count: int) -> Run:
         loss_fn=loss_fn,
         phases=tuple(p._replace(trainable=_and_leaf(p.trainable)) for p in run.phases),
     )
+
+
+def _kept(rule: dp.ClipRule | None, times: float) -> float:
+    """What a rule leaves of a gradient of `times` its bound."""
+    if rule is None:
+        return times
+    norm = times * float(jnp.linalg.norm(jnp.atleast_1d(rule.threshold)))
+    return float(jnp.sum(rule.factors(jnp.array([norm])) * norm))
 
 
 def _and_leaf(trainable: Callable[[str], bool]) -> Callable[[str], bool]:

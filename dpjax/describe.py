@@ -225,10 +225,10 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             "delta": run.ledger.delta,
             "private_seed": rng.digest(private_seed),
             "clipping": {
-                "kind": run.rule.kind,
+                "function": f"{run.rule.function.__module__}:{run.rule.function.__qualname__}",
                 "grouping": run.rule.grouping.__name__,
                 "adaptive": None if run.adaptive is None else run.adaptive._asdict(),
-                "gamma": float(run.rule.gamma),
+                "parameters": jax.tree.map(float, run.rule.parameters),
                 "normalised": run.rule.normalised,
             },
         }

@@ -1,5 +1,6 @@
 """Every rule keeps its promise on scalars, and the sums keep it on neighbouring batches."""
 
+import dataclasses
 import functools
 
 import hypothesis as hp
@@ -27,6 +28,11 @@ RULES = {
         "auto_s_per_layer": functools.partial(dp.automatic, 0.7, grouping=dp.by_leaf),
         "global": functools.partial(dp.global_, 0.7),
         "global_per_layer": functools.partial(dp.global_, 0.7, grouping=dp.by_leaf),
+        "tanh": functools.partial(dp.rule, lambda n, c: c * jnp.tanh(n / c) / n, 0.7),
+        "reckless": functools.partial(dp.rule, lambda n, c: 1e30 * jnp.sign(n - 2), 0.7),
+        "poor_arithmetic": functools.partial(
+            dp.rule, lambda n, c, a: 0 / (n - a) + jnp.inf, 0.7, grouping=dp.by_leaf, a=1.0
+        ),
     }.items()
 }
 
@@ -64,7 +70,7 @@ def test_promise_check_can_fail():
         def factors(self, norms):
             return super().factors(norms) * 1.00001
 
-    lax = Lax(0.7, 0.0, dp.one_group, "flat", False)
+    lax = Lax(0.7, {}, lambda n, c: c / n, dp.one_group, False)
     assert promise_broken(lax, [5.0])
 
 
@@ -134,6 +140,8 @@ def test_bounds_are_traced():
         (lambda: dp.flat(float("nan")), "bound=nan"),
         (lambda: dp.flat(float("inf")), "bound=inf"),
         (lambda: dp.flat(1e-12), "bound=1e-12"),
+        (lambda: dp.flat(1e39), "bound=1e[+]39 must be <= 1e[+]15"),
+        (lambda: dp.rule(lambda n, c: c, 0.0), "bound=0.0"),
         (lambda: dp.flat(jnp.ones(2)), "scalar"),
         (lambda: dp.per_layer(jnp.array([1.0, -2.0])), "bounds="),
         (lambda: dp.automatic(gamma=-0.1), "gamma=-0.1"),
@@ -153,6 +161,26 @@ def test_rules_can_be_made_inside_jit():
     np.testing.assert_allclose(made, [2 / 4.01], rtol=1e-5)
 
 
+def test_a_traced_bound_out_of_range_clips_to_nothing():
+    for bound in (np.inf, np.nan, -1.0, 3e38):
+        found = jax.jit(lambda rule: rule.factors(jnp.array([4.0])))(
+            dataclasses.replace(dp.flat(1.0), threshold=bound)
+        )
+        assert np.isfinite(found).all()
+        assert float(found[0]) * 4 <= max(0.0, np.nan_to_num(bound))
+
+
+def test_a_rule_of_ones_own_is_traced_with_its_parameters():
+    soft = functools.partial(dp.rule, lambda n, c, power: c / (n**power + c**power) ** (1 / power))
+    run = jax.jit(lambda rule: rule.factors(jnp.array([3.0])))
+    rules = [soft(2.0, power=jnp.float32(p)) for p in (1.0, 2.0)]
+    found = [float(run(dataclasses.replace(rules[0], parameters=r.parameters))[0]) for r in rules]
+    np.testing.assert_allclose(found, [2 / 5, 2 / np.sqrt(13)], rtol=1e-5)
+    assert run._cache_size() == 1
+    with pytest.raises(TypeError, match="function=3"):
+        dp.rule(3, 1.0)
+
+
 @pytest.mark.parametrize("bound", ["1", None, True, 1j])
 def test_bounds_are_numbers(bound):
     with pytest.raises(TypeError, match="must be a number"):
@@ -161,6 +189,6 @@ def test_bounds_are_numbers(bound):
 
 def test_chunks_add_without_adding_sensitivity():
     one = dp.ClippedSum({"w": jnp.ones(2)}, jnp.asarray(3.0))
-    both = one + one
+    both = sum([one, one])
     np.testing.assert_array_equal(both.value["w"], [2, 2])
     assert both.sensitivity == 3.0

@@ -221,3 +221,43 @@ def test_equals_jax_privacy():
     )
     ours, _ = dp.clipped_sum(loss_fn, dp.flat(0.5))(params, batch, jnp.ones(6, bool))
     close(ours.value, theirs)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda p, b, m: ({**p, "w": p["w"] * 1j}, b, m), "parameter 'w' is complex64"),
+        (lambda p, b, m: ({**p, "n": jnp.arange(2)}, b, m), "parameter 'n' is int32"),
+        (lambda p, b, m: ({**p, "k": jax.random.key(0)}, b, m), r"parameter 'k' is key<fry>"),
+        (lambda p, b, m: ({**p, "flag": True}, b, m), "parameter 'flag' is bool"),
+        (
+            lambda p, b, m: (p, b, m.astype(np.float32)),
+            "bool array of shape .batch., got float32",
+        ),
+        (
+            lambda p, b, m: (p, b, m[None]),
+            r"bool array of shape .batch., got bool of shape \(1, 4\)",
+        ),
+        (lambda p, b, m: (p, b, [True] * 4), "a bool array of shape .batch., got list"),
+        (lambda p, b, m: (p, b, m[:1]), r"of shape \(4, 3\) must have one row for each of the 1"),
+    ],
+)
+def test_what_cannot_be_clipped_is_named(method, change, text):
+    params = {"w": np.ones((3, 2), np.float32)}
+    args = change(params, np.ones((4, 3), np.float32), np.ones(4, bool))
+    clip = dp.clipped_sum(lambda p, x: jnp.sum(x @ p["w"]).real, dp.flat(1.0), method=method)
+    with pytest.raises((TypeError, ValueError), match=text):
+        clip(*args)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+def test_python_floats_and_empty_batches(method):
+    clip = dp.clipped_sum(lambda p, x: jnp.sum(x) * p["w"], dp.flat(1.0), method=method)
+    total, _ = clip({"w": 2.0}, np.ones((4, 3), np.float32), np.ones(4, bool))
+    assert total.value["w"] == pytest.approx(4.0, rel=1e-5)
+    total, facts = jax.jit(clip)({"w": 2.0}, np.ones((0, 3), np.float32), np.ones(0, bool))
+    assert (total.value["w"], total.sensitivity) == (0.0, 1.0)
+    assert (facts.loss.shape, facts.norms.shape) == ((0,), (0, 1))
+    with pytest.raises(TypeError, match=r"rule=1\.0 must be a ClipRule"):
+        dp.clipped_sum(lambda p, x: 0.0, 1.0)

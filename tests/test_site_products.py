@@ -20,12 +20,13 @@ def test_cancelling_gradients_are_not_measured_too_small():
     x = np.float32(100.0 + 1e-2 * numbers.standard_normal((50, 1, 32, 24)))
     g = numbers.standard_normal((50, 1, 32, 16))
     g = np.float32(g - g.mean(2, keepdims=True))
-    found = site_products.gram_squares(x, g)
-    assert np.all(found > squared_norms(x, g))
+    found = site_products.gram_measure(x, g)
+    upper = np.float64(found.square) + found.error
+    assert np.all(upper > squared_norms(x, g))
     for i in range(5):
         x_i, g_i = x[i, None], g[i, None]
         total = site_products.weighted_product(x_i, g_i, jnp.ones(1), jnp.ones(1, bool))
-        assert np.sum(np.square(np.float64(total))) < found[i]
+        assert np.linalg.norm(np.float64(total)) < np.sqrt(upper[i]) + found.spread[i]
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -35,7 +36,8 @@ def test_cancelling_gradients_are_not_measured_too_small():
 def test_underflowing_gradients_are_not_measured_too_small(tokens, sizes):
     x = np.full((1, 1, tokens, 3), sizes[0], np.float32)
     g = np.full((1, 1, tokens, 4), sizes[1], np.float32)
-    assert site_products.gram_squares(x, g)[0] >= squared_norms(x, g)[0]
+    found = site_products.gram_measure(x, g)
+    assert found.square[0] + found.error[0] >= squared_norms(x, g)[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2**14), (2, 1, 2**14)])
@@ -60,8 +62,11 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
     factors, finite = jnp.array([0.3, 0.0, 1.0, 0.7]), jnp.array([True, False, True, True])
     exact = np.einsum("nbtd,nbtp->nbdp", np.float64(x), np.float64(g))
     np.testing.assert_allclose(site_products.materialise(x, g), exact, rtol=0, atol=1e-5)
-    norms = site_products.gram_squares(x, g)
-    np.testing.assert_allclose(norms, np.sum(exact**2, (1, 2, 3)), rtol=1e-5)
+    for found in (site_products.gram_measure(x, g), site_products.outer_measure(x, g)[0]):
+        want = np.sum(exact**2, (1, 2, 3))
+        np.testing.assert_allclose(found.square, want, rtol=1e-5)
+        assert np.all(np.abs(found.square - want) <= found.error + 1e-6 * want)
+        assert np.all(found.mass >= np.sqrt(want) * (1 - 1e-6))
     want = np.einsum("n,nbdp->bdp", np.float64(factors), exact)
     bits = 16 if dtypes == DTYPES[-1] else 22
     for a, b, wanted in ((x, g, want), (g, x, want.swapaxes(1, 2))):
@@ -77,7 +82,7 @@ def test_no_product_is_rounded_on_an_accelerator(dtypes):
     def everything(x, g):
         gradients = site_products.materialise(x, g)
         return (
-            site_products.gram_squares(x, g), site_products.weigh(gradients, factors, finite),
+            site_products.gram_measure(x, g), site_products.weigh(gradients, factors, finite),
             site_products.weighted_product(x, g, factors, finite),
         )  # fmt: skip
 

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bookkeeping import LAYERS, agree, as_loss, both, normal, routes
+from test_bookkeeping import LAYERS, agree, as_loss, both, normal, routes, without_margins
 
 from dpjax import dp
 from dpjax.dp import bookkeeping
+
+__all__ = ["without_margins"]
 
 
 def test_clipped_indices_look_up_the_last_row():

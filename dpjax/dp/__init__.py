@@ -33,6 +33,7 @@ from dpjax.dp.clipping import (
     global_,
     one_group,
     per_layer,
+    rule,
 )
 from dpjax.dp.ledger import BudgetExceeded, Ledger, Phase, statement, to_markdown
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
@@ -73,6 +74,7 @@ __all__ = [
     "one_group",
     "per_layer",
     "quantile_bound",
+    "rule",
     "sampling",
     "scale_by_adam_corrected",
     "sgd",

@@ -20,13 +20,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-__all__ = ["Key", "Site", "Traced", "View", "inlined", "trace"]
+__all__ = ["Key", "Site", "Traced", "View", "inlined", "scan_parts", "trace"]
 
 PyTree = Any
 Key = tuple[int, ...]
+
+_GATHER_MODES = (
+    jax.lax.GatherScatterMode.CLIP,
+    jax.lax.GatherScatterMode.FILL_OR_DROP,
+    jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+)
 
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
@@ -38,7 +45,8 @@ class View(NamedTuple):
         leaf: index of the leaf.
         shape: shape of the value, leading scanned axes included.
         steps: how it was made: (shape before the step, permutation or None for a reshape).
-        scale: constant factor.
+        scale: constant factor; the engine multiplies the recorded cotangents by it.
+        limit: largest number of the narrowest float that the value passed through.
         scanned: for every enclosing scan, whether the value is a slice of a stack (else shared).
     """
 
@@ -46,16 +54,17 @@ class View(NamedTuple):
     shape: tuple[int, ...]
     steps: tuple[tuple[tuple[int, ...], tuple[int, ...] | None], ...] = ()
     scale: float = 1.0
+    limit: float = math.inf
     scanned: tuple[bool, ...] = ()
 
     def pull(self, cotangent: jax.Array) -> jax.Array:
-        """Maps a cotangent of the value, scanned axes first, to one of the leaf."""
+        """Maps a cotangent of the value, scanned axes first and scaled, to one of the leaf."""
         for shape, perm in reversed(self.steps):
             if perm is None:
                 cotangent = cotangent.reshape(shape)
             else:
                 cotangent = cotangent.transpose(sorted(range(len(perm)), key=perm.__getitem__))
-        return cotangent if self.scale == 1.0 else cotangent * self.scale
+        return cotangent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Site:
         output: abstract value of the output.
         lengths: lengths of the enclosing scans, outermost first.
         scanned: for each of them, whether the weight is a slice of a stack.
+        limit: largest number of the narrowest float on the way from the leaf to the weight.
     """
 
     key: Key
@@ -89,6 +99,7 @@ class Site:
     output: Any
     lengths: tuple[int, ...]
     scanned: tuple[bool, ...]
+    limit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +158,9 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
         raise TypeError(f"loss_fn must return one scalar, got {shape}.")
     leaves = jax.tree.leaves(params)
     infos = [
-        _Info(False, frozenset([i]), View(i, tuple(leaf.shape)), _is_whole(leaf))
+        _Info(
+            False, frozenset([i]), View(i, tuple(leaf.shape), limit=_limit(leaf)), _is_whole(leaf)
+        )
         for i, leaf in enumerate(leaves)
     ]
     infos += [_Info(True)] * (len(closed.jaxpr.invars) - len(leaves))
@@ -216,8 +229,17 @@ def _is_closed(eqn: core.JaxprEqn) -> bool:
     return any(isinstance(p, (core.Jaxpr, core.ClosedJaxpr)) for p in parts)
 
 
+def _is_float(value: Any) -> bool:
+    """Whether a value consists of real floating-point numbers, as the engine's products need."""
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
 def _is_whole(value: Any) -> bool:
-    return not jnp.issubdtype(value.dtype, jnp.floating) or jnp.finfo(value.dtype).bits >= 32
+    return not _is_float(value) or jnp.finfo(value.dtype).bits >= 32
+
+
+def _limit(value: Any) -> float:
+    return float(jnp.finfo(value.dtype).max) if _is_float(value) else math.inf
 
 
 def _leaves(args: list[_Info]) -> frozenset[int]:
@@ -232,11 +254,23 @@ def inlined(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     return None if name is None else (eqn.params[name].jaxpr, eqn.params[name].consts)
 
 
+def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan.
+
+    Read from shapes, because the equation's parameters that say it changed their names between
+    versions of JAX: what is scanned or stacked has one axis more outside of the body than inside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    num_scanned = sum(v.aval.ndim > w.aval.ndim for v, w in zip(eqn.invars, body.invars))
+    num_carry = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, body.outvars))
+    return len(eqn.invars) - num_scanned - num_carry, num_carry
+
+
 def _walk_scan(
     eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...], walk: _Walk
 ) -> list[_Info]:
     """Enters a scan: constants are shared by its iterations, scanned inputs are slices."""
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_consts, num_carry = scan_parts(eqn)
     body = eqn.params["jaxpr"].jaxpr
 
     def enter(info: _Info, scanned: bool) -> _Info:
@@ -274,12 +308,14 @@ def _follow(eqn: core.JaxprEqn, args: list[_Info]) -> View | None:
     primitive, params = eqn.primitive, eqn.params
     out: Any = eqn.outvars[0].aval
     source: Any = eqn.invars[position].aval
+    if not _is_float(out):
+        return None
     stack = view.shape[: len(view.shape) - source.ndim]
     shape = (*stack, *out.shape)
     if primitive in (P.copy_p, P.name_p):
         return view
     if primitive is P.convert_element_type_p:
-        return view if jnp.issubdtype(out.dtype, jnp.floating) else None
+        return view._replace(limit=min(view.limit, _limit(out)))
     if primitive is P.transpose_p:
         perm = (*range(len(stack)), *(len(stack) + p for p in params["permutation"]))
         return view._replace(shape=shape, steps=(*view.steps, (view.shape, perm)))
@@ -291,9 +327,9 @@ def _follow(eqn: core.JaxprEqn, args: list[_Info]) -> View | None:
         other = eqn.invars[1 - position]
         if isinstance(other, core.Literal) and jnp.ndim(other.val) == 0:
             factor = float(other.val)
-            return view._replace(
-                scale=view.scale * (factor if primitive is P.mul_p else 1 / factor)
-            )
+            scale = view.scale * factor if primitive is P.mul_p else view.scale / (factor or np.nan)
+            # Others leave the range in which a cotangent can be scaled without losing it.
+            return view._replace(scale=scale) if 1e-18 < abs(scale) < 1e18 else None
     return None
 
 
@@ -307,6 +343,11 @@ def _site(
     (operand,) = positions
     weight, params = eqn.invars[operand], eqn.params
     aval: Any = weight.aval
+    inputs, output = eqn.invars[1 - operand].aval, eqn.outvars[0].aval
+    if not _is_float(aval) or not _is_float(output):
+        return None  # a complex product has a conjugate in its derivative
+    if 0 in (*inputs.shape, *output.shape):
+        return None  # an empty product, whose patches have no shape
     leaves, view = args[operand].leaves, args[operand].view
     scanned = view.scanned if view else ()
     layout: Any = None  # how the weight's axes enter the equation
@@ -314,30 +355,38 @@ def _site(
         kind = "dot"
         contract, batch = params["dimension_numbers"]
         layout = tuple(contract[operand]), tuple(batch[operand])
+        if not _is_float(inputs):
+            return None
     elif eqn.primitive is P.conv_general_dilated_p:
         kind = "conv"
         layout = params["dimension_numbers"].rhs_spec, params["feature_group_count"]
-        if operand != 1 or params["batch_group_count"] != 1:
+        if operand != 1 or params["batch_group_count"] != 1 or not _is_float(inputs):
             return None
     elif eqn.primitive is P.gather_p:
         kind = "embed"
         dims = params["dimension_numbers"]
         rows = tuple(dims.collapsed_slice_dims) == (0,) == tuple(dims.start_index_map)
         whole = tuple(params["slice_sizes"]) == (1, *aval.shape[1:])
+        known = params["mode"] in _GATHER_MODES
         if operand != 0 or not rows or not whole or dims.operand_batching_dims or any(scanned):
+            return None
+        if not known:
             return None
     else:
         return None
+    # Gradients of two uses of a weight are added before they are squared, in the canonical form
+    # and then restored together. So whatever decides how a gradient is restored belongs to the
+    # identity of the weight: the kind, the layout and, for a view, every step from its leaf.
     weight_id: Any
     if view is not None:
         shape = view.shape
-        weight_id = kind, layout, view._replace(scanned=(True,) * sum(scanned))
+        weight_id = kind, layout, view._replace(scanned=(True,) * sum(scanned), limit=math.inf)
     elif kind == "conv" and not lengths and (args[operand].whole or weight in narrowed):
-        shape, weight_id = tuple(aval.shape), (key[:-1], weight)
+        shape, weight_id = tuple(aval.shape), (kind, layout, key[:-1], weight)
     else:  # differentiating such a weight per example costs no more than a derived site
         return None
     return Site(
         key=key, kind=kind, leaves=leaves, view=view, weight_id=weight_id, operand=operand,
-        params=params, shape=shape, input=eqn.invars[1 - operand].aval,
-        output=eqn.outvars[0].aval, lengths=lengths, scanned=scanned,
+        params=params, shape=shape, input=inputs, output=output, lengths=lengths,
+        scanned=scanned, limit=view.limit if view else _limit(aval),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-from dpjax.dp.jaxpr_sites import Key, Site, Traced, inlined
+from dpjax.dp.jaxpr_sites import Key, Site, Traced, inlined, scan_parts
 
 __all__ = ["derived_weight", "evaluate"]
 
@@ -128,14 +128,14 @@ def _evaluate_scan(
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
     """A scan whose body has sites: their taps are scanned in, their inputs stacked out."""
     p = eqn.params
-    first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
-    body = p["jaxpr"]
+    first, num_carry = scan_parts(eqn)
+    last, body = first + num_carry, p["jaxpr"]
 
     def step(carry: Any, x: Any) -> Any:
         slices, taps = x
         args = [*values[:first], *carry, *slices]
         outs, found = _evaluate(body.jaxpr, body.consts, args, key, taps, wanted)
-        return outs[: p["num_carry"]], (outs[p["num_carry"] :], found)
+        return outs[:num_carry], (outs[num_carry:], found)
 
     carry, (ys, found) = jax.lax.scan(
         step,

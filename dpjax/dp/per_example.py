@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp import bookkeeping
+from dpjax.dp import bookkeeping, reference
 from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 
 __all__ = ["METHODS", "clipped_sum", "cut"]
@@ -53,8 +53,12 @@ def clipped_sum(
         gradient contribute exactly zero.
 
     Raises:
-        ValueError: an unknown method, or a microbatch size that does not divide the batch.
+        ValueError: an unknown method, a microbatch size that does not divide the batch, or a batch
+            and a mask that do not fit.
+        TypeError: a rule, a parameter or a mask of the wrong type, named.
     """
+    if not isinstance(rule, ClipRule):
+        raise TypeError(f"rule={rule!r} must be a ClipRule, such as dp.flat(1.0).")
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {METHODS}.")
     if microbatch_size is not None and microbatch_size < 1:
@@ -63,19 +67,22 @@ def clipped_sum(
     def clipped_sum_fn(
         params: PyTree, batch: PyTree, mask: jax.Array
     ) -> tuple[ClippedSum, PerExample]:
-        size = mask.shape[0]
+        params = _parameters(params)
+        size = _batch_size(batch, mask)
+        if size == 0:  # of no example: the step is noise alone
+            return _nothing(rule, params)
         micro = microbatch_size or size
         if size % micro:
             raise ValueError(f"microbatch_size={micro} must divide the batch size {size}.")
-        engine = _vmap_engine if method == "vmap" else bookkeeping.microbatch_sum
+        engine = reference if method == "vmap" else bookkeeping
         sensitivity = rule.sensitivity()
 
         if micro == size:
-            total, facts = engine(loss_fn, rule, params, batch, mask)
+            total, facts = engine.microbatch_sum(loss_fn, rule, params, batch, mask)
             return ClippedSum(total, sensitivity), facts
 
         def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
-            part, facts = engine(loss_fn, rule, params, *chunk)
+            part, facts = engine.microbatch_sum(loss_fn, rule, params, *chunk)
             return jax.tree.map(jnp.add, total, part), facts
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
@@ -83,6 +90,44 @@ def clipped_sum(
         return ClippedSum(total, sensitivity), _uncut(facts)
 
     return clipped_sum_fn
+
+
+def _parameters(params: PyTree) -> PyTree:
+    """Checks that every parameter can be differentiated, and makes arrays of Python floats."""
+
+    def checked(path: Any, leaf: Any) -> Any:
+        array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"parameter {name!r} is {array.dtype}; clipping needs real floating-point "
+                "parameters. Close over what is not trained; split a complex parameter in two."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(checked, params)
+
+
+def _batch_size(batch: PyTree, mask: jax.Array) -> int:
+    kind = getattr(mask, "dtype", type(mask).__name__)
+    if str(kind) != "bool" or mask.ndim != 1:
+        shape = getattr(mask, "shape", None)
+        raise TypeError(f"mask must be a bool array of shape [batch], got {kind} of shape {shape}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if jnp.shape(leaf)[:1] != mask.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"batch {name!r} of shape {jnp.shape(leaf)} must have one row for each of the "
+                f"{mask.shape[0]} entries of mask."
+            )
+    return int(mask.shape[0])
+
+
+def _nothing(rule: ClipRule, params: PyTree) -> tuple[ClippedSum, PerExample]:
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    none, groups = jnp.zeros(0), jnp.zeros((0, rule.num_groups(params)))
+    facts = PerExample(loss=none, norms=groups, factors=groups, real=jnp.zeros(0, bool))
+    return ClippedSum(zeros, rule.sensitivity()), facts
 
 
 def cut(tree: PyTree, size: int) -> PyTree:
@@ -97,36 +142,3 @@ def cut(tree: PyTree, size: int) -> PyTree:
 def _uncut(tree: PyTree) -> PyTree:
     """Inverse of `cut`."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def _vmap_engine(
-    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
-) -> tuple[PyTree, PerExample]:
-    """Per-example gradients of one microbatch by vmap: the reference for every other engine."""
-    groups = rule.groups(params)
-    num_groups = rule.num_groups(params)
-
-    def one(example: PyTree, real: jax.Array) -> tuple[PyTree, PerExample]:
-        loss, grad = jax.value_and_grad(loss_fn)(params, example)
-        loss = loss.astype(jnp.float32)
-        grad = jax.tree.map(lambda g: g.astype(jnp.float32), grad)
-        squares = [jnp.zeros((), jnp.float32) for _ in range(num_groups)]
-        for group, leaf in zip(groups, jax.tree.leaves(grad)):
-            squares[group] += jnp.sum(jnp.square(leaf))
-        norms = jnp.sqrt(jnp.stack(squares)) if squares else jnp.zeros((0,), jnp.float32)
-        use = real & jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
-        factors = jnp.where(use, rule.factors(norms), 0.0)
-        scale = dict(enumerate(factors))
-        leaves, treedef = jax.tree.flatten(grad)
-        # where, not multiplication: 0 * NaN is NaN.
-        clipped = [jnp.where(use, g, 0.0) * scale[i] for i, g in zip(groups, leaves)]
-        facts = PerExample(
-            loss=jnp.where(real, loss, 0.0),
-            norms=jnp.where(real, norms, 0.0),
-            factors=factors,
-            real=real,
-        )
-        return jax.tree.unflatten(treedef, clipped), facts
-
-    clipped, facts = jax.vmap(one)(batch, mask)
-    return jax.tree.map(lambda g: jnp.sum(g, axis=0), clipped), facts

@@ -271,12 +271,12 @@ def _embed_canonical(site: Site, x: jax.Array, g: jax.Array) -> tuple[jax.Array,
     offset = [scans + i for i in site.params["dimension_numbers"].offset_dims]
     g = g.transpose(*(i for i in range(g.ndim) if i not in offset), *offset)
     g, rows = g.reshape(n, 1, form.T, form.p), x.reshape(n, 1, form.T, 1).astype(jnp.int32)
-    mode = site.params["mode"]
-    if mode == jax.lax.GatherScatterMode.CLIP:
-        rows = jnp.clip(rows, 0, form.d - 1)
-    elif mode != jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-        g = jnp.where((rows >= 0) & (rows < form.d), g, 0)
-    return rows, g
+    if site.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        return jnp.clip(rows, 0, form.d - 1), g
+    # No other mode has a gradient for a row out of range. Such a row becomes row 0 with a zero
+    # cotangent: left as it is, a negative one would be counted from the end once more.
+    inside = (rows >= 0) & (rows < form.d)
+    return jnp.where(inside, rows, 0), jnp.where(inside, g, 0)
 
 
 def _embed_restore(site: Site, w: jax.Array) -> jax.Array:
