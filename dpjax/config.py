@@ -102,8 +102,8 @@ def default() -> ConfigDict:
                     "steps": 10,  # noised signs of the derivative, each halving the range
                 },
             },
-            # Expected (logical) batch size B; "auto": the choice of `dpjax.planner`, which looks
-            # at N, epochs, epsilon and delta alone.
+            # Expected (logical) batch size B; "auto": the choice of `dpjax.build.planner`, which
+            # looks at N, epochs, epsilon and delta alone.
             "batch_size": FieldReference(256, field_type=object),
             # B by fraction of the epochs, instead of `batch_size`, such as ((0.0, 256),
             # (0.5, 1024)). Sigma is the same throughout, so that the whole meets the budget.

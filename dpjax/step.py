@@ -20,9 +20,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from dpjax import dp, metrics
 from dpjax.averaging import moving_average
-from dpjax.finetune import join
 from dpjax.models import Params
-from dpjax.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
+from dpjax.models.finetune import join
+from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
 __all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
            "eval_step", "make_steps"]  # fmt: skip

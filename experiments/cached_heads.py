@@ -1,6 +1,6 @@
 """Runs of a study that train a head alone, on features computed once: minutes become seconds.
 
-The files a run leaves are those of `dpjax.loop`, and so is the head, up to rounding (see
+The files a run leaves are those of `dpjax.training.loop`, and so is the head, up to rounding (see
 `dpjax.heads`); only checkpoints are missing, and `weights.safetensors` holds the head alone.
 """
 
@@ -18,10 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax import budget, build, describe, dp, features, heads, metrics, names, results
+from dpjax import dp, metrics
+from dpjax.build import build, describe, names, privacy
 from dpjax.config import default, differences
+from dpjax.heads import cache as features
+from dpjax.heads import train as heads
 from dpjax.models import InputSpec
-from dpjax.storage import Workdir
+from dpjax.runtime.workdir import Workdir
+from dpjax.training import results
 
 __all__ = ["Job", "fits", "groups", "train_group"]
 
@@ -130,10 +134,10 @@ def _build(config: ConfigDict) -> build.Run:
     shared.batch_size = 1
     opened = _opened(json.dumps(shared.to_dict(), sort_keys=True))
     tuning = names.finetuning_set(config.finetune)(opened.model)
-    sizes, plan = budget.batch_sizes(config, len(opened.train))
-    phases = budget.phases(config, tuning, sizes, len(opened.train))
+    sizes, plan = privacy.batch_sizes(config, len(opened.train))
+    phases = privacy.phases(config, tuning, sizes, len(opened.train))
     return opened._replace(
-        batch_plan=plan, phases=phases, ledger=budget.ledger(config, phases, None)
+        batch_plan=plan, phases=phases, ledger=privacy.ledger(config, phases, None)
     )
 
 

@@ -1,14 +1,15 @@
 """Runs a study: its theory, every point that is missing, and its report.
 
-    python -m experiments.run_study --config=experiments/calibration.py:laptop --workdir=DIR
-    python -m dpjax.report DIR
+    python -m experiments.run_study --config=experiments/calibration/study.py:laptop --workdir=DIR
+    python -m dpjax.commands.report DIR
 
 The first line is resumable: finished points are kept, cut ones go on, failed ones are tried anew.
 The second rebuilds tables and figures from the files alone. Points run one after the other in this
-process, through `dpjax.loop`, or, where only a head trains, together on cached features (see
-`experiments.cached_heads`). An array job runs point k with
+process, through `dpjax.training.loop`, or, where only a head trains, together on cached features
+(see `experiments.cached_heads`). An array job runs point k with
 
-    python -m dpjax.train --config=experiments/calibration.py:paper --workdir=DIR --sweep_index=k
+    python -m dpjax.train --config=experiments/calibration/study.py:paper --workdir=DIR \\
+        --sweep_index=k
 
 and the first line then does the rest. A study may define, besides `get_config`, `sweep` and
 `report`: `measure(run, initial, final)`, JSON values found from the weights before and after
@@ -30,7 +31,12 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dpjax import build, compilation, config, dp, hosts, loop, models, storage, sweep
+from dpjax import config, dp, models
+from dpjax.build import build
+from dpjax.runtime import compilation, hosts
+from dpjax.runtime import workdir as storage
+from dpjax.search import sweep
+from dpjax.training import loop
 from experiments import cached_heads, study
 
 __all__ = ["main", "plan"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_sharding import collectives
 
-from dpjax import compilation, dp, sharding
+from dpjax import dp
 from dpjax.averaging import moving_average
 from dpjax.dp.noise import standard_normal
+from dpjax.runtime import compilation, sharding
 from dpjax.step import Hyper, at_bound, carry_over, make_steps
 
 SIZE = 16

@@ -20,7 +20,7 @@ or a ready optimiser, and take the numbers from a `Mechanism`:
 ...     params = optax.apply_updates(params, updates)
 """
 
-from dpjax.dp import accounting, bookkeeping, sampling
+from dpjax.dp import accounting, sampling
 from dpjax.dp.adaptive import QuantileBound, quantile_bound
 from dpjax.dp.clipping import (
     ClippedSum,
@@ -34,11 +34,12 @@ from dpjax.dp.clipping import (
     one_group,
     per_layer,
 )
+from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines.clipped_sum import clipped_sum
 from dpjax.dp.ledger import BudgetExceeded, Ledger, Phase, statement, to_markdown
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
-from dpjax.dp.per_example import clipped_sum
 from dpjax.dp.sampling import PADDING, chunks
 from dpjax.dp.temperature import fit_temperature
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dpjax.models.bit import RESNETS, ResNetConfig, resnet_v2
-from dpjax.models.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
-from dpjax.models.fetch import WEIGHTS, locate
 from dpjax.models.model import (
     InputSpec,
     Model,
@@ -15,14 +12,17 @@ from dpjax.models.model import (
     from_linen,
     unflatten,
 )
-from dpjax.models.small_resnet import resnet8
-from dpjax.models.text import TEXT_SIZES, TextConfig, text_encoder
-from dpjax.models.text_tokens import tokenizer
+from dpjax.models.nets.bit import RESNETS, ResNetConfig, resnet_v2
+from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
+from dpjax.models.nets.resnet8 import resnet8
+from dpjax.models.nets.text import TEXT_SIZES, TextConfig, text_encoder
+from dpjax.models.nets.vit import SIZES, ViTConfig, vision_transformer
+from dpjax.models.nets.vit_weights import to_timm
+from dpjax.models.nets.wrn import WRN_16_4, WideResNetConfig, wide_resnet
+from dpjax.models.tokens import tokenizer
 from dpjax.models.validate import check_examples_independent, probe
-from dpjax.models.vit import SIZES, ViTConfig, vision_transformer
-from dpjax.models.vit_weights import to_timm
-from dpjax.models.weights import load_plain, load_weights, read_tensors, save_weights
-from dpjax.models.wrn import WRN_16_4, WideResNetConfig, wide_resnet
+from dpjax.models.weights.published import WEIGHTS, locate
+from dpjax.models.weights.tables import load_plain, load_weights, read_tensors, save_weights
 
 __all__ = [
     "LITE0",

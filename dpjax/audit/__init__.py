@@ -1,0 +1,1 @@
+"""Attacks on the guarantee of a run, with canaries among its examples."""

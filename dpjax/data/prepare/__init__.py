@@ -1,0 +1,1 @@
+"""Published archives and folders of images become TFDS data sets."""
