@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax import dp, metrics
-from dpjax.build import build, describe, names, privacy
+from dpjax import build, dp, metrics, models
+from dpjax.build import describe
 from dpjax.config import default, differences
 from dpjax.heads import cache as features
 from dpjax.heads import train as heads
@@ -54,7 +54,7 @@ def fits(config: ConfigDict) -> bool:
     """Whether a run is one that `dpjax.heads` trains: a head, and nothing that needs the images."""
     if config.finetune != "head" or config.dp is None or config.private_seed is None:
         return False
-    if not isinstance(names.model(config.model, 1).input, InputSpec):
+    if not isinstance(build.model.model(config.model, 1).input, InputSpec):
         return False
     changed = [text.split(":")[0].removeprefix("config.") for text in _changes(config)]
     return all(name in _KNOWN or name.startswith(_KNOWN_TREES) for name in changed)
@@ -133,11 +133,11 @@ def _build(config: ConfigDict) -> build.Run:
         shared.dp = None
     shared.batch_size = 1
     opened = _opened(json.dumps(shared.to_dict(), sort_keys=True))
-    tuning = names.finetuning_set(config.finetune)(opened.model)
-    sizes, plan = privacy.batch_sizes(config, len(opened.train))
-    phases = privacy.phases(config, tuning, sizes, len(opened.train))
+    tuning = build.model.finetuning_set(config.finetune)(opened.model)
+    sizes, plan = build.schedules.batch_sizes(config, len(opened.train))
+    phases = build.schedules.phases(config, tuning, sizes, len(opened.train))
     return opened._replace(
-        batch_plan=plan, phases=phases, ledger=privacy.ledger(config, phases, None)
+        batch_plan=plan, phases=phases, ledger=build.privacy.ledger(config, phases, None)
     )
 
 
@@ -150,7 +150,7 @@ def _run(job: Job, built: build.Run) -> build.Run:
     rate, bound = job.config.optimizer.learning_rate, job.config.dp.bound
     return built._replace(
         config=job.config,
-        rule=names.clip_rule(job.config.dp),
+        rule=build.privacy.clip_rule(job.config.dp),
         phases=tuple(p._replace(learning_rate=rate, bound=bound) for p in built.phases),
     )
 
@@ -187,7 +187,7 @@ def _write(
     begin = results.prefix(run)
     last = {f"{begin}{name}": value for name, value in found.items()}
     workdir.append_metrics(steps, last | {"epsilon": workdir.read("privacy.json")["epsilon"]})
-    workdir.save_weights(head)
+    models.save_weights(head, workdir.path / "weights.safetensors")
     if measure is not None:
         workdir.write("measured.json", measure(run, run.params, {**run.params, **head}))
     workdir.write("eval.json", {**found, "reliability": metrics.reliability(sums)._asdict()})

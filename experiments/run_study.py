@@ -31,8 +31,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dpjax import config, dp, models
-from dpjax.build import build
+from dpjax import build, config, dp, models
 from dpjax.runtime import compilation, hosts
 from dpjax.runtime import workdir as storage
 from dpjax.search import sweep

@@ -21,7 +21,7 @@ from scipy import stats
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from dpjax.build import names
+from dpjax import files
 from dpjax.search import sweep
 
 __all__ = [
@@ -79,7 +79,7 @@ class Figure(NamedTuple):
 def size(arg: str | None) -> str:
     """Returns the size that a config's argument names; "laptop" if there is none."""
     chosen = arg or "laptop"
-    names.choose("arg", chosen, dict.fromkeys(SIZES))
+    files.choose("arg", chosen, dict.fromkeys(SIZES))
     return chosen
 
 

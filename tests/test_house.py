@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "dpjax"
 # Lowest first. A room, a package or a module of `dpjax/` directly, imports from lower levels only,
 # and rooms of one level know nothing of each other.
 LEVELS = (
-    {"dp", "config", "metrics", "averaging", "guide"},
-    {"models", "data"},
-    {"runtime"},
+    {"files"},
+    {"dp", "config", "metrics", "guide"},
+    {"models", "data", "runtime"},
     {"step"},
     {"build", "heads"},
     {"training", "search"},

@@ -37,11 +37,9 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from dpjax import dp
+from dpjax import dp, files
 from dpjax.audit.canaries import CANARIES, make
-from dpjax.build import names
-from dpjax.build.build import Run
-from dpjax.build.privacy import Phase
+from dpjax.build import Phase, Run
 from dpjax.dp import ledger as dp_ledger
 from dpjax.dp import lower_bound as statistics
 from dpjax.dp import seeds as rng
@@ -129,7 +127,7 @@ def audit(
 
 def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:
     """Refuses what `audit` cannot do, before anything runs; returns the run's ledger."""
-    names.choose("canaries", canaries, dict.fromkeys(CANARIES))
+    files.choose("canaries", canaries, dict.fromkeys(CANARIES))
     if count < 1:
         raise ValueError(f"count={count} must be >= 1.")
     if runs != 1 and (runs < 4 or runs % 2):

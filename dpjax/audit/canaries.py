@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpjax import models
-from dpjax.build.build import Run
+from dpjax.build import Run
 from dpjax.data.dataset import Dataset, Source
 from dpjax.dp import seeds
 from dpjax.models import Params

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from dpjax import dp
-from dpjax.build import names
-from dpjax.build.build import Run
-from dpjax.build.privacy import Phase
+from dpjax.build.model import model_title
+from dpjax.build.run import Phase, Run
 from dpjax.dp import ledger as dp_ledger
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune
@@ -30,7 +29,7 @@ def describe(run: Run) -> str:
         "data set": f"{run.train.name}, split {run.train.split} (held out: {run.test.split})",
         "examples N": f"{len(run.train):,} (held out {len(run.test):,})",
         "classes": run.train.num_classes,
-        "model": f"{names.model_title(config.model)}, weights {config.model.weights}",
+        "model": f"{model_title(config.model)}, weights {config.model.weights}",
         "parameters": f"{finetune.count(trainable):,} trainable ({config.finetune}), "
         f"{finetune.count(frozen):,} frozen",
         "steps T": f"{sum(p.steps for p in run.phases):,} ({config.epochs:g} epochs"

@@ -1,104 +1,65 @@
-"""From a config to the phases of a run, and what each of them pays of the one budget."""
+"""`config.dp` becomes the clipping rule, the mechanism of every phase and the ledger."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from dpjax import data, dp
-from dpjax.build import names, planner, schedules
-from dpjax.build.schedules import Schedule
-from dpjax.models import finetune
-from dpjax.step import Hyper
+from dpjax.build.run import Phase, Temperature
+from dpjax.data import Dataset
+from dpjax.files import choose
 
-__all__ = ["Phase", "Temperature", "batch_sizes", "bounds", "ledger", "phases", "temperature"]
-
-
-class Phase(NamedTuple):
-    """One stretch of training: what trains, for how long, under which mechanism.
-
-    Attributes:
-        name: "linear-probe" or "train"; with its number, where a training has several phases.
-        training: number of the training that it belongs to. The phases of one training are stages
-            of a schedule: what is in the train state goes on as if they were one.
-        trainable: predicate on parameter paths.
-        steps: number of updates.
-        batch_size: expected batch size B.
-        bound: clip bound C; where it adapts, that of the run's first step.
-        mechanism: None without privacy.
-        optimizer: makes the transform from traced values; one object for all of a training.
-        learning_rate: base learning rate.
-        keep_optimizer: whether optimiser state of leaves that the training before trained goes on.
-    """
-
-    name: str
-    training: int
-    trainable: Callable[[str], bool]
-    steps: int
-    batch_size: int
-    bound: float
-    mechanism: dp.Mechanism | None
-    optimizer: Callable[[Hyper], optax.GradientTransformation]
-    learning_rate: float
-    keep_optimizer: bool = False
+__all__ = ["adaptive_bound", "clip_rule", "ledger", "temperature", "with_noise"]
 
 
-class Temperature(NamedTuple):
-    """How the softmax temperature is fitted after training.
-
-    Attributes:
-        data: examples that no phase reads.
-        mechanism: of full batches of them.
-        bound: on an example's derivative.
-    """
-
-    data: data.Dataset
-    mechanism: dp.Mechanism
-    bound: float
-
-
-def bounds(config: ConfigDict) -> Schedule:
-    """Returns the schedule of the clip bound; without privacy there is none, and it is 1."""
-    return ((0.0, 1.0),) if config.dp is None else _schedule("dp.bound", config.dp)
-
-
-def batch_sizes(config: ConfigDict, num_examples: int) -> tuple[Schedule, planner.Plan | None]:
-    """Returns the schedule of B, and the plan it comes from if the config says "auto"."""
-    plan, sizes = None, _schedule("batch_size", config)
-    if config.batch_size == "auto":
-        if config.batch_size_schedule:
-            raise ValueError("batch_size='auto' and batch_size_schedule exclude each other.")
-        if config.dp is None:
-            raise ValueError("batch_size='auto' plans for a privacy budget, but dp=None has none.")
-        if config.dp.sampler != "poisson":
-            raise ValueError(
-                f"batch_size='auto' plans for dp.sampler='poisson', got {config.dp.sampler!r}."
-            )
-        plan = planner.plan(num_examples, config.epochs, config.dp.epsilon, config.dp.delta)
-        sizes = ((0.0, plan.batch_size),)
-    for _, size in sizes:
-        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
-        if not whole or not 1 <= size <= num_examples:
-            raise ValueError(
-                f"batch_size={size!r} must be 'auto' or a whole number in 1..{num_examples}, the "
-                "training examples."
-            )
-    return sizes, plan
+def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
+    """Makes the clipping rule of `config.dp`, at its bound or at another."""
+    make = choose(
+        "dp.clipping",
+        config.clipping,
+        {
+            "flat": dp.flat,
+            "per_layer": dp.per_layer,
+            "automatic": functools.partial(dp.automatic, gamma=config.gamma),
+            "global": dp.global_,
+        },
+    )
+    try:
+        rule: dp.ClipRule = make(
+            config.bound if bound is None else bound, normalised=config.normalised
+        )
+    except ValueError as error:
+        raise ValueError(f"dp.{error}") from error
+    return rule
 
 
-def _schedule(field: str, config: ConfigDict) -> Schedule:
-    name = field.split(".")[-1]
-    if not config[f"{name}_schedule"]:
-        return ((0.0, config[name]),)
-    return schedules.values(f"{field}_schedule", config[f"{name}_schedule"])
+def adaptive_bound(config: ConfigDict) -> dp.QuantileBound | None:
+    """Makes the rule by which the bound of `config.dp` follows a quantile; None: it does not."""
+    adaptive = config.adaptive
+    if adaptive.quantile is None:
+        return None
+    if config.clipping != "flat":
+        raise ValueError(f"dp.adaptive.quantile needs dp.clipping='flat', got {config.clipping!r}.")
+    if config.bound_schedule:
+        raise ValueError("dp.adaptive.quantile and dp.bound_schedule exclude each other.")
+    try:
+        made = dp.quantile_bound(
+            adaptive.quantile, rate=adaptive.rate, lower_bound=adaptive.lower_bound
+        )
+    except ValueError as error:
+        raise ValueError(f"dp.adaptive.{error}") from error
+    if config.bound < adaptive.lower_bound:
+        raise ValueError(
+            f"dp.bound={config.bound} must be >= dp.adaptive.lower_bound={adaptive.lower_bound}."
+        )
+    return made
 
 
-def temperature(config: ConfigDict, train: data.Dataset) -> tuple[data.Dataset, Temperature | None]:
+def temperature(config: ConfigDict, train: Dataset) -> tuple[Dataset, Temperature | None]:
     """Splits off the examples that a temperature is fitted on, if one is; they do not train."""
     if config.dp is None or not config.dp.temperature.share:
         return train, None
@@ -124,60 +85,7 @@ def temperature(config: ConfigDict, train: data.Dataset) -> tuple[data.Dataset, 
     return rest, Temperature(share, mechanism, chosen.bound)
 
 
-def phases(
-    config: ConfigDict, tuning: finetune.FineTuning, sizes: Schedule, num_examples: int
-) -> tuple[Phase, ...]:
-    """Returns the phases of a run; those of a private one compose to no more than its budget.
-
-    Args:
-        config: of the run.
-        tuning: what trains after linear probing.
-        sizes: the schedule of the batch size.
-        num_examples: N.
-    """
-    stages = schedules.stages(
-        num_examples=num_examples,
-        epochs=config.epochs,
-        batch_sizes=sizes,
-        bounds=bounds(config),
-        cuts=[config.lp.fraction],
-    )
-    rate = config.lp.learning_rate or config.optimizer.learning_rate
-    if not 0 < rate < math.inf:
-        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
-    probing = [stage for stage in stages if stage.begin < config.lp.fraction]
-    in_head = finetune.head()(tuning.model).trainable
-    keep = config.lp.keep_optimizer
-    planned = [
-        ("linear-probe", in_head, probing, rate, False),
-        ("train", tuning.trainable, stages[len(probing) :], config.optimizer.learning_rate, keep),
-    ]
-    made: list[Phase] = []
-    for name, trainable, mine, base, keeps in planned:
-        if not mine:
-            continue
-        total = sum(stage.steps for stage in mine)
-        optimizer = names.optimizer(config.optimizer, total, private=config.dp is not None)
-        training = made[-1].training + 1 if made else 0
-        made += [
-            Phase(
-                name=name if len(mine) == 1 else f"{name} {number}",
-                training=training,
-                trainable=trainable,
-                steps=stage.steps,
-                batch_size=stage.batch_size,
-                bound=stage.bound,
-                mechanism=None,
-                optimizer=optimizer,
-                learning_rate=base,
-                keep_optimizer=keeps,
-            )
-            for number, stage in enumerate(mine, start=1)
-        ]
-    return tuple(made) if config.dp is None else _with_noise(config, made, num_examples)
-
-
-def _with_noise(config: ConfigDict, made: list[Phase], num_examples: int) -> tuple[Phase, ...]:
+def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> tuple[Phase, ...]:
     """Gives every phase a mechanism, so that their composition meets the one budget."""
     if not 0 < config.lp.noise_ratio < math.inf:
         raise ValueError(f"lp.noise_ratio={config.lp.noise_ratio} must be > 0 and finite.")

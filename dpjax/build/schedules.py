@@ -1,4 +1,4 @@
-"""Piecewise constant values over a run, cut into stages in which nothing changes.
+"""Batch size and clip bound over the epochs, and the phases into which they cut a run.
 
 A schedule is a tuple of (fraction of the epochs at which a value begins, value). A step reads B
 examples on average, so a stage that covers a share f of the epochs E at batch size B has about
@@ -12,7 +12,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Schedule", "Stage", "stages", "values"]
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpjax.build import planner
+from dpjax.build.optimizer import optimizer
+from dpjax.build.privacy import with_noise
+from dpjax.build.run import Phase
+from dpjax.models import finetune
+
+__all__ = ["Schedule", "Stage", "batch_sizes", "bounds", "phases", "stages", "values"]
 
 Schedule = Sequence[tuple[float, Any]]
 
@@ -107,3 +116,92 @@ def stages(
                     f"{begin:g} to {until:g} of {epochs:g} epochs."
                 )
     return tuple(made)
+
+
+def bounds(config: ConfigDict) -> Schedule:
+    """Returns the schedule of the clip bound; without privacy there is none, and it is 1."""
+    return ((0.0, 1.0),) if config.dp is None else _schedule("dp.bound", config.dp)
+
+
+def batch_sizes(config: ConfigDict, num_examples: int) -> tuple[Schedule, planner.Plan | None]:
+    """Returns the schedule of B, and the plan it comes from if the config says "auto"."""
+    plan, sizes = None, _schedule("batch_size", config)
+    if config.batch_size == "auto":
+        if config.batch_size_schedule:
+            raise ValueError("batch_size='auto' and batch_size_schedule exclude each other.")
+        if config.dp is None:
+            raise ValueError("batch_size='auto' plans for a privacy budget, but dp=None has none.")
+        if config.dp.sampler != "poisson":
+            raise ValueError(
+                f"batch_size='auto' plans for dp.sampler='poisson', got {config.dp.sampler!r}."
+            )
+        plan = planner.plan(num_examples, config.epochs, config.dp.epsilon, config.dp.delta)
+        sizes = ((0.0, plan.batch_size),)
+    for _, size in sizes:
+        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not whole or not 1 <= size <= num_examples:
+            raise ValueError(
+                f"batch_size={size!r} must be 'auto' or a whole number in 1..{num_examples}, the "
+                "training examples."
+            )
+    return sizes, plan
+
+
+def _schedule(field: str, config: ConfigDict) -> Schedule:
+    name = field.split(".")[-1]
+    if not config[f"{name}_schedule"]:
+        return ((0.0, config[name]),)
+    return values(f"{field}_schedule", config[f"{name}_schedule"])
+
+
+def phases(
+    config: ConfigDict, tuning: finetune.FineTuning, sizes: Schedule, num_examples: int
+) -> tuple[Phase, ...]:
+    """Returns the phases of a run; those of a private one compose to no more than its budget.
+
+    Args:
+        config: of the run.
+        tuning: what trains after linear probing.
+        sizes: the schedule of the batch size.
+        num_examples: N.
+    """
+    cut = stages(
+        num_examples=num_examples,
+        epochs=config.epochs,
+        batch_sizes=sizes,
+        bounds=bounds(config),
+        cuts=[config.lp.fraction],
+    )
+    rate = config.lp.learning_rate or config.optimizer.learning_rate
+    if not 0 < rate < math.inf:
+        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
+    probing = [stage for stage in cut if stage.begin < config.lp.fraction]
+    in_head = finetune.head()(tuning.model).trainable
+    keep = config.lp.keep_optimizer
+    planned = [
+        ("linear-probe", in_head, probing, rate, False),
+        ("train", tuning.trainable, cut[len(probing) :], config.optimizer.learning_rate, keep),
+    ]
+    made: list[Phase] = []
+    for name, trainable, mine, base, keeps in planned:
+        if not mine:
+            continue
+        total = sum(stage.steps for stage in mine)
+        factory = optimizer(config.optimizer, total, private=config.dp is not None)
+        training = made[-1].training + 1 if made else 0
+        made += [
+            Phase(
+                name=name if len(mine) == 1 else f"{name} {number}",
+                training=training,
+                trainable=trainable,
+                steps=stage.steps,
+                batch_size=stage.batch_size,
+                bound=stage.bound,
+                mechanism=None,
+                optimizer=factory,
+                learning_rate=base,
+                keep_optimizer=keeps,
+            )
+            for number, stage in enumerate(mine, start=1)
+        ]
+    return tuple(made) if config.dp is None else with_noise(config, made, num_examples)

@@ -12,9 +12,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from dpjax import build
 from dpjax.audit import attack
 from dpjax.audit.canaries import CANARIES
-from dpjax.build import build
 from dpjax.runtime import compilation
 from dpjax.runtime.workdir import Workdir
 

@@ -20,8 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dpjax import models
-from dpjax.build import names
+from dpjax import build, models
 
 __all__ = ["export", "main"]
 
@@ -68,7 +67,7 @@ def export(workdir: Path, target: Path, *, layout: str = "dpjax") -> list[Path]:
 def _timm(config: ConfigDict, weights: Path) -> dict[str, np.ndarray]:
     if config.model.name != "vit":
         raise ValueError(f"format='timm' is for model.name='vit', got {config.model.name!r}.")
-    shape = names.size("model.options", models.SIZES, config.model)
+    shape = build.model.size("model.options", models.SIZES, config.model)
     tensors = models.read_tensors(weights)
     net = models.vision_transformer(shape, len(tensors["head/bias"]))
     like: Any = jax.eval_shape(net.init, jax.random.key(0))

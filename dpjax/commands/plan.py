@@ -26,12 +26,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpjax.build import planner
-from dpjax.build.planner import Plan, plan
 
-__all__ = ["Plan", "main", "plan", "plot", "table"]
+__all__ = ["main", "plot", "table"]
 
 
-def table(plan: Plan) -> str:
+def table(plan: planner.Plan) -> str:
     """The plan as text."""
     lines = [
         f"N={plan.num_examples}  epochs={plan.epochs:g}  epsilon={plan.epsilon:g}  "
@@ -86,7 +85,7 @@ def plot(
     for axes, some_epochs in zip(panels, all_epochs):
         for index, eps in enumerate(all_epsilons):
             try:
-                made = plan(num_examples, some_epochs, eps, delta, tol=3e-3, **rule)
+                made = planner.plan(num_examples, some_epochs, eps, delta, tol=3e-3, **rule)
             except ValueError:  # less than one step
                 continue
             sizes = [row.batch_size for row in made.rows]
@@ -199,7 +198,7 @@ def main() -> int:
         if len(rest) > 1:
             raise _Mistake(f"unexpected argument {rest[1]!r}.")
         arguments = _arguments(values)
-        made = plan(**arguments)
+        made = planner.plan(**arguments)
         if values["plot"].value:
             plot(values["plot"].value, **arguments)
     except (

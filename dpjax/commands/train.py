@@ -41,9 +41,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    from dpjax import dp
+    from dpjax import build, dp
     from dpjax.audit import attack
-    from dpjax.build import build
     from dpjax.commands import report
     from dpjax.runtime import compilation, hosts
     from dpjax.runtime import workdir as storage

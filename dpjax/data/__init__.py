@@ -1,6 +1,6 @@
 """Data sets in random access, their preparation, and the path from disk to the step."""
 
-from dpjax.data.dataset import Dataset, from_arrays
+from dpjax.data.dataset import Dataset, from_arrays, splits_overlap
 from dpjax.data.images import ImageSpec
 from dpjax.data.load import load, load_text
 from dpjax.data.prefetch import Prefetcher, chunks, prefetch
@@ -25,5 +25,6 @@ __all__ = [
     "random_flip",
     "random_share",
     "random_shift",
+    "splits_overlap",
     "subset",
 ]

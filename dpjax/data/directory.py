@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
+from dpjax.files import cache_dir, did_you_mean
+
 __all__ = [
     "check_split",
     "data_dir_or_default",
     "find_directory",
     "find_feature",
-    "nearest",
     "open_directory",
 ]
 
@@ -32,14 +31,8 @@ def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
     """`data_dir`, or $DPJAX_DATA_DIR, or $DPJAX_CACHE_DIR/data, or ~/.cache/dpjax/data."""
     chosen = data_dir or os.environ.get("DPJAX_DATA_DIR")
     if not chosen:
-        chosen = Path(os.environ.get("DPJAX_CACHE_DIR") or "~/.cache/dpjax") / "data"
+        return cache_dir("data")
     return Path(chosen).expanduser()
-
-
-def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """' Did you mean ...?' for the known name nearest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def split_name(name: str) -> tuple[str, str | None, str | None]:
@@ -141,7 +134,7 @@ def check_split(builder: Any, split: str) -> None:
         if match is None or match["name"] not in known:
             wrong = match["name"] if match else part
             raise ValueError(
-                f"split={split!r}: {wrong!r} must be one of {known}.{nearest(wrong, known)}"
+                f"split={split!r}: {wrong!r} must be one of {known}.{did_you_mean(wrong, known)}"
             )
     split = "".join(split.split())
     try:
@@ -178,7 +171,7 @@ def find_feature(builder: Any, kind: type, key: str | None, field: str) -> str:
         if key not in fitting:
             raise ValueError(
                 f"{field}={key!r} must be one of {fitting}, the {kind.__name__} features of "
-                f"{builder.info.name!r}.{nearest(key, fitting)}"
+                f"{builder.info.name!r}.{did_you_mean(key, fitting)}"
             )
         return key
     supervised = [name for name in builder.info.supervised_keys or () if name in fitting]

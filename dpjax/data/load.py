@@ -14,7 +14,6 @@ from dpjax.data.dataset import Dataset
 from dpjax.data.directory import (
     data_dir_or_default,
     find_directory,
-    nearest,
     open_directory,
     split_name,
 )
@@ -23,6 +22,7 @@ from dpjax.data.prepare.atomic import prepare_builder
 from dpjax.data.prepare.builders import EMBEDDED
 from dpjax.data.prepare.sources import SOURCES
 from dpjax.data.records import images_dataset, text_dataset
+from dpjax.files import did_you_mean
 
 __all__ = ["load", "load_text"]
 
@@ -106,7 +106,7 @@ def _check_name(name: str, root: Path) -> None:
     if base not in known and base not in there:
         here = sorted({*EMBEDDED, *SOURCES, *(item for item in there if item.isidentifier())})
         # TFDS registers hundreds of names, so ours and what is there are looked at first.
-        hint = nearest(base, here, cutoff=0.75) or nearest(base, {*known, *here})
+        hint = did_you_mean(base, here, cutoff=0.75) or did_you_mean(base, {*known, *here})
         raise ValueError(f"dataset={name!r} is unknown.{hint} Known without TFDS: {here}.")
 
 

@@ -16,6 +16,8 @@ import hashlib
 import os
 import re
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,10 +25,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dpjax import data, dp
+from dpjax import data, dp, files
 from dpjax.data.dataset import Source
 from dpjax.heads.features import FeatureSet, average, concatenate, normalise
-from dpjax.heads.shards import Shards
 from dpjax.models import InputSpec, Model, Params, check_examples_independent, flatten, probe
 from dpjax.runtime import sharding
 
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _DTYPES = ("float32", "float16")
+_ROWS = 1024  # of a shard
 
 Prepare = Callable[[jax.Array], jax.Array]
 
@@ -96,7 +98,7 @@ def compute_features(
     two = jax.ShapeDtypeStruct((2, *dataset.shape), dataset.source.dtype)
     key = _key(function, body, two, dataset, dtype)
     shape = (len(dataset), jax.eval_shape(function, body, two).shape[1])
-    shards = Shards(_folder(cache_dir, dataset, key), shape, dtype)
+    shards = _Shards(_folder(cache_dir, dataset, key), shape, dtype)
     values = np.zeros(shape, np.float32)
     missing = []
     for number in range(len(shards)):
@@ -150,12 +152,11 @@ def _folder(
     cache_dir: str | os.PathLike[str] | None, dataset: data.Dataset, key: str
 ) -> Path | None:
     """Where the entry lies; None to keep nothing."""
-    root = os.environ.get("DPJAX_CACHE_DIR", os.path.join("~", ".cache", "dpjax"))
-    if cache_dir is None and not root:
+    if cache_dir is None and not files.caching():
         return None
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{dataset.name}-{dataset.split}")[:60]
-    above = Path(root) / "features" if cache_dir is None else Path(cache_dir)
-    return above.expanduser() / f"{name}-{key[:40]}"
+    above = files.cache_dir("features") if cache_dir is None else Path(cache_dir).expanduser()
+    return above / f"{name}-{key[:40]}"
 
 
 def _key(
@@ -185,7 +186,7 @@ def _computed(
     function: Callable[[Params, jax.Array], jax.Array],
     body: Params,
     dataset: data.Dataset,
-    shards: Shards,
+    shards: _Shards,
     missing: list[int],
     batch_size: int,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -220,3 +221,69 @@ def _check_finite(part: np.ndarray, first: int, dataset: data.Dataset) -> None:
             f"features of example {first + int(bad[0])} of {dataset.name!r} are not "
             "finite: are these the weights of this model, and is dtype wide enough?"
         )
+
+
+class _Shards:
+    """Rows of an array, cut into files `00000.npz`, `00001.npz`, ... of one directory.
+
+    Each file is a zip archive; reading it checks the CRC of what it holds. Several processes may
+    write the same shard: the last one wins, and readers see one of them whole.
+
+    Args:
+        folder: made by the first `write`; None keeps nothing.
+        shape: `[rows, columns]` of the array.
+        dtype: on disk.
+    """
+
+    def __init__(self, folder: Path | None, shape: tuple[int, int], dtype: str) -> None:
+        self._folder = folder
+        self._shape = shape
+        self._dtype = np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return -(-self._shape[0] // _ROWS)
+
+    def rows(self, number: int) -> slice:
+        """The rows of the array that shard `number` holds."""
+        return slice(number * _ROWS, min((number + 1) * _ROWS, self._shape[0]))
+
+    def read(self, number: int) -> np.ndarray | None:
+        """Returns a shard; None if it is not there or damaged, which is said on stderr."""
+        if self._folder is None:
+            return None
+        path, rows = self._path(self._folder, number), self.rows(number)
+        want = (rows.stop - rows.start, self._shape[1])
+        try:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+                part: np.ndarray = archive["arr_0"]
+            if part.shape != want or part.dtype != self._dtype:
+                raise ValueError(f"{part.dtype} {part.shape} instead of {self._dtype} {want}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zlib.error,
+                zipfile.BadZipFile, NotImplementedError) as error:  # fmt: skip
+            sys.stderr.write(f"{path} is damaged ({error}) and is computed again.\n")
+            return None
+        return part
+
+    def write(self, number: int, part: np.ndarray) -> None:
+        """Writes a shard whole or not at all.
+
+        Raises:
+            ValueError: the directory cannot be written.
+        """
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._path(self._folder, number)
+            with files.replacing(path, secret=True) as temporary, temporary.open("wb") as file:
+                np.savez(file, part.astype(self._dtype))
+        except OSError as error:
+            raise ValueError(
+                f"cache_dir={str(self._folder.parent)!r} cannot be written: {error}."
+            ) from error
+
+    @staticmethod
+    def _path(folder: Path, number: int) -> Path:
+        return folder / f"{number:05d}.npz"

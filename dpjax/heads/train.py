@@ -20,11 +20,10 @@ import numpy as np
 import optax
 
 from dpjax import dp, metrics
-from dpjax.averaging import moving_average
 from dpjax.dp import linear_head, seeds
 from dpjax.heads.cache import FeatureSet
 from dpjax.models import Params
-from dpjax.step import Hyper, TrainState
+from dpjax.step import Hyper, TrainState, moving_average
 
 __all__ = [
     "Heads",
@@ -130,9 +129,9 @@ def train_heads(
         points: the runs; all private, or none.
         steps: T of every run.
         batch_size: expected batch size B; the number of examples for full batches.
-        optimizer: as `names.optimizer` makes it, for these steps and this batch size.
+        optimizer: as `build.optimizer.optimizer` makes it, for these steps and this batch size.
         head: where every run starts, `initial_head` by default.
-        ema_decay: of the average of the iterates, see `averaging.moving_average`.
+        ema_decay: of the average of the iterates, see `step.moving_average`.
         at_once: points trained together; memory grows with it, results do not depend on it.
 
     Returns:

@@ -16,8 +16,7 @@ from dpjax.models.nets.bit import RESNETS, ResNetConfig, resnet_v2
 from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
 from dpjax.models.nets.resnet8 import resnet8
 from dpjax.models.nets.text import TEXT_SIZES, TextConfig, text_encoder
-from dpjax.models.nets.vit import SIZES, ViTConfig, vision_transformer
-from dpjax.models.nets.vit_weights import to_timm
+from dpjax.models.nets.vit import SIZES, ViTConfig, to_timm, vision_transformer
 from dpjax.models.nets.wrn import WRN_16_4, WideResNetConfig, wide_resnet
 from dpjax.models.tokens import tokenizer
 from dpjax.models.validate import check_examples_independent, probe

@@ -6,10 +6,11 @@ import collections
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from dpjax import files
 
 __all__ = ["Counter", "counting", "keep_on_disk"]
 
@@ -20,10 +21,9 @@ def keep_on_disk() -> None:
     Runs of equal shapes, such as the points of a sweep over learning rates or epsilon, then
     compile once. An empty DPJAX_CACHE_DIR turns this off, and JAX_COMPILATION_CACHE_DIR is obeyed.
     """
-    root = os.environ.get("DPJAX_CACHE_DIR", os.path.expanduser("~/.cache/dpjax"))
-    if not root or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if not files.caching() or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    jax.config.update("jax_compilation_cache_dir", str(Path(root, "xla")))
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

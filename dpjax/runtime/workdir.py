@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dpjax.config import differences
-from dpjax.models import save_weights
+from dpjax.files import replacing
 
 __all__ = ["OtherRun", "Workdir", "code_digest", "digest", "read_jsonl"]
 
@@ -123,15 +123,8 @@ class Workdir:
         if not self.writes:
             return
         text = content if isinstance(content, str) else _dumps(content) + "\n"
-        temporary = self.path / f".{name}.tmp"
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644
-        )
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        with replacing(self.path / name, secret=secret) as temporary:
+            temporary.write_text(text)
 
     def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one object to `metrics.jsonl`."""
@@ -144,11 +137,6 @@ class Workdir:
         if self.writes and self.exists("metrics.jsonl"):
             rows = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["step"] <= step]
             self.write("metrics.jsonl", "".join(_dumps(r, indent=None) + "\n" for r in rows))
-
-    def save_weights(self, params: Any, name: str = "weights.safetensors") -> None:
-        """Writes parameters as a `.safetensors` file."""
-        if self.writes:
-            save_weights(params, self.path / name)
 
     def losses(self) -> dict[int, float]:
         """Returns the held-out loss of every step that was evaluated."""

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax.build import build, names
-from dpjax.data.dataset import splits_overlap
+from dpjax import build, files
+from dpjax.data import splits_overlap
 from dpjax.dp import ledger, repeat_and_select
 from dpjax.runtime import workdir as storage
 from dpjax.search import proposals, sweep
@@ -76,8 +76,8 @@ class Job(NamedTuple):
 
 
 def check(flags: argparse.Namespace, others: Sequence[str], found: Sequence[Row]) -> None:
-    names.choose("method", flags.method, dict.fromkeys(METHODS))
-    names.choose("metric", flags.metric, METRICS)
+    files.choose("method", flags.method, dict.fromkeys(METHODS))
+    files.choose("metric", flags.metric, METRICS)
     if flags.storage and flags.method != "optuna":
         raise ValueError(f"storage={flags.storage!r} belongs to method='optuna'.")
     if flags.method == "grid" and flags.trials is not None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.build.build import Run
+from dpjax.build import Run
 from dpjax.models import finetune
 from dpjax.runtime import hosts, sharding
 from dpjax.training import phases

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpjax import dp, metrics
-from dpjax.build.build import Run
-from dpjax.build.privacy import Phase
+from dpjax.build import Phase, Run
 from dpjax.models import Params
 from dpjax.runtime import sharding
 from dpjax.runtime.sharding import Layout

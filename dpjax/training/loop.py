@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from dpjax import data
-from dpjax.build.build import Run
+from dpjax.build import Run
 from dpjax.build.describe import describe, identity, ledger_after, statement
 from dpjax.config import differences
 from dpjax.dp import ledger as dp_ledger

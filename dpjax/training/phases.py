@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpjax.build.build import Run
+from dpjax.build import Run
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, unflatten
 from dpjax.runtime import sharding

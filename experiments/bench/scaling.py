@@ -35,8 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax import dp, models
-from dpjax.build import build
+from dpjax import build, dp, models
 from dpjax.config import default
 from dpjax.models import finetune
 from dpjax.runtime import compilation, sharding

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpjax.build import build
+from dpjax import build
 from dpjax.dp import seeds
 from dpjax.heads import cache as features
 from dpjax.heads import train as heads

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpjax import dp
-from dpjax.build import build, planner
+from dpjax import build, dp
+from dpjax.build import planner
 from dpjax.config import default
 from dpjax.dp import accounting
 from dpjax.search import proposals

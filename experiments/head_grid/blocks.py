@@ -11,9 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dpjax import build, dp
 from dpjax import config as configs
-from dpjax import dp
-from dpjax.build import names
 from dpjax.dp import least_squares
 from dpjax.dp import seeds as rng
 from dpjax.heads import train as heads
@@ -75,7 +74,7 @@ def _transform(name: str, steps: int, *, private: bool) -> heads.Optimizer:
     with config.unlocked():
         config.name = "sgd" if name == "momentum" else name
         config.options = {"momentum": 0.9} if name == "momentum" else {}
-    return names.optimizer(config, steps, private=private)
+    return build.optimizer.optimizer(config, steps, private=private)
 
 
 @dataclasses.dataclass(frozen=True)

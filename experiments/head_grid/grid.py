@@ -34,9 +34,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from dpjax import build, data, dp, files, models
 from dpjax import config as configs
-from dpjax import data, dp, models
-from dpjax.build import names
 from dpjax.heads import cache as features
 from dpjax.heads import train as heads
 from dpjax.heads.cache import FeatureSet
@@ -227,7 +226,7 @@ def load_features(
     weights = config.model.weights
     path = None if weights is None else models.locate(weights)
     dataset = data.load(config.data.name, split=split, data_dir=config.data.data_dir)
-    net = names.model(config.model, dataset.num_classes)
+    net = build.model.model(config.model, dataset.num_classes)
     if path is None:
         params = net.init(jax.random.key(0))
     else:
@@ -268,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace) -> None:
     stages = flags.stages.split(",")
     for stage in stages:
-        names.choose("stages", stage, dict.fromkeys(STAGES))
+        files.choose("stages", stage, dict.fromkeys(STAGES))
     epsilons = [float(e) for e in flags.epsilons.split(",")]
     seeds = [int(seed) for seed in flags.seeds.split(",")]
     workdir: Path = flags.workdir

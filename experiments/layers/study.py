@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 from ml_collections import ConfigDict
 
-from dpjax.build import build
+from dpjax import build
 from dpjax.config import default
 from dpjax.dp import repeat_and_select
 from dpjax.models import finetune

@@ -29,8 +29,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from dpjax import data, models
-from dpjax.build import build, names
+from dpjax import build, data, models
 from dpjax.config import default
 from experiments import study
 from experiments.lp_ft import distortion
@@ -140,7 +139,7 @@ def theory(arg: str | None = None) -> Row:
 
 def measure(run: build.Run, initial: models.Params, final: models.Params) -> Row:
     """How far the features of test images moved, and whether head and features fit."""
-    model = names.model(run.config.model, run.test.num_classes)
+    model = build.model.model(run.config.model, run.test.num_classes)
     chosen = np.arange(min(_TESTED, len(run.test)))
     batch = run.test.get(chosen)
     spec = model.input

@@ -12,9 +12,8 @@ import pytest
 from test_broken import Unclipped
 from tiny import tiny_config
 
-from dpjax import dp
+from dpjax import build, dp
 from dpjax.audit import attack, canaries
-from dpjax.build import build
 from dpjax.commands.audit import main
 from dpjax.dp import seeds as rng
 from dpjax.dp.lower_bound import p_value

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import pytest
 from test_config import CONFIGS
 
+from dpjax import build, dp, models
 from dpjax import config as config_lib
-from dpjax import dp, models
-from dpjax.build import build, names
 from dpjax.models import finetune
 
 # Training examples, classes and the shape of a stored input.
@@ -32,11 +31,11 @@ def test_no_config_is_forgotten():
 def test_config_builds(path):
     config = config_lib.load(str(path))
     num_examples, classes, shape = DATA[path.stem]
-    tuning = names.finetuning_set(config.finetune)(names.model(config.model, classes))
+    tuning = build.model.finetuning_set(config.finetune)(build.model.model(config.model, classes))
     params = jax.eval_shape(tuning.model.init, jax.random.key(0))
     trainable, frozen = finetune.split(params, tuning.trainable)
     assert finetune.count(trainable) > 0
-    _, loss_fn = build.functions(tuning.model, config.data, shape)
+    _, loss_fn = build.loss.functions(tuning.model, config.data, shape)
     text = isinstance(tuning.model.input, models.TextSpec)
     example = {
         "input": jax.ShapeDtypeStruct(shape, jnp.int32 if text else jnp.uint8),
@@ -48,10 +47,10 @@ def test_config_builds(path):
     )
     assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, trainable)
     steps = dp.num_steps(num_examples, config.batch_size, config.epochs)
-    names.optimizer(config.optimizer, steps, private=config.dp is not None)
+    build.optimizer.optimizer(config.optimizer, steps, private=config.dp is not None)
     if config.dp is None:
         return
-    names.clip_rule(config.dp)
+    build.privacy.clip_rule(config.dp)
     mechanism = dp.calibrated(
         epsilon=config.dp.epsilon,
         delta=config.dp.delta,

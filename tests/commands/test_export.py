@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import models
-from dpjax.build import build
+from dpjax import build, models
 from dpjax.commands import export
 from dpjax.runtime.workdir import Workdir
 from dpjax.training import loop

@@ -9,7 +9,7 @@ import pytest
 
 from dpjax import dp, models
 from dpjax.dp.temperature import LARGEST_TEMPERATURE, _derivatives
-from dpjax.training import temperature
+from dpjax.training import results
 
 N = 4000
 
@@ -108,7 +108,7 @@ def test_a_scaled_head_divides_the_logits():
     rng = np.random.default_rng(0)
     head = {"kernel": jnp.asarray(rng.normal(size=(6, 3))), "bias": jnp.arange(3.0)}
     params = {"body": {"w": jnp.ones(2)}, "head": head}
-    made = temperature.scale_head(params, "head", 2.5)
+    made = results.scale_head(params, "head", 2.5)
     features = jnp.asarray(rng.normal(size=(4, 6)))
     want = models.dense_head(head, features) / 2.5
     np.testing.assert_allclose(models.dense_head(made["head"], features), want, rtol=1e-5)

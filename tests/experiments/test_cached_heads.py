@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import models
-from dpjax.build import build
+from dpjax import build, models
 from dpjax.runtime.workdir import Workdir, read_jsonl
 from dpjax.training import loop
 from experiments import cached_heads

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax import config, dp, models
-from dpjax.build import build, planner
+from dpjax import build, config, dp, models
+from dpjax.build import planner
 from dpjax.commands import report
 from dpjax.heads import cache as features
 from dpjax.models import finetune

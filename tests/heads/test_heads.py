@@ -9,8 +9,7 @@ import optax
 import pytest
 from tiny import tiny_config
 
-from dpjax import dp, models
-from dpjax.build import build
+from dpjax import build, dp, models
 from dpjax.heads import cache as features
 from dpjax.heads import train as heads
 from dpjax.runtime.workdir import Workdir

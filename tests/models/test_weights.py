@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dpjax import models
-from dpjax.models.nets import bit, efficientnet, text_weights, vit_weights
+from dpjax.models.nets import bit, efficientnet, text, vit
 from dpjax.models.weights.tables import Source, translate
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -208,17 +208,17 @@ LITE = models.EfficientNetConfig(
 LAYOUTS = {
     "timm": (
         models.vision_transformer(VIT, 3),
-        vit_weights._timm(VIT, 3, "fc_norm"),
+        vit._timm(VIT, 3, "fc_norm"),
         ["pre_logits.fc.bias"],
     ),
     "augreg": (
         models.vision_transformer(VIT, 3),
-        vit_weights._augreg(VIT, 3),
+        vit._augreg(VIT, 3),
         ["pre_logits/kernel", "pre_logits/bias"],
     ),
     "hf_vit": (
         models.vision_transformer(VIT, 3),
-        vit_weights._hugging_face(VIT, 3, "vit."),
+        vit._hugging_face(VIT, 3, "vit."),
         ["vit.pooler.dense.bias"],
     ),
     "bit": (models.resnet_v2(RESNET, 3), bit._bit(RESNET, 3), []),
@@ -229,14 +229,12 @@ LAYOUTS = {
     ),
     "bert": (
         models.text_encoder(TEXT, 3),
-        text_weights._table(TEXT, 3, "bert.", "encoder.layer", text_weights._BERT),
+        text._table(TEXT, 3, "bert.", "encoder.layer", text._BERT),
         ["bert.pooler.dense.weight", "cls.predictions.bias", "bert.embeddings.position_ids"],
     ),
     "distilbert": (
         models.text_encoder(DISTIL, 3),
-        text_weights._table(
-            DISTIL, 3, "distilbert.", "transformer.layer", text_weights._DISTILBERT
-        ),
+        text._table(DISTIL, 3, "distilbert.", "transformer.layer", text._DISTILBERT),
         ["vocab_transform.weight", "pre_classifier.bias"],
     ),
 }

@@ -14,8 +14,7 @@ import two_processes
 import yaml
 from tiny import tiny_config
 
-from dpjax import models
-from dpjax.build import build
+from dpjax import build, models
 from dpjax.dp import sampling, seeds
 from dpjax.runtime import hosts, sharding
 from dpjax.runtime.workdir import Workdir, read_jsonl

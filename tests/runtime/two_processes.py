@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from tiny import tiny_config
 
-from dpjax.build import build
+from dpjax import build
 from dpjax.commands import train
 from dpjax.runtime import compilation, hosts
 from dpjax.runtime.workdir import Workdir

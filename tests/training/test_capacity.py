@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax.build import build
+from dpjax import build
 from dpjax.runtime import sharding
 from dpjax.training import capacity
 

@@ -16,8 +16,7 @@ import pytest
 from test_workdir import ONE, like, saved, tree
 from tiny import tiny_config
 
-from dpjax import data, dp, models
-from dpjax.build import build
+from dpjax import build, data, dp, models
 from dpjax.models import finetune
 from dpjax.runtime import sharding
 from dpjax.runtime.checkpoints import Checkpoints, Unreadable
@@ -240,7 +239,7 @@ def test_labels_out_of_range_are_named_however_far(labels):
 def test_tiny_data_sets_train_to_the_end(labels, batch_size, monkeypatch, tmp_path):
     """Many of these batches are empty; every step is executed, counted and finite."""
     train = dataset(labels)
-    monkeypatch.setattr(build, "_data", lambda config: (train, dataset([0, 1], seed=1)))
+    monkeypatch.setattr(build.data, "opened", lambda config: (train, dataset([0, 1], seed=1)))
     config = config_of(
         dp__delta=1e-3, batch_size=batch_size, epochs=3.0, physical_batch=8, eval_every=100
     )

@@ -18,8 +18,7 @@ from absl import flags
 from test_workdir import files_no_longer_than
 from tiny import tiny_config
 
-from dpjax import dp, models
-from dpjax.build import build
+from dpjax import build, dp, models
 from dpjax.commands import train
 from dpjax.runtime.checkpoints import Unwritable
 from dpjax.runtime.workdir import OtherRun, Workdir, read_jsonl

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import dp, models
-from dpjax.build import build, names, planner
+from dpjax import build, dp, models
+from dpjax.build import planner
 from dpjax.runtime import compilation
 from dpjax.runtime.checkpoints import Checkpoints
 from dpjax.runtime.workdir import OtherRun, Workdir, read_jsonl
@@ -223,7 +223,7 @@ def test_the_temperature_is_charged_before_it_is_fitted(adaptive, tmp_path, monk
     def broken(*args, **kwargs):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(results.temperature, "fit", broken)
+    monkeypatch.setattr(results, "fit_temperature", broken)
     with pytest.raises(RuntimeError, match="broken"):
         train(tmp_path / "w", **ADAPTIVE)
     assert read(tmp_path / "w", "privacy.json")["epsilon_by_part"]["temperature"] > 1.9
@@ -307,5 +307,5 @@ def test_the_planner_chooses_the_batch():
 
 
 def test_models_without_sizes_are_named_without_one():
-    assert names.model_title(config(model__name="resnet8").model) == "resnet8"
-    assert names.model_title(config().model) == "vit mini"
+    assert build.model.model_title(config(model__name="resnet8").model) == "resnet8"
+    assert build.model.model_title(config().model) == "vit mini"

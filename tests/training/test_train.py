@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import dp, models
-from dpjax.build import build, describe
+from dpjax import build, dp, models
+from dpjax.build import describe
 from dpjax.commands import report
 from dpjax.data.dataset import Dataset, splits_overlap
 from dpjax.dp import seeds as rng

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dpjax.data.directory import data_dir_or_default, nearest
+from dpjax.data.directory import data_dir_or_default
 from dpjax.data.images import encode_png
 from dpjax.data.prepare import archives, folders, newsgroups, reviews
 from dpjax.data.prepare.archives import Arrays, Contents
 from dpjax.data.prepare.atomic import prepare_builder
+from dpjax.files import did_you_mean
 
 __all__ = ["SOURCES", "Expected", "ImageArchive", "TextArchive", "prepare"]
 
@@ -151,7 +152,7 @@ def prepare(
     if name not in SOURCES and not folders.is_folder(path):
         raise ValueError(
             f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r} a "
-            f"directory of images, train/CLASS/IMAGE.{nearest(name, SOURCES)}"
+            f"directory of images, train/CLASS/IMAGE.{did_you_mean(name, SOURCES)}"
         )
     try:
         if name not in SOURCES:

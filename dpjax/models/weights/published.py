@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+
+from dpjax import files
 
 __all__ = ["WEIGHTS", "PublishedWeights", "locate", "sha256"]
 
@@ -119,28 +120,22 @@ def locate(
       ValueError: the name is unknown, or the file's checksum is not the published one.
     """
     if name_or_path in registry:
-        return _published(name_or_path, registry[name_or_path], _cache(cache_dir))
+        folder = files.cache_dir("weights") if cache_dir is None else Path(cache_dir).expanduser()
+        return _published(name_or_path, registry[name_or_path], folder)
     if os.path.isfile(name_or_path):
         return name_or_path
     if os.path.basename(name_or_path) != name_or_path or name_or_path.endswith(_SUFFIXES):
         raise FileNotFoundError(f"no weight file {name_or_path}.")
-    near = difflib.get_close_matches(name_or_path, registry, n=1, cutoff=0)
-    hint = f"; the nearest name is {near[0]!r}" if near else ""
+    near = files.nearest(name_or_path, registry, cutoff=0)
+    hint = f"; the nearest name is {near!r}" if near else ""
     raise ValueError(f"weights {name_or_path!r} are neither a file nor a known name{hint}.")
 
 
-def _cache(cache_dir: str | None) -> str:
-    if cache_dir is not None:
-        return os.path.expanduser(cache_dir)
-    root = os.environ.get("DPJAX_CACHE_DIR") or os.path.join("~", ".cache", "dpjax")
-    return os.path.join(os.path.expanduser(root), "weights")
-
-
-def _published(name: str, entry: PublishedWeights, cache_dir: str) -> str:
+def _published(name: str, entry: PublishedWeights, folder: Path) -> str:
     packaged = _in_package(entry)
     if packaged is not None:
         return _checked(name, packaged, entry)
-    cached = os.path.join(cache_dir, f"{name}-{os.path.basename(entry.file)}")
+    cached = str(folder / f"{name}-{os.path.basename(entry.file)}")
     if os.path.isfile(cached):
         return _checked(name, cached, entry)
     ways = []
@@ -184,11 +179,9 @@ def _checked(name: str, path: str, entry: PublishedWeights) -> str:
 
 def _download(url: str, path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=os.path.dirname(path))
-    try:
-        with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url, timeout=30) as answer:
-            shutil.copyfileobj(answer, out)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with (
+        files.replacing(path) as partial,
+        partial.open("wb") as out,
+        urllib.request.urlopen(url, timeout=30) as answer,
+    ):
+        shutil.copyfileobj(answer, out)

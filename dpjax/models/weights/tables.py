@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
+from dpjax.files import replacing
 from dpjax.models.model import Params, flatten, unflatten
 from dpjax.models.weights.torch_pickle import read_torch_pickle
 
@@ -191,18 +191,12 @@ def save_weights(params: Params, path: str | os.PathLike[str]) -> None:
     if suffix not in (".npz", ".safetensors"):
         raise ValueError(f"{path} must end in .npz or .safetensors.")
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(params).items()}
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, partial = tempfile.mkstemp(suffix=suffix, dir=folder)
-    os.close(handle)
-    try:
+    with replacing(path, secret=True) as partial:
         if suffix == ".npz":
-            np.savez_compressed(partial, allow_pickle=False, **arrays)
+            with partial.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **arrays)
         else:
             safetensors_numpy.save_file(arrays, partial)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def load_weights(path: str | os.PathLike[str], like: Params, *, head: str | None = None) -> Params:
