@@ -1,4 +1,4 @@
-"""Every field of a run, with its default and its meaning. Values only; `loop.py` makes objects.
+"""Every field of a run, with its default and its meaning. Values only; `build` makes objects.
 
 A config file is a module with `get_config(arg=None)` that starts from `default()` and sets values:
 

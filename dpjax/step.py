@@ -23,7 +23,7 @@ from dpjax.models import Params
 from dpjax.models.finetune import join
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
+__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
            "eval_step", "make_steps", "moving_average"]  # fmt: skip
 
 Batch = dict[str, jax.Array]

@@ -18,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax import build, dp, metrics, models
+from dpjax import build, dp, heads, metrics, models
 from dpjax.build import describe
 from dpjax.config import default, differences
-from dpjax.heads import cache as features
-from dpjax.heads import train as heads
 from dpjax.models import InputSpec
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Workdir
 from dpjax.training import results
 
 __all__ = ["Job", "fits", "groups", "train_group"]
@@ -98,7 +96,7 @@ def train_group(
         workdir.write("privacy.md", dp.ledger.to_markdown(facts))
     first = runs[0]
     train, test = (
-        features.compute_features(first.model, first.params, d) for d in (first.train, first.test)
+        heads.compute_features(first.model, first.params, d) for d in (first.train, first.test)
     )
     head = first.params[first.model.head]
     trained = heads.train_heads(
@@ -169,7 +167,7 @@ def _write(
     workdir: Workdir,
     head: Any,
     facts: dict[str, np.ndarray],
-    test: features.FeatureSet,
+    test: heads.FeatureSet,
     measure: Callable[[build.Run, Any, Any], Any] | None,
 ) -> None:
     (leaves,) = head.values()

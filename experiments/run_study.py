@@ -32,8 +32,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dpjax import build, config, dp, models
-from dpjax.runtime import compilation, hosts
-from dpjax.runtime import workdir as storage
+from dpjax.runtime import Workdir, compilation, hosts
 from dpjax.search import sweep
 from dpjax.training import loop
 from experiments import cached_heads, study
@@ -103,7 +102,7 @@ def main(argv: Sequence[str], *, stop: Callable[[int], bool] = lambda step: Fals
 
 def _theory(theory: Any, size: str | None, workdir: Path) -> None:
     if theory is not None and not (workdir / "theory.json").is_file():
-        storage.Workdir(workdir).write("theory.json", theory(size))
+        Workdir(workdir).write("theory.json", theory(size))
 
 
 def _run_all(jobs: Sequence[cached_heads.Job], measure: Any, stop: Callable[[int], bool]) -> bool:
@@ -137,7 +136,7 @@ def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int
         try:
             run = build.build(settings)
             if not (path / "eval.json").is_file():
-                loop.train(run, storage.Workdir(path), stop=stop)
+                loop.train(run, Workdir(path), stop=stop)
         except loop.TrainingFailed as error:
             failed.write_text(f"exit 3: {error}")
             return True  # a rate that diverges is a result
@@ -148,7 +147,7 @@ def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int
         initial = models.flatten(run.merge(run.params))
         final = {**initial, **models.read_tensors(path / "weights.safetensors")}
         found = measure(run, models.unflatten(initial), models.unflatten(final))
-        storage.Workdir(path).write("measured.json", found)
+        Workdir(path).write("measured.json", found)
     return True
 
 

@@ -40,12 +40,9 @@ from tqdm import tqdm
 from dpjax import dp, files
 from dpjax.audit.canaries import CANARIES, make
 from dpjax.build import Phase, Run
-from dpjax.dp import ledger as dp_ledger
-from dpjax.dp import lower_bound as statistics
-from dpjax.dp import seeds as rng
+from dpjax.dp import lower_bound, seeds
 from dpjax.models import Params, finetune
-from dpjax.runtime import hosts, sharding
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Workdir, hosts, sharding
 from dpjax.step import TrainState, at_bound
 from dpjax.training import capacity, feed, phases
 
@@ -88,23 +85,23 @@ def audit(
     single = runs == 1
     game = make(run, canaries, count if single else 1)
     coins = _coins(run, count) if single else np.arange(runs)[:, None] % 2 == 1
-    seeds = _seeds(run, runs)
+    private_seeds = _private_seeds(run, runs)
     scores = []
     with tqdm(
         total=runs * sum(phase.steps for phase in run.phases), desc="audit", unit="step",
         file=sys.stderr, dynamic_ncols=True, disable=jax.process_index() > 0,
     ) as bar:  # fmt: skip
-        for seed, included in zip(seeds, coins.reshape(runs, -1), strict=True):
+        for seed, included in zip(private_seeds, coins.reshape(runs, -1), strict=True):
             played = game.run._replace(train=game.data(included))
             params, ledger = _train(played, seed, bar)
             scores.append(game.scores(params))
     # A score that is not finite, of a run that diverged, tells nothing: all such ones are equal.
     found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if single:
-        bound: Any = statistics.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)
+        bound: Any = lower_bound.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)
     else:
         inside = coins[:, 0]
-        bound = statistics.many_runs(
+        bound = lower_bound.many_runs(
             found[inside, 0], found[~inside, 0], delta=ledger.delta, confidence=confidence
         )
     return {
@@ -207,7 +204,7 @@ def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
         f"({wanted['runs']} for each audit), each of which costs the claimed epsilon once more",
     ]
     workdir.write("privacy.json", facts)
-    workdir.write("privacy.md", dp_ledger.to_markdown(facts))
+    workdir.write("privacy.md", dp.to_markdown(facts))
     return report
 
 
@@ -229,7 +226,7 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
         span = range(first, first + phase.steps)
         first = span.stop
         chunks = feed.chunks(
-            run, phase, layout, seed=rng.sampler_seed(private_seed), size=size, steps=span
+            run, phase, layout, seed=seeds.sampler_seed(private_seed), size=size, steps=span
         )
         for step in span:
             whole, totals = steps.begin(state)
@@ -258,7 +255,7 @@ def _coins(run: Run, count: int) -> np.ndarray:
     return np.random.default_rng(_fresh(run, "coins")).random(count) < 0.5
 
 
-def _seeds(run: Run, count: int) -> list[int]:
+def _private_seeds(run: Run, count: int) -> list[int]:
     return [_fresh(run, f"run {number}") for number in range(count)]
 
 
@@ -266,6 +263,6 @@ def _fresh(run: Run, use: str) -> int:
     """A private seed from the operating system; where the run's is fixed, one derived from it."""
     fixed = run.config.private_seed
     if fixed is None:
-        return int(hosts.first(rng.draw_private_seed()))
+        return int(hosts.first(seeds.draw_private_seed()))
     text = f"dpjax audit {fixed} {use}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")

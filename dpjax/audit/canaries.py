@@ -12,7 +12,7 @@ import numpy as np
 
 from dpjax import models
 from dpjax.build import Run
-from dpjax.data.dataset import Dataset, Source
+from dpjax.data import Dataset, Source
 from dpjax.dp import seeds
 from dpjax.models import Params
 

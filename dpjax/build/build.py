@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dpjax.build import data, loss, model, privacy, schedules
 from dpjax.build.run import Run
 from dpjax.data import Dataset
-from dpjax.dp.engines.clipped_sum import METHODS
+from dpjax.dp import METHODS
 from dpjax.files import choose
 from dpjax.models import check_examples_independent, finetune, probe
 from dpjax.runtime import sharding

@@ -14,7 +14,6 @@ import numpy as np
 from dpjax import dp
 from dpjax.build.model import model_title
 from dpjax.build.run import Phase, Run
-from dpjax.dp import ledger as dp_ledger
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune
 
@@ -59,9 +58,7 @@ def describe(run: Run) -> str:
             "sigma sqrt(T)": f"{_cumulative_noise(run):.2f}",
             "clipping": _clipping(run),
             "clipping engine": _engine(run, trainable, frozen),
-            "seed": "OS entropy"
-            if config.private_seed is None
-            else dp_ledger.SEED_POLICIES["fixed"],
+            "seed": "OS entropy" if config.private_seed is None else dp.SEED_POLICIES["fixed"],
         }
         if run.temperature is not None:
             rows["temperature"] = (

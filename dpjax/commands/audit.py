@@ -12,11 +12,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dpjax import build
-from dpjax.audit import attack
-from dpjax.audit.canaries import CANARIES
-from dpjax.runtime import compilation
-from dpjax.runtime.workdir import Workdir
+from dpjax import audit, build
+from dpjax.runtime import Workdir, compilation
 
 __all__ = ["main"]
 
@@ -26,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     known = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", None, "File", flag_values=known)
     workdir = flags.DEFINE_string("workdir", None, "Where the files go", flag_values=known)
-    canaries = flags.DEFINE_string("canaries", "gradient", str(CANARIES), flag_values=known)
+    canaries = flags.DEFINE_string("canaries", "gradient", str(audit.CANARIES), flag_values=known)
     count = flags.DEFINE_integer("count", 500, "Canaries of a single run", flag_values=known)
     runs = flags.DEFINE_integer("runs", 1, "Runs; 1 or even", flag_values=known)
     confidence = flags.DEFINE_float("confidence", 0.95, "Of the bound", flag_values=known)
@@ -43,14 +40,14 @@ def main(argv: Sequence[str]) -> int:
         compilation.keep_on_disk()
         place = Workdir(workdir.value)
         place.check(config.value)
-        report = attack.audit(build.build(config.value), **arguments)
+        report = audit.audit(build.build(config.value), **arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     place.create(config.value)
-    attack.write(report, place.path)
-    print(attack.line(report))
-    return 4 if attack.refuted(report) else 0
+    audit.write(report, place.path)
+    print(audit.line(report))
+    return 4 if audit.refuted(report) else 0
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dpjax.data.directory import open_directory
-from dpjax.data.prepare.sources import SOURCES, prepare
+from dpjax.data import open_directory
+from dpjax.data.prepare import SOURCES, prepare
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from dpjax.runtime.workdir import read_jsonl
+from dpjax.runtime import read_jsonl
 
 __all__ = ["figures", "main", "study"]
 

@@ -41,11 +41,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    from dpjax import build, dp
-    from dpjax.audit import attack
+    from dpjax import audit, build, dp
     from dpjax.commands import report
-    from dpjax.runtime import compilation, hosts
-    from dpjax.runtime import workdir as storage
+    from dpjax.runtime import OtherRun, Workdir, compilation, hosts
     from dpjax.search import sweep
     from dpjax.training import capacity, loop
 
@@ -66,12 +64,12 @@ def main(argv: Sequence[str]) -> int:
             path = sweep.point_directory(path, _SWEEP.value)
             file = config_flags.get_config_filename(flags.FLAGS["config"])
             sweep.apply(config, sweep.point(sweep.points(file, config), _SWEEP.value))
-        workdir = storage.Workdir(path)
+        workdir = Workdir(path)
         if not _RESTART.value:
             workdir.check(config)
         plan = build.build(config)
         if config.audit.count:
-            attack.check(plan, **config.audit)
+            audit.check(plan, **config.audit)
     except (ValueError, TypeError, FileNotFoundError) as error:
         problem = str(error)
     # A host that ended alone would leave the others waiting for it.
@@ -80,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             return _mistake(text if host == 0 else f"host {host}: {text}")
 
     if workdir.writes:
-        print(loop.describe(plan), flush=True)
+        print(build.describe.describe(plan), flush=True)
     if _PLAN_ONLY.value:
         return 0
     try:
@@ -88,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
             workdir.move_aside()
             hosts.gather(None)
         results = loop.train(plan, workdir, stop=hosts.catch_signals())
-        audited = attack.attach(plan, workdir) if config.audit.count else None
-    except (storage.OtherRun, hosts.Disagreement, capacity.DoesNotFit) as error:
+        audited = audit.attach(plan, workdir) if config.audit.count else None
+    except (OtherRun, hosts.Disagreement, capacity.DoesNotFit) as error:
         return _mistake(str(error))
     except (loop.TrainingFailed, dp.BudgetExceeded) as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -104,9 +102,9 @@ def main(argv: Sequence[str]) -> int:
         report.figures(workdir.path)
         print(_results(results))
         if audited is not None:
-            print(attack.line(audited))
+            print(audit.line(audited))
         print(f"results in {workdir.path}")
-    return 4 if audited is not None and attack.refuted(audited) else 0
+    return 4 if audited is not None and audit.refuted(audited) else 0
 
 
 def _results(results: dict[str, float]) -> str:

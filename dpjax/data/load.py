@@ -18,9 +18,7 @@ from dpjax.data.directory import (
     split_name,
 )
 from dpjax.data.images import ImageSpec
-from dpjax.data.prepare.atomic import prepare_builder
-from dpjax.data.prepare.builders import EMBEDDED
-from dpjax.data.prepare.sources import SOURCES
+from dpjax.data.prepare import EMBEDDED, SOURCES, prepare_builder
 from dpjax.data.records import images_dataset, text_dataset
 from dpjax.files import did_you_mean
 

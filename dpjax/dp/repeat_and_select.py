@@ -18,9 +18,9 @@ import numpy as np
 from dp_accounting import rdp
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 
-from dpjax import dp
 from dpjax.dp import accounting
 from dpjax.dp.accounting.root import falling_root
+from dpjax.dp.mechanism import Mechanism
 
 __all__ = ["charged", "draw", "epsilon", "epsilon_of_one", "mechanisms", "not_charged"]
 
@@ -30,7 +30,7 @@ _MARGIN = 2e-3  # relative; a run is calibrated to about 1e-4 of its epsilon
 _UNKNOWN = "the choice of hyperparameters"  # how a run's own statement begins the line
 
 
-def epsilon(run: Sequence[dp.Mechanism], delta: float, *, mean: float) -> float:
+def epsilon(run: Sequence[Mechanism], delta: float, *, mean: float) -> float:
     """Returns epsilon (nats) of releasing the best of a geometric number of runs, an upper bound.
 
     Args:
@@ -54,9 +54,7 @@ def epsilon(run: Sequence[dp.Mechanism], delta: float, *, mean: float) -> float:
     return float(accountant.compose(event).get_epsilon(delta))
 
 
-def epsilon_of_one(
-    run: Sequence[dp.Mechanism], *, budget: float, delta: float, mean: float
-) -> float:
+def epsilon_of_one(run: Sequence[Mechanism], *, budget: float, delta: float, mean: float) -> float:
     """Returns the epsilon that a single run may have, so that the whole search keeps the budget.
 
     Args:
@@ -69,7 +67,7 @@ def epsilon_of_one(
         ValueError: as for `epsilon`, or no noise reaches the budget.
     """
 
-    def scaled(log_factor: float) -> list[dp.Mechanism]:
+    def scaled(log_factor: float) -> list[Mechanism]:
         factor = math.exp(log_factor)
         # A count's noise is no part of the event, and may be too small for a scaled one.
         return [
@@ -99,7 +97,7 @@ def draw(points: int, mean: float, *, generator: np.random.Generator) -> list[in
     return [int(index) for index in generator.integers(points, size=number)]
 
 
-def mechanisms(statement: dict[str, Any]) -> tuple[dp.Mechanism, ...]:
+def mechanisms(statement: dict[str, Any]) -> tuple[Mechanism, ...]:
     """Returns the mechanisms of a run, as planned, from its `privacy.json`.
 
     Raises:
@@ -108,9 +106,9 @@ def mechanisms(statement: dict[str, Any]) -> tuple[dp.Mechanism, ...]:
     phases = statement["phases"]
     if len({phase["part"] for phase in phases}) > 1:
         raise ValueError("dp.temperature.share must be 0 in a search that is charged.")
-    names = {f.name for f in dataclasses.fields(dp.Mechanism)} - {"steps"}
+    names = {f.name for f in dataclasses.fields(Mechanism)} - {"steps"}
     return tuple(
-        dp.Mechanism(
+        Mechanism(
             steps=phase["steps_planned"], **{name: phase[name] for name in names if name in phase}
         )
         for phase in phases

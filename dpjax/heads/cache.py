@@ -26,19 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dpjax import data, dp, files
-from dpjax.data.dataset import Source
-from dpjax.heads.features import FeatureSet, average, concatenate, normalise
+from dpjax.data import Source
+from dpjax.heads.features import FeatureSet
 from dpjax.models import InputSpec, Model, Params, check_examples_independent, flatten, probe
 from dpjax.runtime import sharding
 
-__all__ = [
-    "FeatureSet",
-    "as_dataset",
-    "average",
-    "compute_features",
-    "concatenate",
-    "normalise",
-]
+__all__ = ["as_dataset", "compute_features"]
 
 _DTYPES = ("float32", "float16")
 _ROWS = 1024  # of a shard

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from dpjax.data.dataset import distinct_rows
+from dpjax.data import distinct_rows
 
 __all__ = ["FeatureSet", "average", "concatenate", "normalise"]
 

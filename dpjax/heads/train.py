@@ -27,6 +27,7 @@ from dpjax.step import Hyper, TrainState, moving_average
 
 __all__ = [
     "Heads",
+    "Optimizer",
     "Point",
     "batch_indices",
     "batches_of",

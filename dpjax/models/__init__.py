@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dpjax.models import finetune
 from dpjax.models.model import (
     InputSpec,
     Model,
@@ -12,16 +13,36 @@ from dpjax.models.model import (
     from_linen,
     unflatten,
 )
-from dpjax.models.nets.bit import RESNETS, ResNetConfig, resnet_v2
-from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
-from dpjax.models.nets.resnet8 import resnet8
-from dpjax.models.nets.text import TEXT_SIZES, TextConfig, text_encoder
-from dpjax.models.nets.vit import SIZES, ViTConfig, to_timm, vision_transformer
-from dpjax.models.nets.wrn import WRN_16_4, WideResNetConfig, wide_resnet
+from dpjax.models.nets import (
+    LITE0,
+    RESNETS,
+    SIZES,
+    TEXT_SIZES,
+    WRN_16_4,
+    EfficientNetConfig,
+    MBConvStage,
+    ResNetConfig,
+    TextConfig,
+    ViTConfig,
+    WideResNetConfig,
+    efficientnet_lite,
+    resnet8,
+    resnet_v2,
+    text_encoder,
+    to_timm,
+    vision_transformer,
+    wide_resnet,
+)
 from dpjax.models.tokens import tokenizer
 from dpjax.models.validate import check_examples_independent, probe
-from dpjax.models.weights.published import WEIGHTS, locate
-from dpjax.models.weights.tables import load_plain, load_weights, read_tensors, save_weights
+from dpjax.models.weights import (
+    WEIGHTS,
+    load_plain,
+    load_weights,
+    locate,
+    read_tensors,
+    save_weights,
+)
 
 __all__ = [
     "LITE0",
@@ -43,6 +64,7 @@ __all__ = [
     "check_examples_independent",
     "dense_head",
     "efficientnet_lite",
+    "finetune",
     "flatten",
     "from_linen",
     "load_plain",

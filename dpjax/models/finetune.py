@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dpjax.models import Model, Params, flatten, unflatten
 from dpjax.models import lora as adapters
+from dpjax.models.model import Model, Params, flatten, unflatten
 
 __all__ = [
     "FineTuning",

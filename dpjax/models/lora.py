@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpjax.models import Model, Params, flatten, unflatten
+from dpjax.models.model import Model, Params, flatten, unflatten
 
 __all__ = ["KEY", "adapt", "merge"]
 

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from dpjax import build, files
 from dpjax.data import splits_overlap
-from dpjax.dp import ledger, repeat_and_select
-from dpjax.runtime import workdir as storage
+from dpjax.dp import repeat_and_select, to_markdown
+from dpjax.runtime import Workdir
 from dpjax.search import proposals, sweep
 
 __all__ = ["METHODS", "METRICS", "Job", "Stopped", "check", "run"]
@@ -110,7 +110,7 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
     shown = {name: getattr(flags, name) for name in ("config", "method", "metric", "charge")}
     if flags.method == "random" and flags.charge is None:
         shown["seed"] = flags.seed
-    place = storage.Workdir(job.workdir)
+    place = Workdir(job.workdir)
     if place.exists("search.json") and place.read("search.json") != shown:
         raise ValueError(f"workdir={str(job.workdir)!r} holds another search.")
     place.write("search.json", shown)
@@ -134,7 +134,7 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
 
 def _order(job: Job, flags: argparse.Namespace) -> list[int]:
     if flags.charge is not None:
-        drawn: list[int] = storage.Workdir(job.workdir).read(_SECRET)["points"]
+        drawn: list[int] = Workdir(job.workdir).read(_SECRET)["points"]
         return drawn
     if flags.method == "grid":
         return list(range(len(job.found)))
@@ -169,7 +169,7 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
             f"batch_size={base.batch_size!r} and audit.count={base.audit.count} must be a number "
             "and 0 in a charged search: every run has one mechanism, and no other run is paid for."
         )
-    place = storage.Workdir(job.workdir)
+    place = Workdir(job.workdir)
     if not place.exists(_SECRET):
         run = build.build(base)
         if run.temperature is not None:
@@ -198,7 +198,7 @@ def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Seque
         return True
     best = max(ended, key=lambda row: _score(row.get(flags.metric), METRICS[flags.metric]))
     path = job.directory(best["trial"], best["point"])
-    place = storage.Workdir(job.workdir)
+    place = Workdir(job.workdir)
     facts: Row = {"method": flags.method, "metric": f"held-out {flags.metric}"}
     if flags.charge is None:
         facts |= {"points": len({row["point"] for row in rows}), "runs": len(rows)}
@@ -213,7 +213,7 @@ def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Seque
             others = [json.loads(file.read_text()) for file in files]
             statement = repeat_and_select.charged(mine, others, facts)
         place.write("privacy.json", statement)
-        place.write("privacy.md", ledger.to_markdown(statement))
+        place.write("privacy.md", to_markdown(statement))
     if flags.charge is None:
         best = {"path": str(path.relative_to(job.workdir)), **best}
     else:  # which of how many runs it was is not released

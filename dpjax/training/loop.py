@@ -21,19 +21,26 @@ from tqdm import tqdm
 
 from dpjax import data
 from dpjax.build import Run
-from dpjax.build.describe import describe, identity, ledger_after, statement
+from dpjax.build.describe import identity, ledger_after, statement
 from dpjax.config import differences
-from dpjax.dp import ledger as dp_ledger
-from dpjax.dp import seeds
+from dpjax.dp import seeds, to_markdown
 from dpjax.metrics import EvalSums
 from dpjax.models import Params, finetune
-from dpjax.runtime import compilation, hosts, sharding
-from dpjax.runtime.checkpoints import Checkpoints, Unreadable
-from dpjax.runtime.workdir import OtherRun, Workdir, code_digest, digest
+from dpjax.runtime import (
+    Checkpoints,
+    OtherRun,
+    Unreadable,
+    Workdir,
+    code_digest,
+    compilation,
+    digest,
+    hosts,
+    sharding,
+)
 from dpjax.step import Hyper, Steps, TrainState, at_bound
 from dpjax.training import capacity, feed, phases, results
 
-__all__ = ["Preempted", "TrainingFailed", "describe", "train"]
+__all__ = ["Preempted", "TrainingFailed", "train"]
 
 _ADVICE = (
     "parameters or held-out loss are not finite after step {step}: lower "
@@ -125,7 +132,7 @@ class _Spending:
         if self._run.ledger is not None:
             facts = statement(self._run, ledger_after(self._run, self.charged))
             self._workdir.write("privacy.json", facts)
-            self._workdir.write("privacy.md", dp_ledger.to_markdown(facts))
+            self._workdir.write("privacy.md", to_markdown(facts))
 
 
 class _Job(NamedTuple):

@@ -16,8 +16,7 @@ from dpjax.build import Run, Temperature
 from dpjax.data import Dataset
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, save_weights, unflatten
-from dpjax.runtime import sharding
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Workdir, sharding
 from dpjax.step import TrainState
 from dpjax.training import feed
 

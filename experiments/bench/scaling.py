@@ -38,8 +38,7 @@ from ml_collections import ConfigDict
 from dpjax import build, dp, models
 from dpjax.config import default
 from dpjax.models import finetune
-from dpjax.runtime import compilation, sharding
-from dpjax.runtime.workdir import Workdir, read_jsonl
+from dpjax.runtime import Workdir, compilation, read_jsonl, sharding
 from dpjax.training import loop, phases
 
 __all__ = ["collectives", "get_config", "main"]

@@ -27,7 +27,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dpjax.config import default
-from dpjax.runtime.workdir import read_jsonl
+from dpjax.runtime import read_jsonl
 
 __all__ = ["get_config", "main"]
 

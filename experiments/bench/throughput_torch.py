@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.bench.throughput_worker import make_batch, make_model
+from experiments.bench.throughput_models import make_batch, make_model
 
 __all__ = ["torch_engine"]
 

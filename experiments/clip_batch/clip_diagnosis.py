@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpjax import build
+from dpjax import build, heads
 from dpjax.dp import seeds
-from dpjax.heads import cache as features
-from dpjax.heads import train as heads
 from dpjax.models import Params, finetune
 from experiments import cached_heads
 from experiments.clip_batch import diagnostics
@@ -84,7 +82,7 @@ def _moments(
     if not cached_heads.fits(run.config):
         first, last = _whole(run, rows, [initial, final])
         return [(0, first), (steps, last)]
-    train = features.compute_features(run.model, run.params, run.train)
+    train = heads.compute_features(run.model, run.params, run.train)
     found = [(0, initial)]
     for share in _SHARES:
         step = round(share * steps)
@@ -103,7 +101,7 @@ def _head_loss(head: Params, example: dict[str, jax.Array]) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
 
 
-def _head_after(run: build.Run, train: features.FeatureSet, steps: int) -> Params:
+def _head_after(run: build.Run, train: heads.FeatureSet, steps: int) -> Params:
     """The head after the first steps of a run: same batches, same noise."""
     phase, name = run.phases[0], run.model.head
     if phase.mechanism is None:
@@ -144,7 +142,7 @@ def class_accuracy(run: build.Run, params: Params) -> np.ndarray:
 def _logits(run: build.Run, params: Params) -> np.ndarray:
     if cached_heads.fits(run.config):
         head = params[run.model.head]
-        held = features.compute_features(run.model, run.params, run.test)
+        held = heads.compute_features(run.model, run.params, run.test)
         return held.values @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     apply, parts = jax.jit(run.apply), []
     for rows in np.array_split(np.arange(len(run.test)), -(-len(run.test) // 250)):

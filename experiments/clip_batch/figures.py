@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 
-from dpjax.runtime.workdir import read_jsonl
+from dpjax.runtime import read_jsonl
 from experiments import study
 from experiments.clip_batch import clip_diagnosis
 from experiments.study import Figure, Result, Row

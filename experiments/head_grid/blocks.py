@@ -11,12 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax import build, dp
+from dpjax import build, dp, heads
 from dpjax import config as configs
 from dpjax.dp import least_squares
-from dpjax.dp import seeds as rng
-from dpjax.heads import train as heads
-from dpjax.heads.cache import FeatureSet
+from dpjax.heads import FeatureSet
 
 __all__ = [
     "DELTA",
@@ -32,7 +30,7 @@ __all__ = [
 ]
 
 DELTA = 1e-5
-SCALE = 8.0  # norm of an example's features, see `features.normalise`
+SCALE = 8.0  # norm of an example's features, see `heads.normalise`
 
 Row = dict[str, Any]
 
@@ -42,7 +40,7 @@ class Block:
     """Runs that share everything but epsilon, clip bound, learning rate and seed.
 
     Attributes:
-        centre: whether each example's features are centred, see `features.normalise`.
+        centre: whether each example's features are centred, see `heads.normalise`.
         optimizer: "adam" or "momentum".
         steps: T.
         fraction: B / N; 1 for full batches.
@@ -190,7 +188,7 @@ def least_squares_scores(
         for share in ridges.shares if sigma else ridges.shares[:1]:
             for seed in seeds:
                 noisy = least_squares.release(
-                    sums, sigma, covariance_share=share, key=rng.noise_key(seed)
+                    sums, sigma, covariance_share=share, key=dp.seeds.noise_key(seed)
                 )
                 # Without noise the floor is 0: the ridge is then in units of examples.
                 unit = least_squares.noise_floor(noisy) or 1.0

@@ -34,11 +34,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dpjax import build, data, dp, files, models
+from dpjax import build, data, dp, files, heads, models
 from dpjax import config as configs
-from dpjax.heads import cache as features
-from dpjax.heads import train as heads
-from dpjax.heads.cache import FeatureSet
+from dpjax.heads import FeatureSet
 from experiments.head_grid.blocks import (
     DELTA,
     SCALE,
@@ -232,15 +230,15 @@ def load_features(
     else:
         params = net.load(jax.eval_shape(net.init, jax.random.key(0)), path)
     views = [
-        features.compute_features(net, params, dataset, mirror=flip)
+        heads.compute_features(net, params, dataset, mirror=flip)
         for flip in ((False, True) if mirror else (False,))
     ]
-    return dataset, features.average(*views) if mirror else views[0]
+    return dataset, heads.average(*views) if mirror else views[0]
 
 
 def _both(features_: FeatureSet) -> dict[bool, FeatureSet]:
     """The features normalised, plain and centred."""
-    return {c: features.normalise(features_, centre=c, scale=SCALE) for c in (False, True)}
+    return {c: heads.normalise(features_, centre=c, scale=SCALE) for c in (False, True)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

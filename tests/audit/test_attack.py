@@ -15,10 +15,9 @@ from tiny import tiny_config
 from dpjax import build, dp
 from dpjax.audit import attack, canaries
 from dpjax.commands.audit import main
-from dpjax.dp import seeds as rng
+from dpjax.dp import seeds
 from dpjax.dp.lower_bound import p_value
-from dpjax.runtime import sharding
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Workdir, sharding
 from dpjax.training import feed, loop
 
 COUNT = 600
@@ -171,15 +170,15 @@ def test_gradient_canaries_move_nothing_but_their_own_coordinate(sampled):
 
 
 def test_no_seed_of_the_run_is_used_again(sampled):
-    seeds = attack._seeds(sampled, 20)
-    assert len({*seeds, sampled.config.private_seed}) == 21
-    assert seeds == attack._seeds(sampled, 20)  # a fixed seed repeats the audit
+    drawn = attack._private_seeds(sampled, 20)
+    assert len({*drawn, sampled.config.private_seed}) == 21
+    assert drawn == attack._private_seeds(sampled, 20)  # a fixed seed repeats the audit
     config = sampled.config.copy_and_resolve_references()
     with config.unlocked():
         config.private_seed = None
     free = sampled._replace(config=config)
-    assert not set(attack._seeds(free, 5)) & set(attack._seeds(free, 5))
-    assert rng.digest(seeds[0]) != rng.digest(sampled.config.private_seed)
+    assert not set(attack._private_seeds(free, 5)) & set(attack._private_seeds(free, 5))
+    assert seeds.digest(drawn[0]) != seeds.digest(sampled.config.private_seed)
 
 
 def changed(run, **fields):

@@ -7,7 +7,7 @@ from tiny import tiny_config
 
 from dpjax import build, models
 from dpjax.commands import export
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Workdir
 from dpjax.training import loop
 
 

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dpjax import data
-from dpjax.data.prepare.atomic import prepare_builder
+from dpjax.data.prepare import prepare_builder
 
 FIXED = {
     "image": tfds.features.Image(shape=(12, 9, 3)),

@@ -8,7 +8,7 @@ import pytest
 
 from dpjax import data
 from dpjax.commands import prepare as command
-from dpjax.data.prepare.sources import SOURCES
+from dpjax.data.prepare import SOURCES
 
 
 def tar(path, files):

@@ -3,38 +3,38 @@
 import jax
 import pytest
 
-from dpjax.dp import seeds as rng
+from dpjax.dp import seeds
 
 
 def test_streams_differ():
     seed = 2**127 + 12345
-    noise = jax.random.key_data(rng.noise_key(seed)).tolist()
-    assert noise != jax.random.key_data(rng.noise_key(seed + 1)).tolist()
-    assert rng.sampler_seed(seed) != seed
+    noise = jax.random.key_data(seeds.noise_key(seed)).tolist()
+    assert noise != jax.random.key_data(seeds.noise_key(seed + 1)).tolist()
+    assert seeds.sampler_seed(seed) != seed
     names = ["init", "augment"]
-    keys = [jax.random.key_data(rng.public_key(0, name)).tolist() for name in names]
+    keys = [jax.random.key_data(seeds.public_key(0, name)).tolist() for name in names]
     assert keys[0] != keys[1]
 
 
 def test_every_bit_of_the_seed_counts():
     """Seeds that differ only in their top bits give other noise."""
-    a, b = (jax.random.key_data(rng.noise_key(s)).tolist() for s in (7, 7 + 2**120))
+    a, b = (jax.random.key_data(seeds.noise_key(s)).tolist() for s in (7, 7 + 2**120))
     assert a != b
 
 
 def test_digests_are_keyed():
     """A fingerprint of private data tells nothing to who does not know the seed."""
-    assert rng.digest(1, "data") == rng.digest(1, "data")
-    assert len({rng.digest(1, "data"), rng.digest(2, "data"), rng.digest(1, "other")}) == 3
+    assert seeds.digest(1, "data") == seeds.digest(1, "data")
+    assert len({seeds.digest(1, "data"), seeds.digest(2, "data"), seeds.digest(1, "other")}) == 3
 
 
 def test_entropy():
-    seeds = {rng.draw_private_seed() for _ in range(50)}
-    assert len(seeds) == 50
-    assert max(seeds).bit_length() > 100
+    drawn = {seeds.draw_private_seed() for _ in range(50)}
+    assert len(drawn) == 50
+    assert max(drawn).bit_length() > 100
 
 
 @pytest.mark.parametrize("seed", [-1, 2**128])
 def test_range(seed):
     with pytest.raises(ValueError, match="private_seed="):
-        rng.noise_key(seed)
+        seeds.noise_key(seed)

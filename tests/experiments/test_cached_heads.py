@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from dpjax import build, models
-from dpjax.runtime.workdir import Workdir, read_jsonl
+from dpjax.runtime import Workdir, read_jsonl
 from dpjax.training import loop
 from experiments import cached_heads
 from experiments.cached_heads import Job

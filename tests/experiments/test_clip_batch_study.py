@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax import build, config, dp, models
+from dpjax import build, config, dp, heads, models
 from dpjax.build import planner
 from dpjax.commands import report
-from dpjax.heads import cache as features
 from dpjax.models import finetune
 from dpjax.search import sweep
 from experiments import run_study, study
@@ -143,7 +142,7 @@ def test_weights_and_errors_are_those_of_brute_force(finished):
 def test_the_head_in_between_is_on_the_way_of_the_run(finished):
     result = looked_at(finished)[0]
     run, last = rebuilt(result)
-    train = features.compute_features(run.model, run.params, run.train)
+    train = heads.compute_features(run.model, run.params, run.train)
     again = clip_diagnosis._head_after(run, train, run.phases[0].steps)
     for name, leaf in again[run.model.head].items():
         np.testing.assert_allclose(leaf, last[run.model.head][name], rtol=2e-4, atol=2e-5)

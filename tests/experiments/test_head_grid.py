@@ -7,8 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from dpjax import data
-from dpjax.heads import cache as features
+from dpjax import data, heads
 from experiments.head_grid import blocks as head_blocks
 from experiments.head_grid import grid as head_grid
 
@@ -25,7 +24,7 @@ def made_up(seed):
         class_names=("a", "b", "c"),
     )
     values = 3 * np.eye(3, 6)[labels] + rng.normal(size=(EXAMPLES, 6))
-    return dataset, features.FeatureSet(values, labels, 3, "blobs")
+    return dataset, heads.FeatureSet(values, labels, 3, "blobs")
 
 
 @pytest.fixture(scope="module")

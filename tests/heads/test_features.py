@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax import data, models
-from dpjax.heads import cache as features
+from dpjax import data, heads, models
+from dpjax.heads import cache
 
 EXAMPLES = 1100  # two shards
 
@@ -51,7 +51,7 @@ def params(net):
 
 
 def compute(net, params, dataset, path, **kwargs):
-    return features.compute_features(net, params, dataset, cache_dir=path, **kwargs)
+    return heads.compute_features(net, params, dataset, cache_dir=path, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def no_computing(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("features were computed")
 
-    monkeypatch.setattr(features, "_computed", fail)
+    monkeypatch.setattr(cache, "_computed", fail)
 
 
 def direct(net, params, dataset):
@@ -122,7 +122,7 @@ def test_constants_of_prepare_are_part_of_the_key(net, params, dataset, made, no
     with pytest.raises(AssertionError, match="were computed"):
         compute(net, params, dataset, made[1], prepare=lambda x: x.astype(jnp.float32) - mean)
     keys = {
-        features._key(
+        cache._key(
             lambda p, x, m=mean * scale: x.astype(jnp.float32) - m,
             {},
             jax.ShapeDtypeStruct((8, 8, 3), np.uint8),
@@ -135,7 +135,7 @@ def test_constants_of_prepare_are_part_of_the_key(net, params, dataset, made, no
 
 
 def test_an_interrupted_computation_goes_on(net, params, dataset, made, tmp_path, monkeypatch):
-    computed = features._computed
+    computed = cache._computed
     seen = []
 
     def interrupted(*args):
@@ -145,7 +145,7 @@ def test_an_interrupted_computation_goes_on(net, params, dataset, made, tmp_path
             if len(seen) == 1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_computed", interrupted)
+    monkeypatch.setattr(cache, "_computed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compute(net, params, dataset, tmp_path)
     np.testing.assert_array_equal(compute(net, params, dataset, tmp_path).values, made[0].values)
@@ -185,7 +185,7 @@ def test_half_precision(net, params, dataset, made, tmp_path):
 def test_without_a_cache(net, params, dataset, made, monkeypatch, tmp_path):
     monkeypatch.setenv("DPJAX_CACHE_DIR", "")
     monkeypatch.chdir(tmp_path)
-    again = features.compute_features(net, params, dataset, batch_size=1000)
+    again = heads.compute_features(net, params, dataset, batch_size=1000)
     np.testing.assert_allclose(again.values, made[0].values, atol=1e-5)
     assert not list(tmp_path.iterdir())
 
@@ -212,18 +212,18 @@ def test_mistakes(net, params, dataset, tmp_path):
 def feature_set(values, labels=None):
     values = np.asarray(values)
     labels = np.zeros(len(values), np.int32) if labels is None else labels
-    return features.FeatureSet(values, labels, 2, "made")
+    return heads.FeatureSet(values, labels, 2, "made")
 
 
 def test_normalise():
     made = feature_set([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]])
-    unit = features.normalise(made)
+    unit = heads.normalise(made)
     np.testing.assert_allclose(unit.values, [[0.6, 0.8], [0, 0], [0, -1]], rtol=1e-6)
-    centred = features.normalise(made, centre=True, scale=8.0)
+    centred = heads.normalise(made, centre=True, scale=8.0)
     root = 8 / np.sqrt(2)
     np.testing.assert_allclose(centred.values, [[-root, root], [0, 0], [root, -root]], rtol=1e-6)
     # Each example on its own: another one does not matter.
-    alone = features.normalise(made.select(np.array([2])), centre=True, scale=8.0)
+    alone = heads.normalise(made.select(np.array([2])), centre=True, scale=8.0)
     np.testing.assert_array_equal(alone.values[0], centred.values[2])
 
 
@@ -231,21 +231,19 @@ def test_several_feature_sets():
     one = feature_set([[3.0, 4.0], [0.0, -2.0]], np.array([0, 1]))
     two = feature_set([[1.0, 0.0], [2.0, 2.0]], np.array([0, 1]))
     np.testing.assert_array_equal(one.select(np.array([1, 0])).values, [[0, -2], [3, 4]])
-    np.testing.assert_array_equal(features.average(one, two).values, [[2, 2], [1, 0]])
-    np.testing.assert_array_equal(
-        features.concatenate(one, two).values, [[3, 4, 1, 0], [0, -2, 2, 2]]
-    )
+    np.testing.assert_array_equal(heads.average(one, two).values, [[2, 2], [1, 0]])
+    np.testing.assert_array_equal(heads.concatenate(one, two).values, [[3, 4, 1, 0], [0, -2, 2, 2]])
 
 
 def test_features_as_a_dataset(dataset, made):
     part = dataset.select(np.array([5, 1000, 7]))
-    cached = features.as_dataset(made[0].select(part.rows), part)
+    cached = heads.as_dataset(made[0].select(part.rows), part)
     got = cached.get(np.array([2, -1, 0]))
     np.testing.assert_array_equal(got["input"], [made[0].values[7], 0 * got["input"][0],
                                                  made[0].values[5]])  # fmt: skip
     np.testing.assert_array_equal(got["label"], [part.labels[2], 0, part.labels[0]])
     with pytest.raises(ValueError, match="must be of the examples of"):
-        features.as_dataset(made[0], part)
+        heads.as_dataset(made[0], part)
 
 
 def test_mirror(net, params, dataset, made, tmp_path):
@@ -273,13 +271,13 @@ def test_feature_set_mistakes():
         made.select(np.array([2]))
     other = feature_set(np.ones((2, 2)), np.array([1, 0]))
     with pytest.raises(ValueError, match="same examples"):
-        features.concatenate(made, other)
+        heads.concatenate(made, other)
     with pytest.raises(ValueError, match=r"widths \[2, 4\] must be equal"):
-        features.average(made, features.concatenate(made, made))
+        heads.average(made, heads.concatenate(made, made))
     with pytest.raises(ValueError, match="at least one feature set"):
-        features.average()
+        heads.average()
     with pytest.raises(ValueError, match="scale=0 must be > 0"):
-        features.normalise(made, scale=0)
+        heads.normalise(made, scale=0)
 
 
 def test_a_backbone_that_couples_examples_is_refused(net, params, dataset, tmp_path):

@@ -9,10 +9,8 @@ import optax
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, dp, models
-from dpjax.heads import cache as features
-from dpjax.heads import train as heads
-from dpjax.runtime.workdir import Workdir
+from dpjax import build, dp, heads, models
+from dpjax.runtime import Workdir
 from dpjax.step import Hyper
 from dpjax.training import loop
 
@@ -22,7 +20,7 @@ STEPS, BATCH, EXAMPLES = 6, 40, 200
 def on_cached_features(run):
     """The run whose data sets hold features, and whose model is the head alone."""
     train, test = (
-        features.as_dataset(features.compute_features(run.model, run.params, d), d)
+        heads.as_dataset(heads.compute_features(run.model, run.params, d), d)
         for d in (run.train, run.test)
     )
 
@@ -55,7 +53,7 @@ def test_equals_the_head_of_the_loop(case, tmp_path):
     phase = run.phases[0]
     seed = config.seed if run.rule is None else config.private_seed
     made = heads.train_heads(
-        features.compute_features(run.model, run.params, run.train),
+        heads.compute_features(run.model, run.params, run.train),
         [heads.Point(phase.learning_rate, seed, run.rule, phase.mechanism)],
         steps=phase.steps,
         batch_size=config.batch_size,
@@ -71,7 +69,7 @@ def blobs():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, EXAMPLES)
     values = 3 * np.eye(3, 5)[labels] + rng.normal(size=(EXAMPLES, 5))
-    return features.FeatureSet(values, labels, 3, "blobs")
+    return heads.FeatureSet(values, labels, 3, "blobs")
 
 
 def sgd(hyper: Hyper) -> optax.GradientTransformation:
@@ -173,7 +171,7 @@ def test_nothing_is_truncated():
 
 
 def test_evaluate_counts_every_example(blobs, monkeypatch):
-    monkeypatch.setattr(heads, "_EVAL_ROWS", 64)
+    monkeypatch.setattr("dpjax.heads.train._EVAL_ROWS", 64)
     params = train(blobs, [point(), point(rate=2.0)]).params
     for index, found in enumerate(heads.evaluate(params, blobs)):
         logits = blobs.values @ params["head"]["kernel"][index] + params["head"]["bias"][index]

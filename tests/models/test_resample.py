@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dpjax.models.weights.resample import RESAMPLINGS, resample_grid
+from dpjax.models.weights import resample_grid
+from dpjax.models.weights.resample import RESAMPLINGS
 
 
 @pytest.mark.parametrize("method", RESAMPLINGS)

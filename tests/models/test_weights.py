@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dpjax import models
 from dpjax.models.nets import bit, efficientnet, text, vit
-from dpjax.models.weights.tables import Source, translate
+from dpjax.models.weights import Source, translate
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 VIT = models.ViTConfig(width=8, depth=1, heads=2, mlp=12, patch=4, image_size=8, channels=3)

@@ -16,8 +16,7 @@ from tiny import tiny_config
 
 from dpjax import build, models
 from dpjax.dp import sampling, seeds
-from dpjax.runtime import hosts, sharding
-from dpjax.runtime.workdir import Workdir, read_jsonl
+from dpjax.runtime import Workdir, hosts, read_jsonl, sharding
 from dpjax.training import loop
 
 LAUNCH = Path(__file__).parents[2] / "configs" / "launch"

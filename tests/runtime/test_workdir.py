@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpjax.runtime import sharding
-from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable, fingerprint
-from dpjax.runtime.workdir import OtherRun, Workdir, code_digest, digest, read_jsonl
+from dpjax.runtime import (
+    Checkpoints,
+    OtherRun,
+    Unreadable,
+    Unwritable,
+    Workdir,
+    code_digest,
+    digest,
+    read_jsonl,
+    sharding,
+)
+from dpjax.runtime.checkpoints import fingerprint
 
 CONFIG = ConfigDict({"seed": 0, "physical_batch": 64, "dp": {"epsilon": 1.0}})
 

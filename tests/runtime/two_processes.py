@@ -17,8 +17,7 @@ from tiny import tiny_config
 
 from dpjax import build
 from dpjax.commands import train
-from dpjax.runtime import compilation, hosts
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Workdir, compilation, hosts
 from dpjax.training import loop
 
 # Twenty steps of two phases, whose bound adapts and whose parameters are averaged; the physical

@@ -18,9 +18,7 @@ from tiny import tiny_config
 
 from dpjax import build, data, dp, models
 from dpjax.models import finetune
-from dpjax.runtime import sharding
-from dpjax.runtime.checkpoints import Checkpoints, Unreadable
-from dpjax.runtime.workdir import Workdir
+from dpjax.runtime import Checkpoints, Unreadable, Workdir, sharding
 from dpjax.training import loop, phases
 
 

@@ -20,8 +20,7 @@ from tiny import tiny_config
 
 from dpjax import build, dp, models
 from dpjax.commands import train
-from dpjax.runtime.checkpoints import Unwritable
-from dpjax.runtime.workdir import OtherRun, Workdir, read_jsonl
+from dpjax.runtime import OtherRun, Unwritable, Workdir, read_jsonl
 from dpjax.search import sweep
 from dpjax.training import loop, phases
 

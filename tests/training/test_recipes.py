@@ -9,9 +9,7 @@ from tiny import tiny_config
 
 from dpjax import build, dp, models
 from dpjax.build import planner
-from dpjax.runtime import compilation
-from dpjax.runtime.checkpoints import Checkpoints
-from dpjax.runtime.workdir import OtherRun, Workdir, read_jsonl
+from dpjax.runtime import Checkpoints, OtherRun, Workdir, compilation, read_jsonl
 from dpjax.training import loop, phases, results
 
 
@@ -103,9 +101,9 @@ def test_stages_share_one_budget(stages):
     assert privacy["epsilon"] == pytest.approx(dp.accounting.epsilon(events, 1e-4), rel=1e-3)
     assert len({phase.mechanism.noise_multiplier for phase in run.phases}) == 1
     assert privacy["sampling_prob"] == [phase.mechanism.sampling_prob for phase in run.phases]
-    for text in (loop.describe(run), privacy["clipping"]):
+    for text in (build.describe.describe(run), privacy["clipping"]):
         assert "0.1 then 20" in text
-    assert "100 then 300 expected" in loop.describe(run)
+    assert "100 then 300 expected" in build.describe.describe(run)
     sizes = [row["nonprivate/batch_size"] for row in read_jsonl(path / "metrics.jsonl")
              if "nonprivate/batch_size" in row]  # fmt: skip
     assert max(sizes[:6]) < 150 < 250 < min(sizes[6:])
@@ -153,7 +151,7 @@ def test_what_an_adaptive_run_leaves(adaptive):
     privacy = read(path, "privacy.json")
     assert privacy["epsilon_by_part"]["train"] == mechanism.epsilon(1e-4) <= 2.0
     assert privacy["phases"][0]["gradient_noise_multiplier"] > mechanism.noise_multiplier
-    for text in (privacy["clipping"], loop.describe(run)):
+    for text in (privacy["clipping"], build.describe.describe(run)):
         assert "following the 0.5 quantile" in text
         assert "never below 0.1" in text
         assert "accounted" in text
@@ -302,8 +300,8 @@ def test_the_planner_chooses_the_batch():
     assert run.phases[0].batch_size == plan.batch_size
     assert run.phases[0].steps == dp.num_steps(1617, plan.batch_size, 4.0)
     assert run.phases[0].mechanism.expected_batch_size == pytest.approx(plan.batch_size)
-    assert plan.reason in loop.describe(run)
-    assert f"{plan.batch_size:,} expected" in loop.describe(run)
+    assert plan.reason in build.describe.describe(run)
+    assert f"{plan.batch_size:,} expected" in build.describe.describe(run)
 
 
 def test_models_without_sizes_are_named_without_one():

@@ -13,13 +13,10 @@ import pytest
 from tiny import tiny_config
 
 from dpjax import build, dp, models
-from dpjax.build import describe
 from dpjax.commands import report
-from dpjax.data.dataset import Dataset, splits_overlap
-from dpjax.dp import seeds as rng
+from dpjax.data import Dataset, splits_overlap
 from dpjax.models import finetune
-from dpjax.runtime import sharding
-from dpjax.runtime.workdir import Workdir, read_jsonl
+from dpjax.runtime import Workdir, read_jsonl, sharding
 from dpjax.step import at_bound
 from dpjax.training import feed, loop, phases, results
 
@@ -89,7 +86,7 @@ def test_splits_that_may_share_examples_are_seen(train, test, private):
 def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
     run = finished[0]
     assert results.prefix(run) == "eval/"
-    facts = describe.statement(run, run.ledger)
+    facts = build.describe.statement(run, run.ledger)
     assert "every evaluation on public held-out data" in " ".join(facts["released"])
     assert not [line for line in facts["not_charged"] if "evaluations" in line]
     assert not [line for line in facts["not_charged"] if "starts from" in line]
@@ -99,7 +96,7 @@ def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
         config=config, test=run.train, train=dataclasses.replace(run.train, split="train[:90%]")
     )
     assert results.prefix(run) == "nonprivate/eval/"
-    facts = describe.statement(run, run.ledger)
+    facts = build.describe.statement(run, run.ledger)
     assert "evaluation" not in " ".join(facts["released"])
     for words in ("the evaluations, and which checkpoints keep_best keeps", "theirs.safetensors",
                   "'train[:90%]' with data.subset=None"):  # fmt: skip
@@ -203,7 +200,7 @@ def test_release_mode_takes_os_entropy_and_hides_it(tmp_path):
 
 def test_without_privacy_it_says_so(tmp_path):
     run = build.build(tiny_config(dp=None, epochs=0.4))
-    assert "NONE" in loop.describe(run)
+    assert "NONE" in build.describe.describe(run)
     loop.train(run, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w" / "privacy.json").exists()
 
@@ -238,7 +235,7 @@ def test_every_step_draws_its_own_batch_and_noise(tmp_path):
     noise = np.concatenate([(before[k] - v).ravel() for k, v in weights(tmp_path / "w").items()])
     want = mechanism.noise_multiplier / mechanism.expected_batch_size
     assert abs(noise.std() / want - 1) < 6 / np.sqrt(2 * noise.size)
-    assert rng.sampler_seed(5) != 5
+    assert dp.seeds.sampler_seed(5) != 5
 
 
 MISTAKES = {

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dpjax.models.weights.tables import Source
+from dpjax.models.weights import Source
 
 __all__ = ["Affine", "DepthwiseConv", "GroupNorm", "StandardizedConv", "conv", "fold_norm"]
 

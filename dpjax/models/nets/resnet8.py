@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
 from dpjax.models.nets.layers import Affine, conv, fold_norm
-from dpjax.models.weights.tables import Source, load_weights, read_tensors, translate
+from dpjax.models.weights import Source, load_weights, read_tensors, translate
 
 __all__ = ["resnet8"]
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from dpjax.models.model import Model, Params, TextSpec, compute_dtype, flatten, from_linen
 from dpjax.models.nets.blocks import Attention, Mlp
-from dpjax.models.weights.tables import Source, Tensors, load_weights, read_tensors, translate
+from dpjax.models.weights import Source, Tensors, load_weights, read_tensors, translate
 
 __all__ = ["TEXT_SIZES", "TextConfig", "text_encoder"]
 

@@ -21,8 +21,7 @@ from flax import linen as nn
 
 from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
 from dpjax.models.nets.blocks import Attention, Mlp
-from dpjax.models.weights.resample import resample_grid
-from dpjax.models.weights.tables import Source, Tensors, read_tensors, translate
+from dpjax.models.weights import Source, Tensors, read_tensors, resample_grid, translate
 
 __all__ = ["SIZES", "ViTConfig", "to_timm", "vision_transformer"]
 

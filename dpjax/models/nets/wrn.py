@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
 from dpjax.models.nets.layers import GroupNorm, StandardizedConv
-from dpjax.models.weights.tables import load_plain
+from dpjax.models.weights import load_plain
 
 __all__ = ["WRN_16_4", "WideResNetConfig", "wide_resnet"]
 
