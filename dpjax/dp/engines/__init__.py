@@ -1,0 +1,10 @@
+"""Clipped sums of gradients: example by example, or all from one backward pass."""
+
+from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines.clipped_sum import METHODS, clipped_sum
+
+__all__ = [
+    "METHODS",
+    "bookkeeping",
+    "clipped_sum",
+]
