@@ -9,7 +9,7 @@ gradients are different parts of the leaf.
 |---|---|---|---|
 | dense layer on `[tokens, d]` | tokens | 1 | features in, out |
 | `einsum("etd,edp->etp")` (experts) | t | e | d, p |
-| convolution | output positions (and images) | groups | kernel positions x channels in, channels out |
+| convolution | output positions | groups | kernel positions x channels in, channels out |
 | lookup `table[rows]` | rows looked up | 1 | rows of the table (never formed), row length |
 | inside a scan, weight shared by the turns | x turns | | |
 | inside a scan, weight a slice of a stack | | x turns | |
