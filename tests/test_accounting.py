@@ -1,10 +1,13 @@
 """Accounting against the first paper's table, closed forms, published epsilons, dp_accounting."""
 
 import itertools
-import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import dp_accounting as dpa
 import numpy as np
@@ -384,15 +387,35 @@ def test_a_second_run_computes_nothing(fresh_cache, monkeypatch):
 
 
 def test_numbers_of_other_code_are_not_read(fresh_cache, monkeypatch):
-    """A mistake that was mended must not live on in the files."""
+    """A mistake that was fixed must not live on in the files."""
     event = accounting.full_batch(3.0, 2)
     spent(event)
-    monkeypatch.setattr(cache, "_ours", lambda: "before")
+    monkeypatch.setattr(cache, "_CODE", "before")
     spent(event)
     assert len(list(fresh_cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5, 2.0])
+def test_numbers_belong_to_the_code_that_was_imported(tmp_path):
+    """Code that is edited while a process runs does not get that process's numbers."""
+    package = tmp_path / "dpjax"
+    shutil.copytree(Path(cache.__file__).parents[1], package)
+    code = (
+        "import pathlib, sys, dpjax.dp.accounting as a\n"
+        "print(a.__file__)\n"
+        "for edited in (False, True):\n"
+        "    if edited: open(a.__file__, 'a').write('# changed')\n"
+        "    a.epsilon(a.full_batch(3.0, 2), 1e-5)\n"
+    )
+    for files in (1, 2):  # the second process runs the edited code
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "DPJAX_CACHE_DIR": str(tmp_path / "c")},
+        )  # fmt: skip
+        assert str(package) in done.stdout
+        assert len(list((tmp_path / "c/accounting").iterdir())) == files
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 2.0])
 def test_every_number_is_kept_wherever_the_folder_is(value, tmp_path, monkeypatch):
     monkeypatch.setenv("DPJAX_CACHE_DIR", str(tmp_path / "a" / "b"))
     calls = []
@@ -401,25 +424,68 @@ def test_every_number_is_kept_wherever_the_folder_is(value, tmp_path, monkeypatc
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "x", "value": 3}', "null", "\x00"])
+class Large(NamedTuple):
+    """Stands for an event that holds an array."""
+
+    values: np.ndarray
+
+
+def test_keys_are_told_apart_by_their_whole_content(fresh_cache):
+    one, other = np.zeros(2000), np.zeros(2000)
+    other[1000] = 1.0
+    assert repr(Large(one)) == repr(Large(other))
+    assert cache.cached(("x", Large(one)), lambda: 1.0) == 1.0
+    assert cache.cached(("x", Large(other)), lambda: 2.0) == 2.0
+    assert cache.cached(("x", Large(one.copy())), lambda: 3.0) == 1.0
+
+
+def test_a_key_that_cannot_be_pickled_is_not_cached(fresh_cache):
+    key = ("x", lambda: 1)
+    assert [cache.cached(key, lambda v=v: v) for v in (1.0, 2.0)] == [1.0, 2.0]
+    assert not fresh_cache.exists()
+
+
+DAMAGE = {
+    "empty": b"", "brackets": b"[" * 200_000, "true": b"true", "nan": b"nan", "minus": b"-1.0",
+    "401 digits": b"1" * 401, "zeros": b"\x00" * 100, "not text": b"\xff\xfe",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_written_over(fresh_cache, damage):
     event = accounting.full_batch(3.0, 2)
     value = spent(event)
     (path,) = fresh_cache.iterdir()
-    whole = path.read_text()
-    path.write_text(damage)
-    assert spent(event) == value
-    assert path.read_text() == whole
+    whole = path.read_bytes()
+    checksum = whole.split()[1]
+    for bad in (DAMAGE[damage], DAMAGE[damage] + b" " + checksum):
+        path.write_bytes(bad)
+        assert spent(event) == value
+        assert path.read_bytes() == whole
 
 
-def test_a_stored_nan_or_a_wrong_type_is_not_believed(fresh_cache):
+def test_no_half_written_or_edited_file_is_believed(fresh_cache):
     event = accounting.full_batch(3.0, 2)
     value = spent(event)
     (path,) = fresh_cache.iterdir()
-    entry = json.loads(path.read_text())
-    for wrong in (math.nan, "2", None, -1.0):
-        path.write_text(json.dumps({**entry, "value": wrong}))
-        assert spent(event) == value
+    whole = path.read_bytes()
+    other = cache.cached("other", lambda: 7.0)
+    (theirs,) = (p for p in fresh_cache.iterdir() if p != path)
+    halves = [whole[:n] for n in range(len(whole))]
+    for bad in (*halves, whole + b"0", b"0" + whole, theirs.read_bytes()):
+        path.write_bytes(bad)
+        assert spent(event) == value != other
+        assert path.read_bytes() == whole
+
+
+def test_a_folder_in_the_place_of_a_file_costs_time_only(fresh_cache):
+    event = accounting.full_batch(3.0, 2)
+    value = spent(event)
+    (path,) = fresh_cache.iterdir()
+    path.unlink()
+    path.mkdir()
+    assert spent(event) == value
+    assert list(fresh_cache.iterdir()) == [path]  # and no temporary files pile up
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
@@ -457,8 +523,8 @@ def test_parallel_processes_share_the_cache(fresh_cache):
     first, second = (run.communicate(timeout=120)[0] for run in runs)
     assert first == second
     assert float(first) > 0
-    assert all(json.loads(path.read_text()) for path in fresh_cache.iterdir())
-    assert all(path.suffix == ".json" for path in fresh_cache.iterdir())
+    assert len({path.name for path in fresh_cache.iterdir()}) > 1
+    assert all(float.fromhex(path.read_text().split()[0]) > 0 for path in fresh_cache.iterdir())
 
 
 # --- Errors --------------------------------------------------------------------------------------

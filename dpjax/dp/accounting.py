@@ -236,7 +236,7 @@ class _Budget(NamedTuple):
             return float(value)
 
         at = ("delta", at_epsilon) if at_epsilon is not None else ("epsilon", self.delta)
-        return cached([*at, *self[2:], repr(event)], compute)
+        return cached((*at, *self[2:], event), compute)
 
     def _accounted(self, event: dpa.DpEvent) -> dpa.PrivacyAccountant:
         relation = RELATIONS[self.relation]
@@ -336,8 +336,8 @@ def _calibrated(
     extra: float,
 ) -> float:
     """solve() through the cache, where `make_event` is known by its events at the probes."""
-    events = [repr(_compose(make_event(p))) for p in probes]
-    value = cached([kind, *budget, extra, events], solve)
+    events = [_compose(make_event(p)) for p in probes]
+    value = cached((kind, *budget, extra, events), solve)
     value = int(value) if kind == "integer" else value
     within = budget.spent(_compose(make_event(value))) <= budget.epsilon
     return value if within else solve()  # not within: another make_event, alike at the probes
