@@ -70,7 +70,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "optimizers": ("optimizers", "noise"),
     "per_example": ("per_example", "step"),
     "sampling": ("sampling", "data_pipeline"),
-    "search": ("dp_search",),
     "site_algebra": _BOOKKEEPING,
     "site_products": _BOOKKEEPING,
     "temperature": ("temperature",),

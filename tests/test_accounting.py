@@ -282,39 +282,6 @@ def test_extreme_budgets(eps):
     assert 0.99 * eps < spent(make_event(sigma), 1e-6) <= eps
 
 
-def test_steps_batch_size_rate_and_epochs_from_the_rest():
-    budget = dict(epsilon=1.0, delta=1e-5)
-    steps = accounting.calibrate_steps(lambda t: accounting.poisson(1.5, 0.01, t), **budget)
-    assert spent(accounting.poisson(1.5, 0.01, steps)) <= 1
-    assert spent(accounting.poisson(1.5, 0.01, steps + 1)) > 1
-
-    epochs = accounting.calibrate_epochs(1.5, batch_size=500, num_examples=NUM, **budget)
-    assert epochs == steps * 500 / NUM
-
-    prob = accounting.calibrate_sampling_prob(lambda q: accounting.poisson(1.5, q, steps), **budget)
-    assert prob == pytest.approx(0.01, rel=1e-3)
-    assert spent(accounting.poisson(1.5, prob, steps)) <= 1
-
-    def at_fixed_epochs(batch):
-        return accounting.poisson(1.5, batch / NUM, round(4 * NUM / batch))
-
-    batch = accounting.calibrate_batch_size(at_fixed_epochs, num_examples=NUM, **budget)
-    assert spent(at_fixed_epochs(batch)) <= 1 < spent(at_fixed_epochs(batch + 5))
-
-
-def test_a_generous_budget_stops_at_the_natural_bounds():
-    budget = dict(epsilon=50.0, delta=1e-5)
-    assert (
-        accounting.calibrate_sampling_prob(lambda q: accounting.poisson(9.0, q, 3), **budget) == 1
-    )
-    few = accounting.calibrate_steps(lambda t: accounting.full_batch(9.0, t), maximum=5, **budget)
-    assert few == 5
-    everything = accounting.calibrate_batch_size(
-        lambda b: accounting.poisson(9.0, b / 300, 3), num_examples=300, **budget
-    )
-    assert everything == 300
-
-
 def test_what_rdp_cannot_show_is_refused_with_its_name():
     """Where its curve is flat, no noise meets the budget, short of an absurd one."""
     with pytest.raises(ValueError, match=r"epsilon=0\.01 .* out of reach of accountant='rdp'"):
@@ -341,18 +308,7 @@ def test_a_usual_budget_by_rdp_needs_a_little_more_noise(make_event):
     assert 0.99 < spent(make_event(loose), accountant="rdp") <= 1.0
 
 
-def test_a_budget_of_exactly_one_step():
-    one, two = (spent(accounting.full_batch(3.0, t)) for t in (1, 2))
-    for epsilon, wanted in (((one + two) / 2, 1), (two * 1.001, 2)):
-        make_event = lambda t: accounting.full_batch(3.0, t)  # noqa: E731
-        assert accounting.calibrate_steps(make_event, epsilon=epsilon, delta=1e-5) == wanted
-
-
 def test_budgets_that_nothing_can_meet_are_refused():
-    with pytest.raises(ValueError, match="does not allow even 1"):
-        accounting.calibrate_steps(
-            lambda t: accounting.poisson(0.5, 0.5, t), epsilon=1.0, delta=1e-5
-        )
     with pytest.raises(
         ValueError, match=r"epsilon=1\.0 .* out of reach"
     ):  # part of the budget is already spent
@@ -360,6 +316,41 @@ def test_budgets_that_nothing_can_meet_are_refused():
             lambda s: [accounting.full_batch(2.0, 8), accounting.full_batch(s, 8)],
             epsilon=1.0, delta=1e-5,
         )  # fmt: skip
+
+
+def bent(root, power):
+    return lambda x: -math.copysign(abs(x - root) ** power, x - root)
+
+
+@settings(max_examples=200)
+@given(
+    st.floats(-9, 9), st.floats(0.2, 5.0), st.floats(-20, 20), st.floats(0.01, 2.0),
+    st.sampled_from([1e-4, 0.1]),
+)  # fmt: skip
+def test_a_root_is_found_from_the_safe_side(root, power, low, width, tol):
+    gap, seen = bent(root, power), []
+    x = accounting.falling_root(lambda x: seen.append(x) or gap(x), low, low + width, tol=tol)
+    assert gap(x) <= 0 <= gap(x - tol)
+    assert x in seen  # and was seen to be so
+    assert len(seen) == len(set(seen))
+
+
+def test_an_almost_straight_function_takes_few_evaluations():
+    seen = []
+    gap = lambda x: seen.append(x) or 1.7 - x - 0.05 * x * x  # noqa: E731
+    x = accounting.falling_root(gap, 1.4, 1.6, tol=1e-4)
+    assert gap(x) <= 0 < gap(x - 1e-4)
+    assert len(seen) <= 8
+
+
+def test_a_search_ends_at_its_limits():
+    seen = []
+    for sign, end in ((-1.0, -3.0), (1.0, None)):
+        gap = lambda x, sign=sign: seen.append(x) or sign  # noqa: E731
+        assert accounting.falling_root(gap, -1.0, 1.0, tol=0.01, limit=3.0) == end
+    assert (min(seen), max(seen), len(seen)) == (-3.0, 3.0, 5)
+    steps = lambda x: 50.0 if x < 2.0 else -50.0  # noqa: E731
+    assert 2.0 <= accounting.falling_root(steps, -1.0, 1.0, tol=0.01, limit=3.0) <= 2.01
 
 
 # --- The cache -----------------------------------------------------------------------------------
@@ -618,10 +609,6 @@ def test_other_errors():
         spent([1.0])
     with pytest.raises(ValueError, match="epsilon=-1 must be >= 0"):
         accounting.delta(accounting.full_batch(1.0, 1), -1)
-    with pytest.raises(ValueError, match="num_examples=None"):
-        accounting.calibrate_batch_size(lambda b: make("full_batch"), epsilon=1.0, delta=1e-5)
-    with pytest.raises(ValueError, match="num_examples=0"):
-        accounting.calibrate_epochs(1.0, batch_size=5, epsilon=1.0, delta=1e-5)
 
 
 def test_nan_from_an_accountant_is_an_error_and_not_stored(fresh_cache, monkeypatch):
