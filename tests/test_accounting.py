@@ -1,5 +1,6 @@
 """Accounting against the first paper's table, closed forms, published epsilons, dp_accounting."""
 
+import collections
 import itertools
 import math
 import os
@@ -167,8 +168,51 @@ def test_truncation_costs_and_vanishes_above_every_sample(sigma, q, steps, size)
     plain = spent(accounting.poisson(sigma, q, steps))
     cut = spent(accounting.truncated_poisson(sigma, q, size, 60, steps))
     assert cut >= plain * (1 - 1e-3)
-    uncut = spent(accounting.truncated_poisson(sigma, q, 60, 60, steps))
-    assert uncut == pytest.approx(plain, rel=1e-3, abs=1e-6) or uncut > plain
+    uncut = spent(accounting.truncated_poisson(sigma, q, 61, 60, steps))  # even with one more
+    assert uncut == pytest.approx(plain, rel=1e-3, abs=1e-6)
+
+
+def attained_epsilon(total, q, cut, sigma, delta=1e-5):
+    """Of one truncated step, for data of `total` examples of -1 and a newcomer of +1.
+
+    The sum is a mixture of Gaussians with and without the newcomer, so its cost is exact.
+    """
+    without, joined = collections.Counter(), collections.Counter()
+    for others, prob in enumerate(stats.binom.pmf(np.arange(total + 1), total, q)):
+        drawn, kept = min(others, cut), min(1.0, cut / (others + 1))
+        without[-drawn] += prob
+        joined[-drawn] += prob * (1 - q * kept)
+        joined[2 - min(others + 1, cut)] += prob * q * kept  # the newcomer, and one fewer of them
+    x = np.linspace(-total - 10 * sigma, 2 + 10 * sigma, 200 * total + 20_000)
+    one, other = (
+        sum(p * stats.norm.pdf(x, mean, sigma) for mean, p in law.items() if p > 1e-14)
+        for law in (without, joined)
+    )
+
+    def excess(eps):
+        gaps = (one - math.exp(eps) * other, other - math.exp(eps) * one)
+        return max(np.trapezoid(np.maximum(gap, 0), x) for gap in gaps) - delta
+
+    return optimize.brentq(excess, 0.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    "total,q,cut,sigma,needs",
+    [(1000, 0.999, 1000, 2.0, "added"), (10, 0.9, 1, 1.5, "removed"), (2, 1.0, 1, 1.5, "removed"),
+     (60, 0.3, 18, 1.5, "neither")],
+)  # fmt: skip
+def test_truncation_costs_at_least_what_an_attained_pair_does(total, q, cut, sigma, needs):
+    added = attained_epsilon(total, q, cut, sigma)
+    removed = attained_epsilon(total - 1, q, cut, sigma)
+    event = accounting.truncated_poisson(sigma, q, cut, total, 1)
+    assert max(added, removed) <= spent(event)
+    if needs == "added":
+        assert added >= 3.50
+    # What either neighbor alone would claim, straight from dp_accounting, is refuted by the pair.
+    for kind, size in (("added", total), ("removed", total + 1)):
+        alone = dpa.TruncatedSubsampledGaussianDpEvent(size, q, cut, sigma)
+        claim = pld.PLDAccountant().compose(alone).get_epsilon(1e-5)
+        assert (claim < max(added, removed)) == (kind == needs)
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)

@@ -25,6 +25,7 @@ from dpjax.dp.events import (
     fixed_size,
     full_batch,
     map_leaves,
+    neighbors,
     num_sampled,
     poisson,
     positive,
@@ -227,14 +228,13 @@ class _Budget(NamedTuple):
         """Epsilon of `event` at this delta (or its delta at `at_epsilon`), through the cache."""
 
         def compute() -> float:
-            made = self._accounted(event)
-            if at_epsilon is None:
-                value = made.get_epsilon(self.delta)
-            else:
-                value = made.get_delta(at_epsilon)
-            if math.isnan(value):
+            values = [
+                made.get_epsilon(self.delta) if at_epsilon is None else made.get_delta(at_epsilon)
+                for made in map(self._accounted, neighbors(event))
+            ]
+            if any(map(math.isnan, values)):
                 raise ValueError(f"accountant={self.accountant!r} returned NaN for {event!r}.")
-            return float(value)
+            return float(max(values))
 
         at = ("delta", at_epsilon) if at_epsilon is not None else ("epsilon", self.delta)
         return cached((*at, *self[2:], event), compute)
