@@ -49,15 +49,17 @@ def eval_sums(
     """Sums of one chunk; pure, to be called inside jit.
 
     Args:
-      logits: `[batch, num_classes]`, any float type; computed with in float32.
-      labels: `[batch]` integers in 0..num_classes-1. One outside makes the NLL nan.
-      mask: `[batch]` bool, False for padding.
-      num_classes: checked against the logits.
-      bins: number of confidence bins.
+        logits: `[batch, num_classes]`, any float type; computed with in float32.
+        labels: `[batch]` integers in 0..num_classes-1. One outside makes the NLL nan.
+        mask: `[batch]` bool, False for padding.
+        num_classes: checked against the logits.
+        bins: number of confidence bins.
+
     Guarantees:
-      Padding contributes exactly zero, whatever its logits (nan too) and label.
+        Padding contributes exactly zero, whatever its logits (nan too) and label.
+
     Raises:
-      ValueError: shapes that do not fit, at trace time.
+        ValueError: shapes that do not fit, at trace time.
     """
     batch = logits.shape[:1]
     if logits.ndim != 2 or logits.shape[1] != num_classes:
@@ -97,7 +99,7 @@ def summarise(sums: EvalSums) -> dict[str, float]:
     Classes without an example have no entry. `mce` is the largest gap over non-empty bins.
 
     Raises:
-      ValueError: no example was counted.
+        ValueError: no example was counted.
     """
     total = float(sums.count)
     if not total > 0:

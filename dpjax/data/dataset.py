@@ -18,10 +18,10 @@ class Source(NamedTuple):
     """Where the inputs of one whole split come from.
 
     Attributes:
-      read: maps distinct or repeated positions [n] of the split to inputs [n, ...]; raises
-        ValueError naming the position of an input that cannot be read.
-      keys: one digest per example, uint8 [examples, 16].
-      dtype: of the inputs, uint8 for images and int32 for tokens.
+        read: maps distinct or repeated positions [n] of the split to inputs [n, ...]; raises
+            ValueError naming the position of an input that cannot be read.
+        keys: one digest per example, uint8 [examples, 16].
+        dtype: of the inputs, uint8 for images and int32 for tokens.
     """
 
     read: Callable[[np.ndarray], np.ndarray]
@@ -34,17 +34,17 @@ class Dataset:
     """Labelled examples in random access; nothing about it is mutable.
 
     Attributes:
-      name: the data set's name.
-      split: the split expression it was read from, e.g. "train+validation".
-      labels: int32 [examples], each in [0, num_classes).
-      class_names: one name per class.
-      shape: of one input, (H, W, C) for images and (L,) for tokens.
-      rows: int64 [examples], positions in the split as it was read; not arange only after
-        `subset` or `holdout`.
-      source: where inputs come from.
+        name: the data set's name.
+        split: the split expression it was read from, e.g. "train+validation".
+        labels: int32 [examples], each in [0, num_classes).
+        class_names: one name per class.
+        shape: of one input, (H, W, C) for images and (L,) for tokens.
+        rows: int64 [examples], positions in the split as it was read; not arange only after
+            `subset` or `holdout`.
+        source: where inputs come from.
 
     Raises:
-      ValueError: if a label is outside [0, num_classes), or lengths disagree.
+        ValueError: if a label is outside [0, num_classes), or lengths disagree.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Dataset:
         """32 bits of each example's own digest, uint32: the same wherever the example stands.
 
         Args:
-          indices: integers [n], each in [-1, num_examples); -1 is padding.
+            indices: integers [n], each in [-1, num_examples); -1 is padding.
         """
         keys = self.source.keys[self.rows[np.maximum(indices, 0)]]
         return np.ascontiguousarray(keys[:, :4]).view("<u4")[:, 0].astype(np.uint32)
@@ -115,13 +115,13 @@ class Dataset:
         """Reads examples by index; -1 is padding.
 
         Args:
-          indices: integers of any shape, each in [-1, num_examples).
+            indices: integers of any shape, each in [-1, num_examples).
 
         Returns:
-          {"input": [*indices.shape, *shape], "label": int32 [*indices.shape]}; zeros at padding.
+            {"input": [*indices.shape, *shape], "label": int32 [*indices.shape]}; zeros at padding.
 
         Raises:
-          ValueError: on an index out of range, or an input that cannot be read (naming it).
+            ValueError: on an index out of range, or an input that cannot be read (naming it).
         """
         indices = np.asarray(indices)
         if indices.dtype.kind not in "iu":
@@ -145,11 +145,11 @@ class Dataset:
         """The data set of some examples, in the order given.
 
         Args:
-          indices: integers [n], each in [0, num_examples), all different: an example that
-            occurred twice would count twice against its own privacy.
+            indices: integers [n], each in [0, num_examples), all different: an example that
+                occurred twice would count twice against its own privacy.
 
         Raises:
-          ValueError: on an index out of range or repeated.
+            ValueError: on an index out of range or repeated.
         """
         indices = distinct_rows(indices, len(self))
         return dataclasses.replace(self, labels=self.labels[indices], rows=self.rows[indices])
@@ -172,14 +172,14 @@ def from_arrays(
     """A data set of arrays in memory.
 
     Args:
-      name: its name.
-      inputs: uint8 [examples, H, W, C] or int32 [examples, L].
-      labels: integers [examples].
-      class_names: one name per class.
-      split: what to call the split.
+        name: its name.
+        inputs: uint8 [examples, H, W, C] or int32 [examples, L].
+        labels: integers [examples].
+        class_names: one name per class.
+        split: what to call the split.
 
     Raises:
-      ValueError: on a wrong dtype or rank, or a label out of range.
+        ValueError: on a wrong dtype or rank, or a label out of range.
     """
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     if (inputs.dtype, inputs.ndim) not in ((np.dtype(np.uint8), 4), (np.dtype(np.int32), 2)):
@@ -206,8 +206,8 @@ def distinct_rows(indices: np.ndarray, length: int) -> np.ndarray:
     """Returns indices as int64, each in [0, length) and all different.
 
     Raises:
-      ValueError: an index is out of range or repeated: an example that occurred twice would count
-        twice against its own privacy.
+        ValueError: an index is out of range or repeated: an example that occurred twice would count
+            twice against its own privacy.
     """
     indices = np.asarray(indices, np.int64)
     wrong = indices[(indices < 0) | (indices >= length)]

@@ -47,12 +47,12 @@ def find_directory(name: str, data_dir: Path) -> Path | None:
     """The prepared directory of a data set, or None if nothing of it is there.
 
     Args:
-      name: "name", "name/config" or either with ":1.0.0"; the newest version otherwise.
-      data_dir: where TFDS data sets lie.
+        name: "name", "name/config" or either with ":1.0.0"; the newest version otherwise.
+        data_dir: where TFDS data sets lie.
 
     Raises:
-      ValueError: if a preparation was left half-written, a version or config is not there, or
-        several configs are and none was named.
+        ValueError: if a preparation was left half-written, a version or config is not there, or
+            several configs are and none was named.
     """
     base, config, version = split_name(name)
     root = data_dir / base / config if config else data_dir / base
@@ -86,13 +86,13 @@ def open_directory(directory: Path) -> Any:
     """Opens a prepared directory as a TFDS builder, after checking that it is whole.
 
     Args:
-      directory: data_dir/name[/config]/version.
+        directory: data_dir/name[/config]/version.
 
     Returns:
-      A read-only TFDS builder with random access.
+        A read-only TFDS builder with random access.
 
     Raises:
-      ValueError: if a file is missing, cut short or of a format without random access.
+        ValueError: if a file is missing, cut short or of a format without random access.
     """
     for required in ("dataset_info.json", "features.json"):
         if not (directory / required).is_file():
@@ -121,12 +121,12 @@ def check_split(builder: Any, split: str) -> None:
     """Refuses a split expression that names no split, is empty or overlaps itself.
 
     Args:
-      builder: an opened TFDS builder.
-      split: TFDS slicing syntax, e.g. "train", "train[:80%]", "train+validation".
+        builder: an opened TFDS builder.
+        split: TFDS slicing syntax, e.g. "train", "train[:80%]", "train+validation".
 
     Raises:
-      ValueError: naming the known splits. An overlap is refused because an example read twice
-        would count twice against its own privacy.
+        ValueError: naming the known splits. An overlap is refused because an example read twice
+            would count twice against its own privacy.
     """
     known = sorted(builder.info.splits)
     for part in split.split("+"):
@@ -157,13 +157,14 @@ def find_feature(builder: Any, kind: type, key: str | None, field: str) -> str:
     """The one feature of a kind, or the supervised one if there are several.
 
     Args:
-      builder: an opened TFDS builder.
-      kind: tfds.features.Image, ClassLabel or Text.
-      key: the feature asked for; None finds it.
-      field: what to call it in errors, e.g. "label_key".
+        builder: an opened TFDS builder.
+        kind: tfds.features.Image, ClassLabel or Text.
+        key: the feature asked for; None finds it.
+        field: what to call it in errors, e.g. "label_key".
 
     Raises:
-      ValueError: if the feature asked for is not there or of another kind, or none or several fit.
+        ValueError: if the feature asked for is not there or of another kind, or none or several
+            fit.
     """
     features = builder.info.features
     fitting = sorted(name for name, feature in features.items() if isinstance(feature, kind))

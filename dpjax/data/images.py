@@ -24,14 +24,14 @@ class ImageSpec:
     """How the host brings images to one shape.
 
     Attributes:
-      image_size: side of the square result; None keeps the stored size, which must then be fixed.
-      resize: "crop" scales the shorter side to `image_size` and cuts the centre; "stretch" scales
-        both sides.
-      resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
-      channels: what the data set must have, 1 or 3; None takes what it has. Grey is not made
-        colour here: `preprocess` does that inside the step.
-      image_key: the image feature; None finds it.
-      label_key: the label feature; None finds it.
+        image_size: side of the square result; None keeps the stored size, which must then be fixed.
+        resize: "crop" scales the shorter side to `image_size` and cuts the centre; "stretch" scales
+            both sides.
+        resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
+        channels: what the data set must have, 1 or 3; None takes what it has. Grey is not made
+            colour here: `preprocess` does that inside the step.
+        image_key: the image feature; None finds it.
+        label_key: the label feature; None finds it.
     """
 
     image_size: int | None = None
@@ -56,12 +56,12 @@ def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, 
     """Shape [H, W, C] of decoded images.
 
     Args:
-      stored: shape of the image feature, None where it varies.
-      spec: how images are resized, and the channel count expected.
+        stored: shape of the image feature, None where it varies.
+        spec: how images are resized, and the channel count expected.
 
     Raises:
-      ValueError: if the channel count differs from `spec.channels`, or sizes vary and
-        `spec.image_size` is None.
+        ValueError: if the channel count differs from `spec.channels`, or sizes vary and
+            `spec.image_size` is None.
     """
     height, width, channels = stored
     if channels is None:
@@ -86,15 +86,15 @@ def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndar
     """Decodes one image.
 
     Args:
-      data: an encoded image (PNG, JPEG, ...).
-      shape: [H, W, C] from `output_shape`.
-      spec: how to resize.
+        data: an encoded image (PNG, JPEG, ...).
+        shape: [H, W, C] from `output_shape`.
+        spec: how to resize.
 
     Returns:
-      uint8 [H, W, C].
+        uint8 [H, W, C].
 
     Raises:
-      ValueError: if the bytes are not a whole image, or its mode or size does not fit.
+        ValueError: if the bytes are not a whole image, or its mode or size does not fit.
     """
     height, width, channels = shape
     try:

@@ -39,21 +39,21 @@ def load(
     """Opens an image-classification data set.
 
     Args:
-      name: "digits" and "mnist5k" are prepared on first use. Any other TFDS data set must have been
-        prepared in `data_dir` with file_format array_record (or parquet); "name/config:1.0.0" picks
-        a config and a version.
-      split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
-      data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
-      spec: size, channels and features; default: as stored.
-      memory_limit: bytes of decoded pixels up to which a split is held in memory.
-      download: lets TFDS download and prepare what is not there. Most TFDS builders then need
-        TensorFlow. Otherwise the network is never touched.
+        name: "digits" and "mnist5k" are prepared on first use. Any other TFDS data set must have
+            been prepared in `data_dir` with file_format array_record (or parquet);
+            "name/config:1.0.0" picks a config and a version.
+        split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
+        data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
+        spec: size, channels and features; default: as stored.
+        memory_limit: bytes of decoded pixels up to which a split is held in memory.
+        download: lets TFDS download and prepare what is not there. Most TFDS builders then need
+            TensorFlow. Otherwise the network is never touched.
 
     Returns:
-      The data set, checked: splits, features, channels, label range, images.
+        The data set, checked: splits, features, channels, label range, images.
 
     Raises:
-      ValueError: naming the argument and its value.
+        ValueError: naming the argument and its value.
     """
     builder = _open(name, data_dir, download)
     return images_dataset(builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit)
@@ -69,17 +69,17 @@ def load_text(
     """Opens a text-classification data set and tokenises it.
 
     Args:
-      name: e.g. "newsgroups20", prepared in `data_dir`.
-      split: TFDS slicing syntax.
-      data_dir: as for `load`.
-      tokenize: texts [n] to int32 tokens [n, L]; 0 should be its padding token, because padding
-        examples are zeros.
+        name: e.g. "newsgroups20", prepared in `data_dir`.
+        split: TFDS slicing syntax.
+        data_dir: as for `load`.
+        tokenize: texts [n] to int32 tokens [n, L]; 0 should be its padding token, because padding
+            examples are zeros.
 
     Returns:
-      The data set; inputs are int32 [L].
+        The data set; inputs are int32 [L].
 
     Raises:
-      ValueError: as `load`, and if `tokenize` returns something else.
+        ValueError: as `load`, and if `tokenize` returns something else.
     """
     return text_dataset(_open(name, data_dir, False), name, split, tokenize=tokenize)
 

@@ -25,19 +25,19 @@ def preprocess(
     """Scales, resizes, repeats grey to colour and normalises ONE image.
 
     Args:
-      image: uint8 [H, W, C].
-      image_size: side of the result. The image is stretched to a square (crop on the host when
-        the proportions matter). Downscaling is antialiased, as in Pillow.
-      mean: per channel, subtracted from pixels in [0, 1]; length `channels` or 1.
-      std: per channel, divided by; length `channels` or 1.
-      channels: of the result. A grey image is repeated to 3 channels.
-      resample: "nearest", "bilinear" or "bicubic".
+        image: uint8 [H, W, C].
+        image_size: side of the result. The image is stretched to a square (crop on the host when
+            the proportions matter). Downscaling is antialiased, as in Pillow.
+        mean: per channel, subtracted from pixels in [0, 1]; length `channels` or 1.
+        std: per channel, divided by; length `channels` or 1.
+        channels: of the result. A grey image is repeated to 3 channels.
+        resample: "nearest", "bilinear" or "bicubic".
 
     Returns:
-      float32 [image_size, image_size, channels].
+        float32 [image_size, image_size, channels].
 
     Raises:
-      ValueError: on a wrong rank, dtype, channel count, statistic or resample name.
+        ValueError: on a wrong rank, dtype, channel count, statistic or resample name.
     """
     if image.ndim != 3:
         raise ValueError(f"image of shape {image.shape} must be one image [H, W, C].")
@@ -77,16 +77,16 @@ def random_crop(
     """Pads ONE image and cuts a window of its own size at a uniformly random place.
 
     Args:
-      image: [H, W, C], any dtype.
-      key: used once.
-      padding: pixels added on each side, >= 0.
-      mode: "reflect", "edge" or "zero". Zeros are black before normalisation only.
+        image: [H, W, C], any dtype.
+        key: used once.
+        padding: pixels added on each side, >= 0.
+        mode: "reflect", "edge" or "zero". Zeros are black before normalisation only.
 
     Returns:
-      [H, W, C], same dtype.
+        [H, W, C], same dtype.
 
     Raises:
-      ValueError: on a negative padding, a reflection wider than the image, or an unknown mode.
+        ValueError: on a negative padding, a reflection wider than the image, or an unknown mode.
     """
     if mode not in _PAD:
         raise ValueError(f"mode={mode!r} must be one of {sorted(_PAD)}.")
@@ -103,16 +103,16 @@ def random_shift(
     """Moves ONE image by up to `max_shift` pixels each way.
 
     Args:
-      image: [H, W, C], any dtype.
-      key: used once.
-      max_shift: pixels, >= 0; rows and columns move independently and uniformly.
-      fill: value that moves in; after normalisation, give the normalised background.
+        image: [H, W, C], any dtype.
+        key: used once.
+        max_shift: pixels, >= 0; rows and columns move independently and uniformly.
+        fill: value that moves in; after normalisation, give the normalised background.
 
     Returns:
-      [H, W, C], same dtype.
+        [H, W, C], same dtype.
 
     Raises:
-      ValueError: on a negative shift.
+        ValueError: on a negative shift.
     """
     _check_padding(image, max_shift)
     widths = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))

@@ -34,20 +34,20 @@ def images_dataset(
     """Reads one split of an image-classification data set.
 
     Args:
-      builder: an opened TFDS builder.
-      name: what to call it.
-      split: TFDS slicing syntax.
-      spec: how images are brought to one shape.
-      memory_limit: bytes; a split whose decoded pixels take at most this is decoded now, a larger
-        one on demand.
+        builder: an opened TFDS builder.
+        name: what to call it.
+        split: TFDS slicing syntax.
+        spec: how images are brought to one shape.
+        memory_limit: bytes; a split whose decoded pixels take at most this is decoded now, a larger
+            one on demand.
 
     Returns:
-      The data set. Every record was read once: labels are checked, and every image is decoded if
-      the split is held in memory; otherwise its first and last bytes are looked at.
+        The data set. Every record was read once: labels are checked, and every image is decoded if
+        the split is held in memory; otherwise its first and last bytes are looked at.
 
     Raises:
-      ValueError: as `check_split`, `find_feature`, `output_shape` and `Dataset` do, and for an
-        image that cannot be read, naming its position in the split.
+        ValueError: as `check_split`, `find_feature`, `output_shape` and `Dataset` do, and for an
+            image that cannot be read, naming its position in the split.
     """
     check_split(builder, split)
     image_key = find_feature(builder, tfds.features.Image, spec.image_key, "image_key")
@@ -116,17 +116,17 @@ def text_dataset(
     """Reads and tokenises one split of a text-classification data set.
 
     Args:
-      builder: an opened TFDS builder with a Text and a ClassLabel feature.
-      name: what to call it.
-      split: TFDS slicing syntax.
-      tokenize: texts [n] to int32 tokens [n, L] with one L for all calls; called on a few hundred
-        at a time, in order.
+        builder: an opened TFDS builder with a Text and a ClassLabel feature.
+        name: what to call it.
+        split: TFDS slicing syntax.
+        tokenize: texts [n] to int32 tokens [n, L] with one L for all calls; called on a few hundred
+            at a time, in order.
 
     Returns:
-      The data set of tokens, held in memory.
+        The data set of tokens, held in memory.
 
     Raises:
-      ValueError: as for images, and if `tokenize` returns another dtype, rank or length.
+        ValueError: as for images, and if `tokenize` returns another dtype, rank or length.
     """
     check_split(builder, split)
     features = builder.info.features

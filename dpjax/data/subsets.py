@@ -25,19 +25,19 @@ def stratified_indices(
     """Chooses the same share, or the same number, of every class.
 
     Args:
-      labels: integers [examples].
-      amount: a float in (0, 1] is a fraction; an int >= 1 is shots per class present.
-      seed: choices with one seed are nested: a larger amount holds the smaller one's examples
-        (for shots always; for fractions up to rounding).
-      stream: distinguishes independent uses of one seed.
+        labels: integers [examples].
+        amount: a float in (0, 1] is a fraction; an int >= 1 is shots per class present.
+        seed: choices with one seed are nested: a larger amount holds the smaller one's examples
+            (for shots always; for fractions up to rounding).
+        stream: distinguishes independent uses of one seed.
 
     Returns:
-      Ascending indices into `labels`. For a fraction f, round(f * examples) of them, and every
-      class has f * (its size) rounded up or down.
+        Ascending indices into `labels`. For a fraction f, round(f * examples) of them, and every
+        class has f * (its size) rounded up or down.
 
     Raises:
-      ValueError: on an amount out of range, more shots than some class has, or nothing chosen.
-      TypeError: if amount is neither int nor float.
+        ValueError: on an amount out of range, more shots than some class has, or nothing chosen.
+        TypeError: if amount is neither int nor float.
     """
     labels = np.asarray(labels)
     if isinstance(amount, (bool, np.bool_)) or not isinstance(
@@ -76,19 +76,19 @@ def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
     """A stratified part of a data set.
 
     Args:
-      dataset: to choose from.
-      amount: a float in (0, 1] is a fraction, an int is shots per class (so 1.0 is everything
-        and 1 is one example of each class).
-      seed: of the choice; the choice does not look at the inputs.
+        dataset: to choose from.
+        amount: a float in (0, 1] is a fraction, an int is shots per class (so 1.0 is everything
+            and 1 is one example of each class).
+        seed: of the choice; the choice does not look at the inputs.
 
     Guarantees:
-      None about the whole data set: adding one example to it may change the choice of all others.
+        None about the whole data set: adding one example to it may change the choice of all others.
 
     Returns:
-      The chosen examples, in the data set's order; `rows` tells which they are.
+        The chosen examples, in the data set's order; `rows` tells which they are.
 
     Raises:
-      ValueError: on an amount out of range or more shots than some class has.
+        ValueError: on an amount out of range or more shots than some class has.
     """
     missing = dataset.num_classes - len(np.unique(dataset.labels))
     if isinstance(amount, int) and missing:
@@ -104,19 +104,19 @@ def holdout(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Data
     """Splits a training set for tuning: `random_share`, with a stream of its own.
 
     Args:
-      dataset: to split.
-      share: held out, in (0, 1), the probability of each example.
-      seed: of the choice.
+        dataset: to split.
+        share: held out, in (0, 1), the probability of each example.
+        seed: of the choice.
 
     Returns:
-      (rest, held): disjoint, together the whole data set; `rows` of each tells which.
+        (rest, held): disjoint, together the whole data set; `rows` of each tells which.
 
     Guarantees:
-      Adding or removing an example moves no other one, so a guarantee for the rest is one for the
-      whole data set.
+        Adding or removing an example moves no other one, so a guarantee for the rest is one for the
+        whole data set.
 
     Raises:
-      ValueError: on a share out of range, or if either part is empty.
+        ValueError: on a share out of range, or if either part is empty.
     """
     return _each_by_itself(dataset, share, seed, _HOLDOUT)
 
@@ -129,15 +129,15 @@ def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset,
     the other part, as parallel composition needs.
 
     Args:
-      dataset: to split.
-      share: in (0, 1), the probability of each example to be in the share.
-      seed: of the choice.
+        dataset: to split.
+        share: in (0, 1), the probability of each example to be in the share.
+        seed: of the choice.
 
     Returns:
-      (rest, share): disjoint, together the whole data set.
+        (rest, share): disjoint, together the whole data set.
 
     Raises:
-      ValueError: on a share out of range, or if either part is empty.
+        ValueError: on a share out of range, or if either part is empty.
     """
     return _each_by_itself(dataset, share, seed, _SHARE)
 

@@ -37,10 +37,10 @@ class InputSpec:
     """The images a model expects.
 
     Args:
-      image_size: side of the square image, in pixels.
-      channels: number of channels.
-      mean: per-channel mean to subtract, for pixels scaled to [0, 1].
-      std: per-channel divisor, for pixels scaled to [0, 1].
+        image_size: side of the square image, in pixels.
+        channels: number of channels.
+        mean: per-channel mean to subtract, for pixels scaled to [0, 1].
+        std: per-channel divisor, for pixels scaled to [0, 1].
     """
 
     image_size: int
@@ -70,9 +70,9 @@ class TextSpec:
     """The token sequences a text model expects: int32 `[max_length]`, padded with `pad_id`.
 
     Args:
-      max_length: number of tokens of every (padded or cut) sequence.
-      vocab_size: token ids are in [0, vocab_size).
-      pad_id: id of the padding token, which the model masks out.
+        max_length: number of tokens of every (padded or cut) sequence.
+        vocab_size: token ids are in [0, vocab_size).
+        pad_id: id of the padding token, which the model masks out.
     """
 
     max_length: int
@@ -97,13 +97,13 @@ class Loader(Protocol):
         """Returns `params` with the weights of the file `path` put in.
 
         Args:
-          params: a tree made by `Model.init`.
-          path: the file with the weights.
-          head: whether the file's classification head is taken too; by default the head of
-            `params` is kept, and the log says so.
+            params: a tree made by `Model.init`.
+            path: the file with the weights.
+            head: whether the file's classification head is taken too; by default the head of
+                `params` is kept, and the log says so.
 
         Raises:
-          ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+            ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
         """
 
 
@@ -111,14 +111,14 @@ class Model(NamedTuple):
     """A classifier as pure functions.
 
     Attributes:
-      init: `init(key) -> params`, a nested plain dict of float32 arrays.
-      apply: `apply(params, inputs) -> logits`, float32 `[batch, classes]` for inputs with a batch
-        axis and `[classes]` for ONE example. No example's logits depend on another example.
-      load: puts published weights in, see `Loader`.
-      head: top-level key of the classification head in `params`.
-      input: what `inputs` must be.
-      features: `features(params, inputs)`, float32 `[batch, width]` or `[width]`: what the head
-        sees; `apply == dense_head(params[head], features(...))`. It never reads `params[head]`.
+        init: `init(key) -> params`, a nested plain dict of float32 arrays.
+        apply: `apply(params, inputs) -> logits`, float32 `[batch, classes]` for inputs with a batch
+            axis and `[classes]` for ONE example. No example's logits depend on another example.
+        load: puts published weights in, see `Loader`.
+        head: top-level key of the classification head in `params`.
+        input: what `inputs` must be.
+        features: `features(params, inputs)`, float32 `[batch, width]` or `[width]`: what the head
+            sees; `apply == dense_head(params[head], features(...))`. It never reads `params[head]`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -145,11 +145,12 @@ def dense_head(head_params: Mapping[str, jax.Array], features: jax.Array) -> jax
     """The classification head every model here ends with.
 
     Args:
-      head_params: `{"kernel": [width, classes], "bias": [classes]}`, that is `params[model.head]`.
-      features: `[..., width]`.
+        head_params: `{"kernel": [width, classes], "bias": [classes]}`, that is
+            `params[model.head]`.
+        features: `[..., width]`.
 
     Returns:
-      float32 logits `[..., classes]`.
+        float32 logits `[..., classes]`.
     """
     logits = features.astype(jnp.float32) @ head_params["kernel"]
     return logits + jnp.broadcast_to(head_params["bias"], logits.shape)
@@ -159,7 +160,7 @@ def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     """What layers compute in, as a dtype.
 
     Raises:
-      ValueError: it is not a floating-point type.
+        ValueError: it is not a floating-point type.
     """
     try:
         made = jnp.dtype(dtype)
@@ -174,10 +175,10 @@ def head_initializer(name: str) -> Callable[..., jax.Array]:
     """Kernel initialiser of a head: zeros, variance-scaled normal, or normal of std 1e-3.
 
     Args:
-      name: one of `HEAD_INITS`.
+        name: one of `HEAD_INITS`.
 
     Raises:
-      ValueError: the name is unknown.
+        ValueError: the name is unknown.
     """
     if name == "zero":
         return nn.initializers.zeros
@@ -200,15 +201,15 @@ def from_linen(
     """Puts a head on a Flax module that maps `[..., *example]` to features `[..., width]`.
 
     Args:
-      backbone: the module; it must treat leading axes beyond the example's as a batch.
-      spec: its input.
-      load: its loader.
-      width: number of features.
-      num_classes: number of classes.
-      head_init: one of `HEAD_INITS`.
+        backbone: the module; it must treat leading axes beyond the example's as a batch.
+        spec: its input.
+        load: its loader.
+        width: number of features.
+        num_classes: number of classes.
+        head_init: one of `HEAD_INITS`.
 
     Raises:
-      ValueError: `num_classes` or `head_init` is out of range.
+        ValueError: `num_classes` or `head_init` is out of range.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be >= 1.")

@@ -18,16 +18,16 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
     """A tokenizer from a `tokenizer.json`.
 
     Args:
-      path: the file, such as `locate("minilm_l6_tokenizer")`.
-      spec: the input of the model it is for.
+        path: the file, such as `locate("minilm_l6_tokenizer")`.
+        spec: the input of the model it is for.
 
     Returns:
-      A function from texts to int32 ids `[texts, max_length]`, cut and padded with `pad_id`.
+        A function from texts to int32 ids `[texts, max_length]`, cut and padded with `pad_id`.
 
     Raises:
-      ImportError: the `tokenizers` library is not installed.
-      FileNotFoundError: there is no such file.
-      ValueError: it is no tokenizer, or has another vocabulary or padding than the model.
+        ImportError: the `tokenizers` library is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no tokenizer, or has another vocabulary or padding than the model.
     """
     try:
         import tokenizers

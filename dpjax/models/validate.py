@@ -45,14 +45,14 @@ def check_examples_independent(
     constants.
 
     Args:
-      apply: `apply(params, batch) -> [batch, ...]`; is jitted here.
-      params: its parameters.
-      input_batch: arrays `[batch, ...]` of at least two examples, images or token ids; the ids
-        may not all be the same.
+        apply: `apply(params, batch) -> [batch, ...]`; is jitted here.
+        params: its parameters.
+        input_batch: arrays `[batch, ...]` of at least two examples, images or token ids; the ids
+            may not all be the same.
 
     Raises:
-      ValueError: examples are coupled, the outputs are not finite, or the check would be empty
-        because the batch is too small or the output does not depend on the input.
+        ValueError: examples are coupled, the outputs are not finite, or the check would be empty
+            because the batch is too small or the output does not depend on the input.
     """
     leaves = jax.tree.leaves(input_batch)
     sizes = {int(np.shape(leaf)[0]) if np.ndim(leaf) else 0 for leaf in leaves}

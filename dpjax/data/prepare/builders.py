@@ -25,9 +25,9 @@ class Text(NamedTuple):
     """One text.
 
     Attributes:
-      key: unique in its split.
-      text: itself.
-      label: name or number of its class.
+        key: unique in its split.
+        text: itself.
+        label: name or number of its class.
     """
 
     key: str
@@ -129,10 +129,10 @@ def text_builder(
     """Makes the TFDS builder class of texts that are in memory: features id, text and label.
 
     Args:
-      name: of the data set.
-      description: one line.
-      labels: names of the classes.
-      splits: the texts of each split, in the order in which they are stored.
+        name: of the data set.
+        description: one line.
+        labels: names of the classes.
+        splits: the texts of each split, in the order in which they are stored.
     """
 
     class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]

@@ -25,13 +25,13 @@ def builder_class(name: str, source: Path) -> Any:
     """The TFDS builder of a directory of images; the files are stored as they are.
 
     Args:
-      name: of the data set, lower case.
-      source: has one directory for each split ("train" and, say, "test"), each with one directory
-        for each class, with PNG or JPEG files. Classes are numbered in alphabetical order.
+        name: of the data set, lower case.
+        source: has one directory for each split ("train" and, say, "test"), each with one directory
+            for each class, with PNG or JPEG files. Classes are numbered in alphabetical order.
 
     Raises:
-      ValueError: for another name, a class without images, a split with other classes, or a file
-        that is no image.
+        ValueError: for another name, a class without images, a split with other classes, or a file
+            that is no image.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"dataset={name!r} must match {_NAME.pattern}.")

@@ -21,11 +21,11 @@ def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
     headers that name the group; quotes and signatures remain.
 
     Args:
-      source: the archive or a directory of its files.
-      expected: posts per split; None skips the check.
+        source: the archive or a directory of its files.
+        expected: posts per split; None skips the check.
 
     Raises:
-      ValueError: if the source cannot be read, lacks a split or a group, or has other sizes.
+        ValueError: if the source cannot be read, lacks a split or a group, or has other sizes.
     """
     posts: dict[str, list[Text]] = {split: [] for split in _FOLDERS.values()}
     for path, content in iter_members(source, lambda path: _split(path) is not None):

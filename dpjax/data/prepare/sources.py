@@ -26,11 +26,11 @@ class Expected:
     """What the real data set is known to be.
 
     Attributes:
-      examples: per split.
-      per_class: per split, examples of each class; one number means all classes have it.
-      mean: of the training pixels in [0, 1], per channel; empty is not checked.
-      std: the same.
-      tolerance: on mean and std.
+        examples: per split.
+        per_class: per split, examples of each class; one number means all classes have it.
+        mean: of the training pixels in [0, 1], per channel; empty is not checked.
+        std: the same.
+        tolerance: on mean and std.
     """
 
     examples: dict[str, int]
@@ -60,9 +60,9 @@ class ImageArchive:
     """An image data set that TFDS registers under the same name.
 
     Attributes:
-      files: the archives it is read from, for messages.
-      read: archive to arrays.
-      expected: what the real archive holds; None skips the check.
+        files: the archives it is read from, for messages.
+        read: archive to arrays.
+        expected: what the real archive holds; None skips the check.
     """
 
     files: str
@@ -111,9 +111,9 @@ class TextArchive:
     """A text data set with a builder of ours.
 
     Attributes:
-      files: the archives it is read from, for messages.
-      build: archive and expected sizes to a TFDS builder class.
-      expected: examples per split; None skips the check.
+        files: the archives it is read from, for messages.
+        build: archive and expected sizes to a TFDS builder class.
+        expected: examples per split; None skips the check.
     """
 
     files: str
@@ -136,17 +136,17 @@ def prepare(
     """Prepares a data set from its published archive, as TFDS would, without TensorFlow.
 
     Args:
-      name: one of `SOURCES`, e.g. "cifar10"; or any other, for a directory of images.
-      source: the archive, or a directory holding its files; or one of images, see `folders`.
-      data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
-      checked: whether sizes, class counts and pixel statistics must be the real data set's.
+        name: one of `SOURCES`, e.g. "cifar10"; or any other, for a directory of images.
+        source: the archive, or a directory holding its files; or one of images, see `folders`.
+        data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
+        checked: whether sizes, class counts and pixel statistics must be the real data set's.
 
     Returns:
-      The prepared directory. If it is already there and whole, `source` is read and checked but
-      nothing is written.
+        The prepared directory. If it is already there and whole, `source` is read and checked but
+        nothing is written.
 
     Raises:
-      ValueError: on an unknown name, or a source that is missing, damaged or something else.
+        ValueError: on an unknown name, or a source that is missing, damaged or something else.
     """
     path = Path(source).expanduser()
     if name not in SOURCES and not folders.is_folder(path):

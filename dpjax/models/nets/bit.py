@@ -26,11 +26,11 @@ class ResNetConfig:
     """Shape of a pre-activation bottleneck ResNet.
 
     Args:
-      depths: blocks of each stage; stage i has bottleneck width `width * 2**i`.
-      width: bottleneck width of the first stage, and of the stem.
-      groups: groups of the norms; divides width.
-      image_size: side of the image, in pixels.
-      channels: image channels.
+        depths: blocks of each stage; stage i has bottleneck width `width * 2**i`.
+        width: bottleneck width of the first stage, and of the stem.
+        groups: groups of the norms; divides width.
+        image_size: side of the image, in pixels.
+        channels: image channels.
     """
 
     depths: tuple[int, ...]
@@ -167,13 +167,13 @@ def resnet_v2(
     reads BiT `.npz` files and our own.
 
     Args:
-      config: the shape; `RESNETS` has the usual ones.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the convolutions compute in.
+        config: the shape; `RESNETS` has the usual ones.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: what the convolutions compute in.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     half = (0.5,) * config.channels
     return from_linen(

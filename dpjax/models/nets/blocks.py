@@ -24,11 +24,11 @@ class Attention(nn.Module):
         """Attends among the tokens of one sequence.
 
         Args:
-          x: `[..., tokens, width]`.
-          keep: bool `[..., tokens]`, False for tokens that nobody attends to; None keeps all.
+            x: `[..., tokens, width]`.
+            keep: bool `[..., tokens]`, False for tokens that nobody attends to; None keeps all.
 
         Returns:
-          `[..., tokens, width]`.
+            `[..., tokens, width]`.
         """
         width = x.shape[-1]
         dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=_xavier)

@@ -36,10 +36,10 @@ class EfficientNetConfig:
     """Shape of the network.
 
     Args:
-      stages: the stages, in order.
-      stem: channels of the first convolution.
-      width: channels of the last one, that is the number of features.
-      image_size: side of the image, in pixels.
+        stages: the stages, in order.
+        stem: channels of the first convolution.
+        width: channels of the last one, that is the number of features.
+        image_size: side of the image, in pixels.
     """
 
     stages: tuple[MBConvStage, ...]
@@ -163,13 +163,13 @@ def efficientnet_lite(
     our own files.
 
     Args:
-      config: the shape; `LITE0` is the published one, at any image size.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the layers compute in.
+        config: the shape; `LITE0` is the published one, at any image size.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: what the layers compute in.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     # Its pixels are (x - 127) / 128.
     spec = InputSpec(config.image_size, 3, (127 / 255,) * 3, (128 / 255,) * 3)

@@ -79,12 +79,12 @@ class StandardizedConv(nn.Module):
     """Convolution whose kernel has mean 0 in every output channel (arXiv:1903.10520); no bias.
 
     Args:
-      features: output channels.
-      size: side of the kernel.
-      stride: step between outputs.
-      dtype: what the convolution computes in; the kernel is standardised in float32.
-      scaled: False for variance 1 (as BiT); True for variance 1 / fan-in times a trained `gain`
-        for each output channel (arXiv:2101.08692, section 3; used by arXiv:2204.13650).
+        features: output channels.
+        size: side of the kernel.
+        stride: step between outputs.
+        dtype: what the convolution computes in; the kernel is standardised in float32.
+        scaled: False for variance 1 (as BiT); True for variance 1 / fan-in times a trained `gain`
+            for each output channel (arXiv:2101.08692, section 3; used by arXiv:2204.13650).
     """
 
     features: int
@@ -176,13 +176,13 @@ def fold_norm(
     s = sqrt(variance + epsilon); the norm keeps its own scale and bias.
 
     Args:
-      conv_path: our path of the convolution.
-      norm_path: our path of the `Affine` after it.
-      weight: name of the kernel in the file, OIHW.
-      norm: name of the batch norm in the file.
-      shape: the kernel's shape in the file.
-      epsilon: of the batch norm.
-      pointwise: whether our kernel is the matrix `[inputs, outputs]` of a 1 x 1 convolution.
+        conv_path: our path of the convolution.
+        norm_path: our path of the `Affine` after it.
+        weight: name of the kernel in the file, OIHW.
+        norm: name of the batch norm in the file.
+        shape: the kernel's shape in the file.
+        epsilon: of the batch norm.
+        pointwise: whether our kernel is the matrix `[inputs, outputs]` of a 1 x 1 convolution.
     """
     channels = (shape[0],)
     variance = ((f"{norm}.running_var", channels),)

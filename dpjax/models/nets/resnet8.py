@@ -98,12 +98,12 @@ def resnet8(
     `stages_i/{norm1,norm2,norm_shortcut}`, each with scale and bias.
 
     Args:
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the convolutions compute in.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: what the convolutions compute in.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     spec = InputSpec(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     return from_linen(

@@ -28,16 +28,16 @@ class TextConfig:
     """Shape of a text encoder.
 
     Args:
-      vocab_size: number of token ids.
-      width: token width.
-      depth: number of blocks.
-      heads: attention heads; divides width.
-      mlp: width of the hidden layer of a block's MLP.
-      positions: number of position embeddings.
-      max_length: tokens of every (padded or cut) sequence; at most positions.
-      token_types: number of token-type embeddings (all our tokens have type 0); 0 for DistilBERT.
-      pad_id: id of the padding token, which is masked out.
-      pooling: "mean" averages the tokens that are not padding; "cls" reads the first one.
+        vocab_size: number of token ids.
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads; divides width.
+        mlp: width of the hidden layer of a block's MLP.
+        positions: number of position embeddings.
+        max_length: tokens of every (padded or cut) sequence; at most positions.
+        token_types: number of token-type embeddings (all our tokens have type 0); 0 for DistilBERT.
+        pad_id: id of the padding token, which is masked out.
+        pooling: "mean" averages the tokens that are not padding; "cls" reads the first one.
     """
 
     vocab_size: int = 30522
@@ -142,13 +142,13 @@ def text_encoder(
     `.safetensors` of BERT and DistilBERT, and our own files.
 
     Args:
-      config: the shape; `TEXT_SIZES` has the usual ones.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the blocks compute in; parameters, softmax and logits are float32.
+        config: the shape; `TEXT_SIZES` has the usual ones.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: what the blocks compute in; parameters, softmax and logits are float32.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),
@@ -239,13 +239,13 @@ def _load(cfg: TextConfig, params: Params, path: str, *, head: bool = False) -> 
     """Puts a weight file into the parameters of a text encoder.
 
     Args:
-      cfg: shape of the encoder.
-      params: its parameters.
-      path: a Hugging Face `.safetensors` of BERT or DistilBERT, or a file of `save_weights`.
-      head: whether to take the file's `classifier` too.
+        cfg: shape of the encoder.
+        params: its parameters.
+        path: a Hugging Face `.safetensors` of BERT or DistilBERT, or a file of `save_weights`.
+        head: whether to take the file's `classifier` too.
 
     Raises:
-      ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+        ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
     """
     tensors, kept = read_tensors(path), None if head else "head"
     if set(tensors) & set(flatten(params)):

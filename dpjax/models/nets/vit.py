@@ -31,16 +31,16 @@ class ViTConfig:
     """Shape of a vision transformer.
 
     Args:
-      width: token width.
-      depth: number of blocks.
-      heads: attention heads; divides width.
-      mlp: width of the hidden layer of a block's MLP.
-      patch: side of a patch, in pixels.
-      image_size: side of the image, in pixels; a multiple of patch.
-      channels: image channels.
-      pooling: "cls" reads the class token after the last norm; "gap" averages the patch tokens,
-        then applies the last norm (as timm's `global_pool="avg"`).
-      class_token: whether there is a class token; needed by "cls".
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads; divides width.
+        mlp: width of the hidden layer of a block's MLP.
+        patch: side of a patch, in pixels.
+        image_size: side of the image, in pixels; a multiple of patch.
+        channels: image channels.
+        pooling: "cls" reads the class token after the last norm; "gap" averages the patch tokens,
+            then applies the last norm (as timm's `global_pool="avg"`).
+        class_token: whether there is a class token; needed by "cls".
     """
 
     width: int = 64
@@ -147,14 +147,14 @@ def vision_transformer(
     and Hugging Face `.safetensors`.
 
     Args:
-      config: the shape; `SIZES` has the usual ones.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the blocks compute in; parameters, softmax, norm statistics and logits are
-        float32 whatever it is.
+        config: the shape; `SIZES` has the usual ones.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: what the blocks compute in; parameters, softmax, norm statistics and logits are
+            float32 whatever it is.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
 
     >>> model = vision_transformer(ViTConfig(), num_classes=10)
     >>> jax.eval_shape(model.init, jax.random.key(0))["blocks_0"]["attn"]["query"]["kernel"].shape
@@ -358,17 +358,17 @@ def _load(cfg: ViTConfig, params: Params, path: str, *, head: bool = False) -> P
     """Puts a weight file into the parameters of a ViT; the layout is recognised by its names.
 
     Args:
-      cfg: shape of the ViT.
-      params: its parameters.
-      path: an AugReg `.npz`, a timm or Hugging Face `.safetensors`, or a file of `save_weights`.
-      head: whether to take the file's head too.
+        cfg: shape of the ViT.
+        params: its parameters.
+        path: an AugReg `.npz`, a timm or Hugging Face `.safetensors`, or a file of `save_weights`.
+        head: whether to take the file's head too.
 
     Returns:
-      Parameters like `params`. Position embeddings of another image size are resampled as timm
-      does it for its own files and for AugReg's, and as Hugging Face does it for theirs.
+        Parameters like `params`. Position embeddings of another image size are resampled as timm
+        does it for its own files and for AugReg's, and as Hugging Face does it for theirs.
 
     Raises:
-      ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+        ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
     """
     tensors = read_tensors(path)
     table = _table(cfg, params, tensors, path)
@@ -387,11 +387,11 @@ def to_timm(params: Mapping[str, object], cfg: ViTConfig) -> Tensors:
     """The same weights under timm's names, for export.
 
     Args:
-      params: parameters of a ViT.
-      cfg: its shape.
+        params: parameters of a ViT.
+        cfg: its shape.
 
     Returns:
-      Tensors that `timm`'s `VisionTransformer` of this shape loads strictly.
+        Tensors that `timm`'s `VisionTransformer` of this shape loads strictly.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     norm = "norm" if cfg.pooling == "cls" else "fc_norm"

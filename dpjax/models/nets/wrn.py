@@ -24,11 +24,11 @@ class WideResNetConfig:
     """Shape of a wide ResNet.
 
     Args:
-      depth: number of layers, 6 n + 4 for n blocks in each of the three stages.
-      widen: the stages have widths 16, 32 and 64 times this.
-      groups: groups of the norms; divides 16.
-      image_size: side of the image, in pixels.
-      channels: image channels.
+        depth: number of layers, 6 n + 4 for n blocks in each of the three stages.
+        widen: the stages have widths 16, 32 and 64 times this.
+        groups: groups of the norms; divides 16.
+        image_size: side of the image, in pixels.
+        channels: image channels.
     """
 
     depth: int = 16
@@ -105,13 +105,13 @@ def wide_resnet(
     our own files; nothing is published in this layout.
 
     Args:
-      config: the shape.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the convolutions compute in.
+        config: the shape.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: what the convolutions compute in.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     # Constants, not statistics of a data set that may be private.
     half = (0.5,) * config.channels

@@ -28,11 +28,12 @@ class PublishedWeights:
     """Where a weight file is to be had.
 
     Args:
-      file: its name; inside a package, its path there.
-      sha256: its checksum, or None if we do not know it; then it is never downloaded for the user.
-      package: importable package that carries the file.
-      install: what installs that package.
-      url: where the file can be downloaded.
+        file: its name; inside a package, its path there.
+        sha256: its checksum, or None if we do not know it; then it is never downloaded for the
+            user.
+        package: importable package that carries the file.
+        install: what installs that package.
+        url: where the file can be downloaded.
     """
 
     file: str
@@ -107,17 +108,17 @@ def locate(
     A named file is looked for in its package, then in the cache, then downloaded.
 
     Args:
-      name_or_path: a name in `registry`, or a path.
-      cache_dir: where downloads are kept; by default `$DPJAX_CACHE_DIR/weights`, else
-        `~/.cache/dpjax/weights`.
-      registry: the known names.
+        name_or_path: a name in `registry`, or a path.
+        cache_dir: where downloads are kept; by default `$DPJAX_CACHE_DIR/weights`, else
+            `~/.cache/dpjax/weights`.
+        registry: the known names.
 
     Guarantees:
-      A file given by name has the checksum of the registry, whenever that holds one.
+        A file given by name has the checksum of the registry, whenever that holds one.
 
     Raises:
-      FileNotFoundError: there is no such file; says which one to put where.
-      ValueError: the name is unknown, or the file's checksum is not the published one.
+        FileNotFoundError: there is no such file; says which one to put where.
+        ValueError: the name is unknown, or the file's checksum is not the published one.
     """
     if name_or_path in registry:
         folder = files.cache_dir("weights") if cache_dir is None else Path(cache_dir).expanduser()

@@ -43,17 +43,17 @@ def resample_grid(grid: np.ndarray, size: int, method: str) -> np.ndarray:
     """Resamples `[old, old, width]` to `[size, size, width]` with half-pixel centres.
 
     Args:
-      grid: the values.
-      size: side of the new grid.
-      method: one of `RESAMPLINGS`: "cubic_antialiased" (torch's antialiased bicubic, as timm
-        resizes its own weights), "cubic" (torch's bicubic, as Hugging Face does) or "linear"
-        (torch's bilinear, as timm resizes AugReg's).
+        grid: the values.
+        size: side of the new grid.
+        method: one of `RESAMPLINGS`: "cubic_antialiased" (torch's antialiased bicubic, as timm
+            resizes its own weights), "cubic" (torch's bicubic, as Hugging Face does) or "linear"
+            (torch's bilinear, as timm resizes AugReg's).
 
     Returns:
-      float32. The same values if the size does not change.
+        float32. The same values if the size does not change.
 
     Raises:
-      ValueError: the method is unknown.
+        ValueError: the method is unknown.
     """
     if method not in RESAMPLINGS:
         raise ValueError(f"method={method!r} must be one of {', '.join(RESAMPLINGS)}.")

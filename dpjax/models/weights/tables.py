@@ -48,10 +48,10 @@ class Source:
     """Where one of our parameters comes from.
 
     Args:
-      name: the tensor's name in the file.
-      shape: its shape in the file; None stands for any length.
-      convert: makes our array of it. It is given the file's tensors named in `others` too.
-      others: further tensors, each with the shape it must have.
+        name: the tensor's name in the file.
+        shape: its shape in the file; None stands for any length.
+        convert: makes our array of it. It is given the file's tensors named in `others` too.
+        others: further tensors, each with the shape it must have.
     """
 
     name: str
@@ -68,8 +68,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """All tensors of a `.npz`, `.safetensors` or legacy torch `.pth` file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is of another kind, or broken.
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, or broken.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -110,23 +110,23 @@ def translate(
     """Puts the tensors of a file into a parameter tree.
 
     Args:
-      params: the tree; gives the wanted paths and shapes.
-      tensors: the file's content.
-      table: for every path of `params`, where it comes from.
-      origin: the file, for messages.
-      head: top-level key to be kept from `params` whatever the file says, or None to take the
-        file's head like every other parameter.
-      ignore: regular expression for names in the file that are known and have no use here.
+        params: the tree; gives the wanted paths and shapes.
+        tensors: the file's content.
+        table: for every path of `params`, where it comes from.
+        origin: the file, for messages.
+        head: top-level key to be kept from `params` whatever the file says, or None to take the
+            file's head like every other parameter.
+        ignore: regular expression for names in the file that are known and have no use here.
 
     Returns:
-      A tree like `params`, float32.
+        A tree like `params`, float32.
 
     Guarantees:
-      Every parameter outside a kept head is from the file, and every tensor of the file was used,
-      belongs to the kept head, or matches `ignore`.
+        Every parameter outside a kept head is from the file, and every tensor of the file was used,
+        belongs to the kept head, or matches `ignore`.
 
     Raises:
-      ValueError: names every tensor that is missing, unexpected, misshapen or not finite.
+        ValueError: names every tensor that is missing, unexpected, misshapen or not finite.
     """
     wanted = flatten(params)
     kept = {path for path in wanted if head is not None and path.split("/")[0] == head}
@@ -181,10 +181,10 @@ def save_weights(params: Params, path: str | os.PathLike[str]) -> None:
     """Writes a parameter tree, one tensor for each path, as `.npz` or `.safetensors`.
 
     Guarantees:
-      The file appears whole or not at all.
+        The file appears whole or not at all.
 
     Raises:
-      ValueError: the suffix is another one.
+        ValueError: the suffix is another one.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1]
@@ -203,12 +203,12 @@ def load_weights(path: str | os.PathLike[str], like: Params, *, head: str | None
     """Reads what `save_weights` wrote, into a tree of the same paths and shapes.
 
     Args:
-      path: the file.
-      like: gives the paths and shapes that must be there (arrays or `ShapeDtypeStruct`s).
-      head: top-level key to be kept from `like` instead, or None.
+        path: the file.
+        like: gives the paths and shapes that must be there (arrays or `ShapeDtypeStruct`s).
+        head: top-level key to be kept from `like` instead, or None.
 
     Raises:
-      ValueError: names every tensor that is missing, unexpected, misshapen or not finite.
+        ValueError: names every tensor that is missing, unexpected, misshapen or not finite.
     """
     table = {name: Source(name, tuple(leaf.shape)) for name, leaf in flatten(like).items()}
     return translate(like, read_tensors(path), table, origin=os.fspath(path), head=head)

@@ -89,10 +89,10 @@ def read_torch_pickle(path: str) -> dict[str, np.ndarray]:
     """The tensors of a state dict saved by torch before 1.6, or later in the legacy format.
 
     Args:
-      path: the file.
+        path: the file.
 
     Raises:
-      ValueError: it is not such a file, it is cut off, or it wants anything but tensors.
+        ValueError: it is not such a file, it is cut off, or it wants anything but tensors.
     """
     try:
         with open(path, "rb") as file:
