@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: int32 scalar, executed steps, over all phases.
         trainable: parameters that train.
-        opt: state of the optimiser, noise transform included.
+        opt: state of the optimizer, noise transform included.
         average: moving average of `trainable`; None without.
         bound: clip bound of the next step, float32 scalar; None if it does not adapt.
     """
@@ -84,7 +84,7 @@ class Totals(NamedTuple):
     Attributes:
         grads: a `ClippedSum`, or without privacy a plain tree of gradient sums.
         facts: sums over examples, NOT private: count, loss, norm, clipped, dropped, and "below",
-            the centred count, which leaves `update` noised or not at all; and "diverged", which is
+            the centered count, which leaves `update` noised or not at all; and "diverged", which is
             > 0 if a parameter was not finite before the step.
     """
 
@@ -124,7 +124,7 @@ def make_steps(
         loss_fn: `(params, example) -> scalar` for ONE example with `input`, `label` and a `key`
             of its own for augmentation.
         optimizer: makes the transform from traced values; it takes a `ClippedSum` if private.
-        layout: mesh, and how parameters and optimiser state lie on it.
+        layout: mesh, and how parameters and optimizer state lie on it.
         private: whether gradients are clipped; without it the sum is an ordinary gradient.
         method: clipping engine, see `dp.clipped_sum`.
         microbatch_size: examples per device in memory at once; None for a whole chunk.
@@ -257,7 +257,7 @@ def carry_over(state: TrainState, before: TrainState, *, moments: bool = True) -
     """Returns a training's first state with what goes on from the training before it.
 
     That is the number of executed steps, the bound, and the averages of the leaves that trained
-    before; with `moments` also the optimiser's moments of those leaves. The optimiser's counters
+    before; with `moments` also the optimizer's moments of those leaves. The optimizer's counters
     start anew, for the learning rate has a schedule of its own, the noise a key of its own, and the
     leaves that begin to train have moments of zero to be corrected for.
     """

@@ -259,12 +259,12 @@ def heatmap(
 
     Args:
         axes: to draw on.
-        cells: (x, y) to value; a nan is drawn grey and called `empty`, what is absent stays white.
+        cells: (x, y) to value; a nan is drawn gray and called `empty`, what is absent stays white.
         xlabel: with its unit.
         ylabel: with its unit.
         title: with the unit of the values.
-        limits: of the colours; by default the extremes.
-        cmap: name of a colour map.
+        limits: of the colors; by default the extremes.
+        cmap: name of a color map.
         text: format of a value.
         empty: what nan means.
     """

@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Labelled examples in random access; nothing about it is mutable.
+    """Labeled examples in random access; nothing about it is mutable.
 
     Attributes:
         name: the data set's name.

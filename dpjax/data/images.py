@@ -25,11 +25,11 @@ class ImageSpec:
 
     Attributes:
         image_size: side of the square result; None keeps the stored size, which must then be fixed.
-        resize: "crop" scales the shorter side to `image_size` and cuts the centre; "stretch" scales
+        resize: "crop" scales the shorter side to `image_size` and cuts the center; "stretch" scales
             both sides.
         resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
-        channels: what the data set must have, 1 or 3; None takes what it has. Grey is not made
-            colour here: `preprocess` does that inside the step.
+        channels: what the data set must have, 1 or 3; None takes what it has. Gray is not made
+            color here: `preprocess` does that inside the step.
         image_key: the image feature; None finds it.
         label_key: the label feature; None finds it.
     """
@@ -65,7 +65,7 @@ def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, 
     """
     height, width, channels = stored
     if channels is None:
-        channels = spec.channels or 3  # what is stored in any mode is read as colour
+        channels = spec.channels or 3  # what is stored in any mode is read as color
     if channels not in _MODES:
         raise ValueError(f"channels={channels} of the stored images must be 1 or 3.")
     if spec.channels is not None and channels != spec.channels:
@@ -126,7 +126,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == mode:
         return image
     if channels == 3 and not image.mode.startswith(("I", "F")):
-        return image.convert("RGB")  # grey is repeated, alpha dropped, a palette looked up
+        return image.convert("RGB")  # gray is repeated, alpha dropped, a palette looked up
     if image.mode == "1":
         return image.convert("L")
     raise ValueError(f"mode {image.mode} cannot be read as {channels} channels of 8 bits")
@@ -138,7 +138,7 @@ def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
         return image
     box = None
     if spec.resize == "crop":
-        # One resampling of the centred square equals scaling the shorter side, then cropping.
+        # One resampling of the centered square equals scaling the shorter side, then cropping.
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)

@@ -66,7 +66,7 @@ def load_text(
     data_dir: str | os.PathLike[str] | None = None,
     tokenize: Callable[[list[str]], np.ndarray],
 ) -> Dataset:
-    """Opens a text-classification data set and tokenises it.
+    """Opens a text-classification data set and tokenizes it.
 
     Args:
         name: e.g. "newsgroups20", prepared in `data_dir`.

@@ -22,7 +22,7 @@ def preprocess(
     channels: int,
     resample: str = "bilinear",
 ) -> jax.Array:
-    """Scales, resizes, repeats grey to colour and normalises ONE image.
+    """Scales, resizes, repeats gray to color and normalizes ONE image.
 
     Args:
         image: uint8 [H, W, C].
@@ -30,7 +30,7 @@ def preprocess(
             the proportions matter). Downscaling is antialiased, as in Pillow.
         mean: per channel, subtracted from pixels in [0, 1]; length `channels` or 1.
         std: per channel, divided by; length `channels` or 1.
-        channels: of the result. A grey image is repeated to 3 channels.
+        channels: of the result. A gray image is repeated to 3 channels.
         resample: "nearest", "bilinear" or "bicubic".
 
     Returns:
@@ -80,7 +80,7 @@ def random_crop(
         image: [H, W, C], any dtype.
         key: used once.
         padding: pixels added on each side, >= 0.
-        mode: "reflect", "edge" or "zero". Zeros are black before normalisation only.
+        mode: "reflect", "edge" or "zero". Zeros are black before normalization only.
 
     Returns:
         [H, W, C], same dtype.
@@ -106,7 +106,7 @@ def random_shift(
         image: [H, W, C], any dtype.
         key: used once.
         max_shift: pixels, >= 0; rows and columns move independently and uniformly.
-        fill: value that moves in; after normalisation, give the normalised background.
+        fill: value that moves in; after normalization, give the normalized background.
 
     Returns:
         [H, W, C], same dtype.

@@ -113,7 +113,7 @@ def images_dataset(
 def text_dataset(
     builder: Any, name: str, split: str, *, tokenize: Callable[[list[str]], np.ndarray]
 ) -> Dataset:
-    """Reads and tokenises one split of a text-classification data set.
+    """Reads and tokenizes one split of a text-classification data set.
 
     Args:
         builder: an opened TFDS builder with a Text and a ClassLabel feature.
@@ -139,7 +139,7 @@ def text_dataset(
     tokens: list[np.ndarray] = []
     labels: list[int] = []
     keys: list[bytes] = []
-    for rows in progress(_pieces(len(records)), f"Tokenising {name} {split}", unit="piece"):
+    for rows in progress(_pieces(len(records)), f"Tokenizing {name} {split}", unit="piece"):
         examples = _examples(records, rows, f"{name!r} split {split!r}")
         texts = [bytes(example[text_key]).decode("utf-8", "replace") for example in examples]
         piece = np.asarray(tokenize(texts))

@@ -1,7 +1,7 @@
 """A clip bound that follows a quantile of the gradient norms, its query accounted.
 
 Beside the gradient, a step asks how many examples of its batch have a norm of at most the bound C,
-and moves C geometrically towards the wanted share. The count is noised, and the two are accounted
+and moves C geometrically toward the wanted share. The count is noised, and the two are accounted
 as ONE Gaussian mechanism on one sample. An example contributes to the pair
     (its clipped gradient / C,   1/2 if its norm is at most C, else -1/2)
 with norms of at most 1 and exactly 1/2; an example that is not there contributes (0, 0). With noise
@@ -107,7 +107,7 @@ def gradient_noise_multiplier(noise_multiplier: float, count_noise: float) -> fl
 
     Args:
         noise_multiplier: sigma_total, what is accounted.
-        count_noise: sigma_count, standard deviation of the noise on the centred count, in examples.
+        count_noise: sigma_count, standard deviation of the noise on the centered count [examples].
 
     Raises:
         ValueError: a count so precise that it alone costs as much as the whole release may.

@@ -1,6 +1,6 @@
 """Closed-form private heads: least squares from noised second moments.
 
-A linear head W minimises sum_i |x_i^T W - y_i|^2 + ridge |W|^2, and the private data enter only
+A linear head W minimizes sum_i |x_i^T W - y_i|^2 + ridge |W|^2, and the private data enter only
 through A = sum_i x_i x_i^T and B = sum_i x_i y_i^T. Both are released once, with Gaussian noise;
 everything after that, eigenvalues, ridge, any number of solutions, is post-processing.
 
@@ -14,11 +14,11 @@ entries of A and z_B R Y on each of those of B, the pair (A / (z_A R^2), B / (z_
 Gaussian mechanism of unit noise, whose sensitivity sqrt(1/z_A^2 + 1/z_B^2) is attained by the same
 examples. The release is hence exactly one Gaussian event of noise multiplier z where
 1/z^2 = 1/z_A^2 + 1/z_B^2, that is one step of `Mechanism(sampler="full_batch", steps=1)`:
-`covariance_share` is the part of 1/z^2 that A takes. Symmetrising the noised A afterwards is
+`covariance_share` is the part of 1/z^2 that A takes. Symmetrizing the noised A afterwards is
 post-processing, and halves the variance off the diagonal.
 
 Source: Mehta, Krichene, Thakurta, Kurakin, Cutkosky 2022, arXiv 2211.13403 (DP least squares on
-features). The centred targets and the joint event are choices of ours.
+features). The centered targets and the joint event are choices of ours.
 
 >>> import jax, jax.numpy as jnp
 >>> from dpjax import dp
@@ -57,7 +57,7 @@ class MomentSum:
     """Second moments of clipped examples, not yet private. Sums over disjoint chunks add.
 
     Attributes:
-        covariance: float32 `[width, width]`, sum of x x^T (not centred, never a mean).
+        covariance: float32 `[width, width]`, sum of x x^T (not centered, never a mean).
         cross: float32 `[width, classes]`, sum of x y^T.
         bound: R, the largest norm of a clipped x.
     """

@@ -79,13 +79,13 @@ def gaussian(
     Args:
         noise_multiplier: sigma >= 0, the noise's standard deviation over the sum's sensitivity.
             0 is not private.
-        expected_batch_size: B = q N > 0, a public constant; never the realised size.
+        expected_batch_size: B = q N > 0, a public constant; never the realized size.
         key: typed PRNG key of the whole run; step t uses `fold_in(key, t)`. It must be secret
             and used for nothing else.
 
     Returns:
         A transform whose `update` takes a `ClippedSum` and gives float32 updates in the tree of
-        its value. Chain optax optimisers after it.
+        its value. Chain optax optimizers after it.
 
     Guarantees:
         Given a `ClippedSum` of sensitivity S, one update is the Gaussian mechanism with standard
@@ -149,7 +149,7 @@ def aggregate(
 
     A drop-in for code that computes per-example gradients itself. It differs from optax's where
     that one is not private: it divides by the expected batch size (a public constant) instead
-    of the realised one, and an example with a non-finite gradient contributes zero.
+    of the realized one, and an example with a non-finite gradient contributes zero.
 
     Args:
         l2_norm_clip: clip bound C, or any `ClipRule`.

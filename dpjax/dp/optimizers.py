@@ -1,4 +1,4 @@
-"""Private optimisers: the noise transform followed by one of optax's."""
+"""Private optimizers: the noise transform followed by one of optax's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Named key streams, so that no two uses of randomness can share a key.
 
-Two seeds exist. The public seed decides initialisation, augmentation and subsets; anyone may know
+Two seeds exist. The public seed decides initialization, augmentation and subsets; anyone may know
 it. The private seed decides which examples are drawn and the noise, and the privacy guarantee
 holds only while it is secret.
 """

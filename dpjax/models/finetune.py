@@ -78,7 +78,7 @@ _BLOCK = re.compile(r"^(?:stages_(\d+))?_?(?:blocks_(\d+))?(?=/)")
 
 
 def film() -> FineTuningSet:
-    """Scale and bias of every normalisation layer, and the head (arXiv 2510.20616)."""
+    """Scale and bias of every normalization layer, and the head (arXiv 2510.20616)."""
     return combine([regex(_NORM_AFFINE.pattern, flags=re.IGNORECASE), head()])
 
 

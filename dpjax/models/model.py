@@ -172,7 +172,7 @@ def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
 
 
 def head_initializer(name: str) -> Callable[..., jax.Array]:
-    """Kernel initialiser of a head: zeros, variance-scaled normal, or normal of std 1e-3.
+    """Kernel initializer of a head: zeros, variance-scaled normal, or normal of std 1e-3.
 
     Args:
         name: one of `HEAD_INITS`.

@@ -19,8 +19,8 @@ _SAME_PROGRAM = 1e-5
 _OTHER_PROGRAM = 2e-2
 
 _ADVICE = (
-    "Batch normalisation with batch statistics is the usual culprit: one example's gradient is "
-    "then not its own and clipping bounds nothing. Use group or layer normalisation, or frozen "
+    "Batch normalization with batch statistics is the usual culprit: one example's gradient is "
+    "then not its own and clipping bounds nothing. Use group or layer normalization, or frozen "
     "statistics (inference mode), which are allowed."
 )
 
@@ -41,7 +41,7 @@ def check_examples_independent(
     Every example in turn is replaced by other finite data, and the other rows of the output must
     stay where they are; every example alone (batch of one) must give its row of the batch. Leaves
     of `params` that are all zero (fresh heads, adapters) get small values first, for they would
-    hide what is before them. Normalisation in inference mode passes: frozen statistics are
+    hide what is before them. Normalization in inference mode passes: frozen statistics are
     constants.
 
     Args:

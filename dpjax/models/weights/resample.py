@@ -25,7 +25,7 @@ def _matrix(old: int, new: int, method: str) -> np.ndarray:
     """Weights `[new, old]` of one axis."""
     centers = (np.arange(new) + 0.5) * (old / new) - 0.5
     if method == "cubic_antialiased":
-        # The kernel is widened when shrinking, cut at the border and renormalised.
+        # The kernel is widened when shrinking, cut at the border and renormalized.
         width = max(old / new, 1.0)
         weights = _cubic((np.arange(old)[None] - centers[:, None]) / width, -0.5)
         return np.asarray(weights / weights.sum(axis=1, keepdims=True))
@@ -40,7 +40,7 @@ def _matrix(old: int, new: int, method: str) -> np.ndarray:
 
 
 def resample_grid(grid: np.ndarray, size: int, method: str) -> np.ndarray:
-    """Resamples `[old, old, width]` to `[size, size, width]` with half-pixel centres.
+    """Resamples `[old, old, width]` to `[size, size, width]` with half-pixel centers.
 
     Args:
         grid: the values.
