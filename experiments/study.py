@@ -41,7 +41,8 @@ class Result(NamedTuple):
     Attributes:
         path: its directory.
         overrides: what the sweep set.
-        status: "finished", "diverged" (stopped, not finite), "waiting", "cut", or "exit N: ...".
+        status: "finished", "diverged" (exit 3: parameters not finite), "waiting", "interrupted", or
+            "exit N: ...".
         config: every field of the run; empty if it never started.
         evaluation: `eval.json`, on held-out data; empty unless finished.
         privacy: `privacy.json`; None without privacy.
