@@ -56,7 +56,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "accounting/accountant": ("dp/test_accounting", "dp/test_mechanism", "commands/test_plan"),
     "accounting/cache": ("dp/test_accounting",),
     "accounting/events": ("dp/test_ledger", "dp/test_mechanism", "dp/test_accounting"),
-    "accounting/root": ("dp/test_root",),
     "adaptive": ("dp/test_adaptive", "dp/test_mechanism"),
     "clipping": ("dp/test_clipping", "dp/test_clipped_sum", "dp/test_numerics"),
     "engines/bookkeeping": _ENGINE,
