@@ -260,7 +260,7 @@ def _run_block(
                 break
             trainable, totals = steps.begin(state)
             at_step = at_bound(hyper, state)
-            number = jnp.asarray(step, jnp.int32)  # an array: a Python int would recompile
+            number = jnp.asarray(step, jnp.int32)
             while True:
                 chunk = next(chunks)
                 batch = sharding.to_mesh(chunk.batch, job.run.layout.mesh)
@@ -299,7 +299,7 @@ def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
         row["nonprivate/grad_norm"] = sums["norm"] / count
         row["nonprivate/clipped_fraction"] = sums["clipped"] / count
     if "bound" in sums:
-        row["clip_bound"] = sums["bound"]  # private: it follows from noised counts
+        row["clip_bound"] = sums["bound"]  # may be released: it follows from noisy counts
     job.workdir.append_metrics(step, row)
     # "diverged" is checked on the parameters before the step: the step before it is to blame.
     if sums["diverged"]:
