@@ -185,7 +185,7 @@ def _run_phase(
         total=span.stop, initial=start, desc=phase.name, unit="step", file=sys.stderr,
         dynamic_ncols=True, disable=not job.workdir.writes,
     )  # fmt: skip
-    with data.prefetch(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
+    with data.Prefetcher(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
             job.spending.record(end)
             began = time.perf_counter()
