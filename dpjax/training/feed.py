@@ -13,8 +13,7 @@ from dpjax import dp, metrics
 from dpjax.build import Phase, Run
 from dpjax.models import Params
 from dpjax.runtime import sharding
-from dpjax.runtime.sharding import Layout
-from dpjax.step import eval_step
+from dpjax.step import draws, eval_step
 
 __all__ = ["Chunk", "chunks", "evaluator"]
 
@@ -33,22 +32,20 @@ class Chunk(NamedTuple):
     last: bool
 
 
-def chunks(
-    run: Run, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
-) -> Iterator[Chunk]:
+def chunks(run: Run, phase: Phase, *, seed: int, size: int, steps: range) -> Iterator[Chunk]:
     """Reads this host's rows of every physical chunk of some steps.
 
     Args:
-        run: its data.
+        run: its data and its layout, which says which rows are this host's.
         phase: its mechanism draws the batches.
-        layout: says which rows are this host's.
         seed: of the sampler, secret.
         size: examples in a chunk, over all hosts.
         steps: numbers of the steps, counted over all phases: no two phases share a draw.
     """
-    mine = sharding.local_rows(size, layout.mesh)
+    mine = sharding.local_rows(size, run.layout.mesh)
+    draw = draws(phase.mechanism, seed, num_examples=len(run.train), batch_size=phase.batch_size)
     for step in steps:
-        cut = dp.chunks(_indices(run, phase, seed, step), size)
+        cut = dp.chunks(draw(step), size)
         for number, chunk in enumerate(cut, start=1):
             indices = chunk[mine]
             batch = run.train.get(indices)
@@ -57,23 +54,16 @@ def chunks(
             yield Chunk(batch, rows=number * size, last=number == len(cut))
 
 
-def _indices(run: Run, phase: Phase, seed: int, step: int) -> np.ndarray:
-    if phase.mechanism is not None:
-        return phase.mechanism.indices(seed, step)
-    prob = phase.batch_size / len(run.train)
-    return dp.sampling.poisson(seed, step, num_examples=len(run.train), sampling_prob=prob)
-
-
-def evaluator(run: Run, layout: Layout, size: int) -> Callable[[Params], metrics.EvalSums]:
+def evaluator(run: Run, size: int) -> Callable[[Params], metrics.EvalSums]:
     """Returns the function that sums metrics over the whole held-out set, `size` rows at a time."""
-    step = eval_step(run.apply, run.train.num_classes, layout)
-    rows = sharding.local_rows(size, layout.mesh)
+    step = eval_step(run.apply, run.train.num_classes, run.layout)
+    rows = sharding.local_rows(size, run.layout.mesh)
 
     def evaluate(params: Params) -> metrics.EvalSums:
         total = None
         for chunk in dp.chunks(np.arange(len(run.test)), size):
             mine = chunk[rows]
-            batch = sharding.to_mesh({**run.test.get(mine), "mask": mine >= 0}, layout.mesh)
+            batch = sharding.to_mesh({**run.test.get(mine), "mask": mine >= 0}, run.layout.mesh)
             sums = step(params, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from dpjax import data
@@ -35,9 +34,8 @@ from dpjax.runtime import (
     compilation,
     digest,
     hosts,
-    sharding,
 )
-from dpjax.step import Hyper, Steps, TrainState, at_bound
+from dpjax.step import TrainState
 from dpjax.training import capacity, feed, phases, results
 
 __all__ = ["Preempted", "TrainingFailed", "train"]
@@ -92,7 +90,7 @@ def train(
     _claim(run, workdir, private_seed)
     size = capacity.physical_batch(run, private_seed)
     eval_size = size if config.physical_batch == "auto" else 4 * size
-    evaluate = feed.evaluator(run, run.layout, eval_size)
+    evaluate = feed.evaluator(run, eval_size)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
@@ -103,14 +101,11 @@ def train(
         job = _Job(run, workdir, checkpoints, spending, private_seed, size, evaluate, stop)
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
-        first = 0
-        for index, phase in enumerate(run.phases):
-            span = range(first, first + phase.steps)
-            first = span.stop
+        for index, span in enumerate(phases.spans(run)):
             if span.stop >= done:  # else its outcome is in the checkpoint
                 params, state = _run_phase(job, index, span, params, state, done)
     fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
-    spending.record(first + fitting)
+    spending.record(_total(run) + fitting)
     return results.finish(
         run, workdir, params, state, evaluate=evaluate, private_seed=private_seed, size=eval_size
     )
@@ -156,16 +151,12 @@ def _run_phase(
     Returns:
         All parameters, and the state after the last step.
     """
-    run, config, layout = job.run, job.run.config, job.run.layout
+    run, config = job.run, job.run.config
     phase = run.phases[index]
-    steps, hyper = phases.prepare(run, index, job.private_seed)
-    trainable, frozen = finetune.split(params, phase.trainable)
-    frozen = sharding.place(frozen, layout.whole(frozen))
     start = max(span.start, done)
-    if before is not None and done > span.start:
-        state = before
-    else:
-        state = phases.first_state(run, index, steps, hyper, trainable, before)
+    execute, frozen, state = phases.begin(
+        run, index, params, before, private_seed=job.private_seed, restored=done > span.start
+    )
     about = {
         "phase": index,
         "config": digest(config),
@@ -178,7 +169,7 @@ def _run_phase(
         job.checkpoints.save(step, tree, {**about, "charged": job.spending.charged}, loss)
 
     chunks = feed.chunks(
-        run, phase, layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
+        run, phase, seed=seeds.sampler_seed(job.private_seed), size=job.size,
         steps=range(start, span.stop),
     )  # fmt: skip
     bar = tqdm(
@@ -189,7 +180,7 @@ def _run_phase(
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
             job.spending.record(end)
             began = time.perf_counter()
-            state, done = _run_block(job, steps, state, frozen, hyper, feeding, begin, end, bar)
+            state, done = _run_block(job, execute, state, feeding, begin, end, bar)
             rate = (done - begin) * phase.batch_size / (time.perf_counter() - began)
             if done < end:
                 job.spending.record(done)
@@ -215,15 +206,13 @@ def _run_phase(
                 or (config.keep_best and loss is not None)
             ):
                 save(end, loss)
-    return finetune.join(layout.gather(state.trainable), frozen), state
+    return finetune.join(run.layout.gather(state.trainable), frozen), state
 
 
 def _run_block(
     job: _Job,
-    steps: Steps,
+    execute: phases.Execute,
     state: TrainState,
-    frozen: Params,
-    hyper: Hyper,
     chunks: Iterator[feed.Chunk],
     begin: int,
     end: int,
@@ -240,21 +229,12 @@ def _run_block(
             if job.stop(step):
                 end = step
                 break
-            whole, totals = steps.begin(state)
-            now = at_bound(hyper, state)
-            number = jnp.asarray(step, jnp.int32)
-            while True:
-                chunk = next(chunks)
-                batch = sharding.to_mesh(chunk.batch, job.run.layout.mesh)
-                totals = steps.accumulate(totals, whole, frozen, batch, number, now)
-                if chunk.last:
-                    break
-            state, facts = steps.update(state, totals, hyper)
+            state, facts, rows = execute(state, step, chunks)
             if pending is not None:
                 _log(job, *pending)
                 pending = None
             if (step + 1) % job.run.config.log_every == 0 or step + 1 == end:
-                pending = (step + 1, chunk.rows, facts)
+                pending = (step + 1, rows, facts)
             bar.update()
         if pending is not None:
             _log(job, *pending)

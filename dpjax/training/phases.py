@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,9 +15,12 @@ from dpjax.build import Run
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, unflatten
 from dpjax.runtime import sharding
-from dpjax.step import Hyper, Steps, TrainState, carry_over, make_steps
+from dpjax.step import Hyper, Steps, TrainState, at_bound, carry_over, make_steps
+from dpjax.training.feed import Chunk
 
-__all__ = ["checkpoint_like", "first_state", "prepare", "trained_before"]
+__all__ = ["Execute", "begin", "checkpoint_like", "prepare", "spans", "trained_before"]
+
+Execute = Callable[[TrainState, int, Iterator[Chunk]], tuple[TrainState, dict[str, jax.Array], int]]
 
 
 # Phases of one training differ in traced values alone: the second compiles nothing.
@@ -63,31 +68,64 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
     return steps, hyper
 
 
-def first_state(
+def spans(run: Run) -> list[range]:
+    """Returns the numbers of the steps of each phase, counted over all phases."""
+    ends = itertools.accumulate(phase.steps for phase in run.phases)
+    return [range(end - phase.steps, end) for phase, end in zip(run.phases, ends, strict=True)]
+
+
+def begin(
     run: Run,
     index: int,
-    steps: Steps,
-    hyper: Hyper,
-    trainable: Params,
+    params: Params,
     before: TrainState | None,
-) -> TrainState:
-    """Returns the state in which a phase begins.
+    *,
+    private_seed: int,
+    restored: bool = False,
+) -> tuple[Execute, Params, TrainState]:
+    """Makes a phase executable.
 
     Args:
         run: its phases.
         index: of the phase.
-        steps: from `prepare`.
-        hyper: from `prepare`.
-        trainable: parameters that train in this phase.
+        params: all parameters, as the phase before it left them.
         before: the state in which the phase before it ended; None for the first one.
+        private_seed: of the run.
+        restored: `before` is a state of this phase, from a checkpoint.
+
+    Returns:
+        `(execute, frozen parameters, first state)`. `execute(state, step, chunks)` runs one step
+        over the next chunks of an iterator, up to the last of the step. It returns the next state
+        and, still on the devices, the facts of the step, and the rows of its chunks. It donates
+        the state.
     """
-    phase = run.phases[index]
-    if before is not None and run.phases[index - 1].training == phase.training:
-        return before
-    state = steps.init(sharding.place(trainable, run.layout.shardings(trainable)), hyper)
-    if before is None:
-        return state
-    return carry_over(state, before, moments=phase.keep_optimizer)
+    phase, layout = run.phases[index], run.layout
+    steps, hyper = prepare(run, index, private_seed)
+    trainable, frozen = finetune.split(params, phase.trainable)
+    frozen = sharding.place(frozen, layout.whole(frozen))
+    goes_on = restored or run.phases[index - 1].training == phase.training
+    if before is None or not goes_on:
+        state = steps.init(sharding.place(trainable, layout.shardings(trainable)), hyper)
+        if before is not None:
+            state = carry_over(state, before, moments=phase.keep_optimizer)
+    else:
+        state = before
+
+    def execute(
+        state: TrainState, step: int, chunks: Iterator[Chunk]
+    ) -> tuple[TrainState, dict[str, jax.Array], int]:
+        whole, totals = steps.begin(state)
+        now, number = at_bound(hyper, state), jnp.asarray(step, jnp.int32)
+        while True:
+            chunk = next(chunks)  # fails if the step is cut short
+            batch = sharding.to_mesh(chunk.batch, layout.mesh)
+            totals = steps.accumulate(totals, whole, frozen, batch, number, now)
+            if chunk.last:
+                break
+        state, facts = steps.update(state, totals, hyper)
+        return state, facts, chunk.rows
+
+    return execute, frozen, state
 
 
 def trained_before(run: Run, index: int, frozen: Params) -> Params:
