@@ -19,7 +19,6 @@ from dp_accounting import rdp
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 
 from dpjax.dp import accounting
-from dpjax.dp.accounting.root import falling_root
 from dpjax.dp.mechanism import Mechanism
 
 __all__ = ["charged", "draw", "epsilon", "epsilon_of_one", "mechanisms", "not_charged"]
@@ -75,13 +74,13 @@ def epsilon_of_one(run: Sequence[Mechanism], *, budget: float, delta: float, mea
             for m in run
         ]
 
-    found = falling_root(
+    found = accounting.falling_root(
         lambda x: math.log(epsilon(scaled(x), delta, mean=mean) / budget),
-        0.0, slope=-1.0, tol=1e-4, floor=-5.0, ceiling=5.0,
+        -0.1, 1.0, tol=1e-4, limit=5.0,
     )  # fmt: skip
     if found is None:
         raise ValueError(f"epsilon={budget} is out of reach of a search of {mean:g} runs.")
-    events = [m.event() for m in scaled(found[0])]
+    events = [m.event() for m in scaled(found)]
     return accounting.epsilon(events, delta, accountant=run[0].accountant) * (1 - _MARGIN)
 
 

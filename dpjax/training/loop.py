@@ -124,7 +124,9 @@ class _Spending:
         """Makes the statement report `steps` steps, or as many as an earlier process reported."""
         self._floor = max(self._floor, floor)
         self.charged = max(self._floor, steps)
-        if self._run.ledger is not None:
+        # A run that was stopped before its first step keeps the statement of the steps that it was
+        # about to execute: too much, never too little.
+        if self._run.ledger is not None and self.charged:
             facts = statement(self._run, ledger_after(self._run, self.charged))
             self._workdir.write("privacy.json", facts)
             self._workdir.write("privacy.md", to_markdown(facts))

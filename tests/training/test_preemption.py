@@ -90,6 +90,16 @@ def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(run, whole, tmp_path):
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_stopped_before_its_first_step_it_goes_on_all_the_same(run, whole, tmp_path):
+    path = tmp_path / "w"
+    with pytest.raises(loop.Preempted, match="after step 0"):
+        loop.train(run, Workdir(path), stop=lambda step: True)
+    assert 0 < statement(path)["steps_done"] < STEPS  # of the first block: too much, not too little
+    loop.train(run, Workdir(path))
+    assert_same_weights(path, whole)
+    assert statement(path) == statement(whole)
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing below `BaseException` is caught."""
 

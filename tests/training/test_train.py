@@ -86,7 +86,7 @@ def test_splits_that_may_share_examples_are_seen(train, test, private):
 def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
     run = finished[0]
     assert results.prefix(run) == "eval/"
-    facts = build.describe.statement(run, run.ledger)
+    facts = build.describe.statement(run, build.describe.ledger_after(run, 1))
     assert "every evaluation on public held-out data" in " ".join(facts["released"])
     assert not [line for line in facts["not_charged"] if "evaluations" in line]
     assert not [line for line in facts["not_charged"] if "starts from" in line]
@@ -96,7 +96,7 @@ def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
         config=config, test=run.train, train=dataclasses.replace(run.train, split="train[:90%]")
     )
     assert results.prefix(run) == "nonprivate/eval/"
-    facts = build.describe.statement(run, run.ledger)
+    facts = build.describe.statement(run, build.describe.ledger_after(run, 1))
     assert "evaluation" not in " ".join(facts["released"])
     for words in ("the evaluations, and which checkpoints keep_best keeps", "theirs.safetensors",
                   "'train[:90%]' with data.subset=None"):  # fmt: skip
