@@ -1,4 +1,4 @@
-"""CIFAR-10 from scratch: WRN-16-4 with group norm and weight standardisation (arXiv 2204.13650).
+"""CIFAR-10 from scratch: WRN-16-4 with group norm and weight standardization (arXiv 2204.13650).
 
     python -m dpjax.commands.prepare cifar10 --source=cifar-10-python.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/scratch_wrn.py --workdir=DIR --config.data.data_dir=DATA

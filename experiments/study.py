@@ -41,7 +41,8 @@ class Result(NamedTuple):
     Attributes:
         path: its directory.
         overrides: what the sweep set.
-        status: "finished", "diverged" (stopped, not finite), "waiting", "cut", or "exit N: ...".
+        status: "finished", "diverged" (exit 3: parameters not finite), "waiting", "interrupted", or
+            "exit N: ...".
         config: every field of the run; empty if it never started.
         evaluation: `eval.json`, on held-out data; empty unless finished.
         privacy: `privacy.json`; None without privacy.
@@ -259,12 +260,12 @@ def heatmap(
 
     Args:
         axes: to draw on.
-        cells: (x, y) to value; a nan is drawn grey and called `empty`, what is absent stays white.
+        cells: (x, y) to value; a nan is drawn gray and called `empty`, what is absent stays white.
         xlabel: with its unit.
         ylabel: with its unit.
         title: with the unit of the values.
-        limits: of the colours; by default the extremes.
-        cmap: name of a colour map.
+        limits: of the colors; by default the extremes.
+        cmap: name of a color map.
         text: format of a value.
         empty: what nan means.
     """

@@ -1,4 +1,4 @@
-"""Data sets in random access, their preparation, and the path from disk to the step."""
+"""Random-access data sets: preparing, opening, choosing subsets, and feeding them to the step."""
 
 from dpjax.data import prepare
 from dpjax.data.dataset import Dataset, Source, distinct_rows, from_arrays, splits_overlap

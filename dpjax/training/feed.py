@@ -1,4 +1,4 @@
-"""Batches of a run: which examples, in which order, and which of them this host reads."""
+"""Batches of a run: which examples each step draws, and which of them this host reads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         batch: this host's rows.
-        rows: rows of the whole step so far, padding included.
-        last: whether it is the last of its step.
+        rows: rows of the step so far, over all hosts, padding included.
+        last: whether this is the last chunk of its step.
     """
 
     batch: dict[str, np.ndarray]
@@ -33,37 +33,39 @@ class Chunk(NamedTuple):
 
 
 def chunks(run: Run, phase: Phase, *, seed: int, size: int, steps: range) -> Iterator[Chunk]:
-    """Reads this host's rows of every physical chunk of some steps.
+    """Yields this host's rows of every physical chunk of some steps.
 
     Args:
-        run: its data and its layout, which says which rows are this host's.
+        run: provides the training data, and the layout that determines which rows this host reads.
         phase: its mechanism draws the batches.
-        seed: of the sampler, secret.
-        size: examples in a chunk, over all hosts.
-        steps: numbers of the steps, counted over all phases: no two phases share a draw.
+        seed: the sampler's secret seed.
+        size: rows of a chunk, over all hosts.
+        steps: step numbers, counted over all phases, so that no two phases share a draw.
     """
-    mine = sharding.local_rows(size, run.layout.mesh)
+    local_rows = sharding.local_rows(size, run.layout.mesh)
     draw = draws(phase.mechanism, seed, num_examples=len(run.train), batch_size=phase.batch_size)
     for step in steps:
-        cut = dp.chunks(draw(step), size)
-        for number, chunk in enumerate(cut, start=1):
-            indices = chunk[mine]
+        # Every host draws the whole batch, from the same seed, and reads its own rows only.
+        step_chunks = dp.chunks(draw(step), size)
+        for number, chunk in enumerate(step_chunks, start=1):
+            indices = chunk[local_rows]
             batch = run.train.get(indices)
             batch["identity"] = run.train.identities(indices)
-            batch["mask"] = indices >= 0
-            yield Chunk(batch, rows=number * size, last=number == len(cut))
+            batch["mask"] = indices >= 0  # -1 is padding
+            yield Chunk(batch, rows=number * size, last=number == len(step_chunks))
 
 
 def evaluator(run: Run, size: int) -> Callable[[Params], metrics.EvalSums]:
-    """Returns the function that sums metrics over the whole held-out set, `size` rows at a time."""
+    """Returns a function that sums metrics over the held-out set, `size` rows at a time."""
     step = eval_step(run.apply, run.train.num_classes, run.layout)
-    rows = sharding.local_rows(size, run.layout.mesh)
+    local_rows = sharding.local_rows(size, run.layout.mesh)
 
     def evaluate(params: Params) -> metrics.EvalSums:
         total = None
         for chunk in dp.chunks(np.arange(len(run.test)), size):
-            mine = chunk[rows]
-            batch = sharding.to_mesh({**run.test.get(mine), "mask": mine >= 0}, run.layout.mesh)
+            indices = chunk[local_rows]
+            inputs = {**run.test.get(indices), "mask": indices >= 0}
+            batch = sharding.to_mesh(inputs, run.layout.mesh)
             sums = step(params, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:

@@ -212,7 +212,7 @@ def _plan() -> list[str]:
     ]
     for machine in _MACHINES:
         rows = _BATCH / machine.chips
-        # Parameters, two moments; the sum and its travelling copy are there in both layouts.
+        # Parameters, two moments; the sum and its traveling copy are there in both layouts.
         state, sums = 3 * 4 * count, 2 * 4 * count
         spread = 4 * count + state / machine.chips
         left = machine.memory - sums - spread

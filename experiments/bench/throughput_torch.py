@@ -109,7 +109,7 @@ def torch_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any
 
     engine = spec["engine"]
     if not spec["case"].startswith("vit"):
-        why = "Opacus has no rule for weight standardisation" if "resnet" in spec["case"] else (
+        why = "Opacus has no rule for weight standardization" if "resnet" in spec["case"] else (
             "compared on ViT only")  # fmt: skip
         return lambda: None, {"skip": why}
     if spec["set"] == "lora":

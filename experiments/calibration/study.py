@@ -5,12 +5,12 @@
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped pretrained
 ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; give
---data_dir and --weights). One budget throughout; DP-SGD without normalisation, as there: what
+--data_dir and --weights). One budget throughout; DP-SGD without normalization, as there: what
 counts for a small bound R is eta R. Epsilon, epochs and batch size of "paper" are our own choice
 where we could not read theirs.
 
 The sweep: a grid over R and the learning rate; layerwise and global (keep or drop) clipping beside
-flat along eta R = const; a switch of R for the last 5 % of the epochs, with normalised clipping so
+flat along eta R = const; a switch of R for the last 5 % of the epochs, with normalized clipping so
 that the size of a step does not jump; a private temperature. The theory: see `ntk`.
 """
 
@@ -162,7 +162,7 @@ def report(workdir: Path) -> list[Path]:
         "## Late switch of R, and temperature scaling",
         Table("late_switch",
               f"R = {_SMALL:g} throughout, or {_LARGE:g} from {_SWITCH:.0%} of the epochs on "
-              "(normalised clipping, the same budget)",
+              "(normalized clipping, the same budget)",
               study.summarise(late, {"bound schedule": "dp.bound_schedule"}, _METRICS)),
         Table("temperature",
               f"Temperature fitted privately on {_TEMPERATURE:.0%} of the training data, which "

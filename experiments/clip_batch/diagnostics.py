@@ -132,7 +132,7 @@ def best_bound(
 ) -> float:
     """Returns the bound C* of least total `error`; arguments as there.
 
-    Between two neighbouring norms the error is quadratic in C, with its stationary point at
+    Between two neighboring norms the error is quadratic in C, with its stationary point at
         C = <N,G> / (<N,N> + (sigma/q)^2 d + k (1 - q)/q),
     G = sum g and N = sum g/|g| over the k clipped examples; at q = 1 this is the paper's fixed
     point. The least of all stationary points and norms is the minimum.

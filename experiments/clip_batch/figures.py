@@ -46,7 +46,7 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
         figure.suptitle(name)
         caption = (
             f"{name}: held-out accuracy by C and B, each cell at its best learning rate, which is "
-            "in brackets; every panel has colours of its own"
+            "in brackets; every panel has colors of its own"
         )
         found.append(Figure(f"grid_{number}", caption, figure))
     return found

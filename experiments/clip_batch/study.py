@@ -9,7 +9,7 @@ of CIFAR-10 and of its 10 %; norms or all parameters of the shipped ViT on MNIST
 DistilBERT; other parameter sets).
 Data is looked for in $DPJAX_DATA_DIR, weights by their published names.
 
-DP-Adam at a constant rate, normalised clipping, at fixed epochs: steps are round(E N / B), so that
+DP-Adam at a constant rate, normalized clipping, at fixed epochs: steps are round(E N / B), so that
 no batch size gets more passes over the data. (E ceil(N/B) steps at q = B/N would run B = 16,384 for
 10.5 epochs instead of 8.) Difficulty, for automatic against tuned flat clipping, is: fewer training
 examples, and a tighter epsilon. What is best is chosen on the data that it is reported on, as in

@@ -171,7 +171,7 @@ def _charge(point: heads.Point, block: Block, workdir: Path, epsilon: float) -> 
     ledger = ledger.charge(0, block.steps)
     facts = dp.statement(
         ledger,
-        clipping=f"flat, bound {point.rule.threshold}, normalised to sensitivity 1",
+        clipping=f"flat, bound {point.rule.threshold}, normalized to sensitivity 1",
         seed_policy="fixed",
         released=["the head, and its evaluation on test data"],
         not_charged=[
@@ -237,7 +237,7 @@ def load_features(
 
 
 def _both(features_: FeatureSet) -> dict[bool, FeatureSet]:
-    """The features normalised, plain and centred."""
+    """The features normalized, plain and centered."""
     return {c: heads.normalise(features_, centre=c, scale=SCALE) for c in (False, True)}
 
 

@@ -19,7 +19,7 @@ def relative_shift(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def linear_cka(before: np.ndarray, after: np.ndarray) -> float:
-    """Linear centred kernel alignment, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414, eq. 5).
+    """Linear centered kernel alignment, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414, eq. 5).
 
     It is 1 if the features differ by a rotation and a scale, so it tells what `relative_shift`
     does not: whether the geometry has changed.

