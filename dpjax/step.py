@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
@@ -23,8 +24,9 @@ from dpjax.models import Params
 from dpjax.models.finetune import join
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
-           "eval_step", "make_steps", "moving_average"]  # fmt: skip
+__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_updates", "at_bound",
+           "carry_over", "draws", "eval_step", "fact_sums", "make_steps",
+           "moving_average"]  # fmt: skip
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `mask` [n] bool (False is padding); in training also
@@ -160,10 +162,8 @@ def make_steps(
         before = jax.tree.map(lambda x: x[0], totals.grads)
         # `ClippedSum.__add__` keeps the sensitivity: an example is in one chunk only.
         after = before + grads if private else jax.tree.map(jnp.add, before, grads)
-        groups = facts.norms.shape[1]
-        limits = rule.thresholds(groups) if private else jnp.full((groups,), jnp.inf)
         sums = {name: value[0] for name, value in totals.facts.items()}
-        for name, value in _fact_sums(facts, limits).items():
+        for name, value in fact_sums(facts, rule if private else None).items():
             sums[name] += value
         return jax.tree.map(lambda x: x[None], Totals(after, sums))
 
@@ -230,17 +230,12 @@ def make_steps(
             )
             grads = dp.ClippedSum(grads, first(totals.grads.sensitivity))
         # The noise is drawn here, once, in the global view: the same on any number of devices.
-        transform = optimizer(at_bound(hyper, state))
-        updates, opt = transform.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        after = apply_updates(optimizer(at_bound(hyper, state)), grads, state, hyper.ema_decay)
         # The exact count below the bound ends here: only its noised version moves the next bound.
-        average, bound, below = state.average, state.bound, facts.pop("below")
-        if average is not None:
-            average = moving_average(average, trainable, jnp.asarray(hyper.ema_decay), state.step)
-        if bound is not None:
-            facts["bound"] = bound
-            bound = _next_bound(hyper, state, below)
-        after = TrainState(state.step + 1, trainable, opt, average, bound)
+        below = facts.pop("below")
+        if state.bound is not None:
+            facts["bound"] = state.bound
+            after = after._replace(bound=_next_bound(hyper, state, below))
         # Without the constraint XLA may choose another sharding for the result; the next step would
         # then recompile, and the donated buffers could not be reused.
         return jax.lax.with_sharding_constraint(after, layout.shardings(after)), facts
@@ -261,6 +256,49 @@ def make_steps(
         begin=begin,
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=per_device),
         update=jax.jit(update, donate_argnums=0),
+    )
+
+
+def apply_updates(
+    transform: optax.GradientTransformation,
+    grads: Any,
+    state: TrainState,
+    ema_decay: jax.typing.ArrayLike | None,
+) -> TrainState:
+    """Returns the state after one more step of the optimizer; its bound is not changed.
+
+    Args:
+        transform: noise transform and optimizer; without privacy the optimizer alone.
+        grads: what `transform` takes, summed over the whole batch.
+        state: before the step.
+        ema_decay: see `moving_average`; not needed if the state has no average.
+    """
+    updates, opt = transform.update(grads, state.opt, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    average = state.average
+    if average is not None:
+        average = moving_average(average, trainable, jnp.asarray(ema_decay), state.step)
+    return TrainState(state.step + 1, trainable, opt, average, state.bound)
+
+
+def draws(
+    mechanism: dp.Mechanism | None, seed: int, *, num_examples: int, batch_size: int
+) -> Callable[[int], np.ndarray]:
+    """Returns the map from a step to the indices of its batch.
+
+    Args:
+        mechanism: draws them; None for Poisson sampling without privacy.
+        seed: of the sampler.
+        num_examples: of the data, where no mechanism says it.
+        batch_size: expected batch size, where no mechanism says it.
+    """
+    if mechanism is not None:
+        return functools.partial(mechanism.indices, seed)
+    # Without privacy the batches are Poisson samples too, so that a private run and its baseline
+    # differ in clipping and noise only.
+    prob = batch_size / num_examples
+    return functools.partial(
+        dp.sampling.poisson, seed, num_examples=num_examples, sampling_prob=prob
     )
 
 
@@ -347,8 +385,10 @@ def eval_step(
 _FACTS = ("count", "loss", "norm", "clipped", "dropped", "below", "diverged")
 
 
-def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Array]:
-    """Sums of a chunk's per-example facts, by name; `thresholds` is `[groups]`."""
+def fact_sums(facts: dp.PerExample, rule: dp.ClipRule | None) -> dict[str, jax.Array]:
+    """Sums of a chunk's per-example facts, by name; those of `Totals` without "diverged"."""
+    groups = facts.norms.shape[1]
+    thresholds = jnp.full((groups,), jnp.inf) if rule is None else rule.thresholds(groups)
     finite = facts.real & jnp.isfinite(facts.loss) & jnp.all(jnp.isfinite(facts.norms), axis=1)
     norms = jnp.sqrt(jnp.sum(jnp.square(facts.norms), axis=1))  # over the groups of a rule
     above = jnp.any(facts.norms > thresholds[None], axis=1)  # clipped in at least one group

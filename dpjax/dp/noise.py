@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
+from dpjax.dp.engines import clipped_sum
 
 __all__ = ["GaussianState", "aggregate", "gaussian", "gaussian_noise", "standard_normal"]
 
@@ -181,39 +182,20 @@ def aggregate(
     """
     rule = l2_norm_clip if isinstance(l2_norm_clip, ClipRule) else flat(l2_norm_clip)
     noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+    # The gradient of a linear loss is its coefficients: the per-example gradients themselves.
+    # Products of entries, not `vdot`, which an accelerator may take in fewer bits.
+    clip = clipped_sum(
+        lambda params, grads: optax.tree.sum(optax.tree.mul(params, grads)), rule, method="vmap"
+    )
 
     def update(
         updates: PyTree, state: GaussianState, params: PyTree | None = None
     ) -> tuple[PyTree, GaussianState]:
-        return noise.update(_clip_stacked(updates, rule), state, params)
+        zeros = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], jnp.float32), updates)
+        everyone = jnp.ones(jax.tree.leaves(updates)[0].shape[0], bool)
+        return noise.update(clip(zeros, updates, everyone)[0], state, params)
 
     return optax.GradientTransformation(noise.init, update)
-
-
-def _clip_stacked(grads: PyTree, rule: ClipRule) -> ClippedSum:
-    """Clips and sums a tree of stacked per-example gradients `[batch, ...]`."""
-    example = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-    groups, num_groups = rule.groups(example), rule.num_groups(example)
-    leaves, treedef = jax.tree.flatten(grads)
-    flat_leaves = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in leaves]
-    squares = [jnp.zeros((flat_leaves[0].shape[0],), jnp.float32) for _ in range(num_groups)]
-    for group, leaf in zip(groups, flat_leaves):
-        squares[group] += jnp.sum(jnp.square(leaf), axis=1)
-    norms = jnp.sqrt(jnp.stack(squares, axis=1))
-    factors = jax.vmap(rule.factors)(norms)
-    finite = jnp.all(jnp.isfinite(norms), axis=1)
-    # The factor of a non-finite example is 0, but 0 * NaN is NaN: its gradient becomes 0 as well.
-    sums = [
-        jnp.einsum(
-            "b,bd->d",
-            factors[:, i],
-            jnp.where(finite[:, None], g, 0.0),
-            precision=jax.lax.Precision.HIGHEST,  # rounding to fewer bits could exceed the bound
-        )
-        for i, g in zip(groups, flat_leaves)
-    ]
-    value = [s.reshape(g.shape[1:]) for s, g in zip(sums, leaves)]
-    return ClippedSum(jax.tree.unflatten(treedef, value), rule.sensitivity())
 
 
 def _check(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -> None:

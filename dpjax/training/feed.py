@@ -13,8 +13,7 @@ from dpjax import dp, metrics
 from dpjax.build import Phase, Run
 from dpjax.models import Params
 from dpjax.runtime import sharding
-from dpjax.runtime.sharding import Layout
-from dpjax.step import eval_step
+from dpjax.step import draws, eval_step
 
 __all__ = ["Chunk", "chunks", "evaluator"]
 
@@ -33,23 +32,21 @@ class Chunk(NamedTuple):
     last: bool
 
 
-def chunks(
-    run: Run, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
-) -> Iterator[Chunk]:
+def chunks(run: Run, phase: Phase, *, seed: int, size: int, steps: range) -> Iterator[Chunk]:
     """Yields this host's rows of every physical chunk of some steps.
 
     Args:
-        run: provides the training data.
+        run: provides the training data, and the layout that determines which rows this host reads.
         phase: its mechanism draws the batches.
-        layout: determines which rows this host reads.
         seed: the sampler's secret seed.
         size: rows of a chunk, over all hosts.
         steps: step numbers, counted over all phases, so that no two phases share a draw.
     """
-    local_rows = sharding.local_rows(size, layout.mesh)
+    local_rows = sharding.local_rows(size, run.layout.mesh)
+    draw = draws(phase.mechanism, seed, num_examples=len(run.train), batch_size=phase.batch_size)
     for step in steps:
         # Every host draws the whole batch, from the same seed, and reads its own rows only.
-        step_chunks = dp.chunks(_indices(run, phase, seed, step), size)
+        step_chunks = dp.chunks(draw(step), size)
         for number, chunk in enumerate(step_chunks, start=1):
             indices = chunk[local_rows]
             batch = run.train.get(indices)
@@ -58,25 +55,17 @@ def chunks(
             yield Chunk(batch, rows=number * size, last=number == len(step_chunks))
 
 
-def _indices(run: Run, phase: Phase, seed: int, step: int) -> np.ndarray:
-    if phase.mechanism is not None:
-        return phase.mechanism.indices(seed, step)
-    # Without privacy the batches are Poisson samples too, so that a private run and its baseline
-    # differ in clipping and noise only.
-    prob = phase.batch_size / len(run.train)
-    return dp.sampling.poisson(seed, step, num_examples=len(run.train), sampling_prob=prob)
-
-
-def evaluator(run: Run, layout: Layout, size: int) -> Callable[[Params], metrics.EvalSums]:
+def evaluator(run: Run, size: int) -> Callable[[Params], metrics.EvalSums]:
     """Returns a function that sums metrics over the held-out set, `size` rows at a time."""
-    step = eval_step(run.apply, run.train.num_classes, layout)
-    local_rows = sharding.local_rows(size, layout.mesh)
+    step = eval_step(run.apply, run.train.num_classes, run.layout)
+    local_rows = sharding.local_rows(size, run.layout.mesh)
 
     def evaluate(params: Params) -> metrics.EvalSums:
         total = None
         for chunk in dp.chunks(np.arange(len(run.test)), size):
             indices = chunk[local_rows]
-            batch = sharding.to_mesh({**run.test.get(indices), "mask": indices >= 0}, layout.mesh)
+            inputs = {**run.test.get(indices), "mask": indices >= 0}
+            batch = sharding.to_mesh(inputs, run.layout.mesh)
             sums = step(params, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from dpjax import data
@@ -36,9 +35,8 @@ from dpjax.runtime import (
     compilation,
     digest,
     hosts,
-    sharding,
 )
-from dpjax.step import Hyper, Steps, TrainState, at_bound
+from dpjax.step import TrainState
 from dpjax.training import capacity, feed, phases, results
 
 __all__ = ["Preempted", "TrainingFailed", "train"]
@@ -93,7 +91,7 @@ def train(
     _claim(run, workdir, private_seed)
     size = capacity.physical_batch(run, private_seed)
     eval_size = size if config.physical_batch == "auto" else 4 * size
-    evaluate = feed.evaluator(run, run.layout, eval_size)
+    evaluate = feed.evaluator(run, eval_size)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
@@ -104,17 +102,14 @@ def train(
         job = _Job(run, workdir, checkpoints, spending, private_seed, size, evaluate, stop)
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
-        first = 0
-        for index, phase in enumerate(run.phases):
-            span = range(first, first + phase.steps)
-            first = span.stop
+        for index, span in enumerate(phases.spans(run)):
             # A phase that ended at `done` is entered too: it executes no step, but rebuilds all
             # parameters from its final state. What earlier phases trained is in the checkpoint.
             if span.stop >= done:
                 params, state = _run_phase(job, index, span, params, state, done)
     # The temperature's release is charged before it is made, like a step.
     fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
-    spending.record(first + fitting)
+    spending.record(_total(run) + fitting)
     return results.finish(
         run, workdir, params, state, evaluate=evaluate, private_seed=private_seed, size=eval_size
     )
@@ -171,16 +166,12 @@ def _run_phase(
     Returns:
         All parameters, and the state after the last step.
     """
-    run, config, layout = job.run, job.run.config, job.run.layout
+    run, config = job.run, job.run.config
     phase = run.phases[index]
-    steps, hyper = phases.prepare(run, index, job.private_seed)
-    trainable, frozen = finetune.split(params, phase.trainable)
-    frozen = sharding.place(frozen, layout.whole(frozen))
     start = max(span.start, done)
-    if before is not None and done > span.start:
-        state = before  # restored from the middle, or the end, of this phase
-    else:
-        state = phases.first_state(run, index, steps, hyper, trainable, before)
+    execute, frozen, state = phases.begin(
+        run, index, params, before, private_seed=job.private_seed, restored=done > span.start
+    )
     about = {
         "phase": index,
         "config": digest(config),
@@ -193,18 +184,18 @@ def _run_phase(
         job.checkpoints.save(step, tree, {**about, "charged": job.spending.charged}, loss)
 
     chunks = feed.chunks(
-        run, phase, layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
+        run, phase, seed=seeds.sampler_seed(job.private_seed), size=job.size,
         steps=range(start, span.stop),
     )  # fmt: skip
     bar = tqdm(
         total=span.stop, initial=start, desc=phase.name, unit="step", file=sys.stderr,
         dynamic_ncols=True, disable=not job.workdir.writes,
     )  # fmt: skip
-    with data.prefetch(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
+    with data.Prefetcher(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
             job.spending.record(end)  # on disk before the block's first step runs
             began = time.perf_counter()
-            state, done = _run_block(job, steps, state, frozen, hyper, feeding, begin, end, bar)
+            state, done = _run_block(job, execute, state, feeding, begin, end, bar)
             rate = (done - begin) * phase.batch_size / (time.perf_counter() - began)
             if done < end:  # `stop` returned True; the rest of the block was not executed
                 job.spending.record(done)
@@ -230,15 +221,13 @@ def _run_phase(
                 or (config.keep_best and loss is not None)
             ):
                 save(end, loss)
-    return finetune.join(layout.gather(state.trainable), frozen), state
+    return finetune.join(run.layout.gather(state.trainable), frozen), state
 
 
 def _run_block(
     job: _Job,
-    steps: Steps,
+    execute: phases.Execute,
     state: TrainState,
-    frozen: Params,
-    hyper: Hyper,
     chunks: Iterator[feed.Chunk],
     begin: int,
     end: int,
@@ -258,21 +247,12 @@ def _run_block(
             if job.stop(step):
                 end = step
                 break
-            trainable, totals = steps.begin(state)
-            at_step = at_bound(hyper, state)
-            number = jnp.asarray(step, jnp.int32)
-            while True:
-                chunk = next(chunks)
-                batch = sharding.to_mesh(chunk.batch, job.run.layout.mesh)
-                totals = steps.accumulate(totals, trainable, frozen, batch, number, at_step)
-                if chunk.last:
-                    break
-            state, facts = steps.update(state, totals, hyper)
+            state, facts, rows = execute(state, step, chunks)
             if pending is not None:
                 _log(job, *pending)
                 pending = None
             if (step + 1) % job.run.config.log_every == 0 or step + 1 == end:
-                pending = (step + 1, chunk.rows, facts)
+                pending = (step + 1, rows, facts)
             bar.update()
         if pending is not None:
             _log(job, *pending)

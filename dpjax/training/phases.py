@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,9 +20,12 @@ from dpjax.build import Run
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, unflatten
 from dpjax.runtime import sharding
-from dpjax.step import Hyper, Steps, TrainState, carry_over, make_steps
+from dpjax.step import Hyper, Steps, TrainState, at_bound, carry_over, make_steps
+from dpjax.training.feed import Chunk
 
-__all__ = ["checkpoint_like", "first_state", "prepare", "trained_before"]
+__all__ = ["Execute", "begin", "checkpoint_like", "prepare", "spans", "trained_before"]
+
+Execute = Callable[[TrainState, int, Iterator[Chunk]], tuple[TrainState, dict[str, jax.Array], int]]
 
 
 # Phases of one training differ in traced values only. With the same jitted functions (same loss,
@@ -81,33 +86,67 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
     return steps, hyper
 
 
-def first_state(
+def spans(run: Run) -> list[range]:
+    """Returns the numbers of the steps of each phase, counted over all phases."""
+    ends = itertools.accumulate(phase.steps for phase in run.phases)
+    return [range(end - phase.steps, end) for phase, end in zip(run.phases, ends, strict=True)]
+
+
+def begin(
     run: Run,
     index: int,
-    steps: Steps,
-    hyper: Hyper,
-    trainable: Params,
+    params: Params,
     before: TrainState | None,
-) -> TrainState:
-    """Returns the initial state of a phase.
+    *,
+    private_seed: int,
+    restored: bool = False,
+) -> tuple[Execute, Params, TrainState]:
+    """Makes a phase executable.
 
     Args:
         run: contains the phase.
         index: number of the phase.
-        steps: from `prepare`.
-        hyper: from `prepare`.
-        trainable: parameters that train in this phase.
+        params: all parameters, as the previous phase left them.
         before: last state of the previous phase; None for the first phase.
+        private_seed: the run's secret seed.
+        restored: `before` is a state of this phase itself, from a checkpoint.
+
+    Returns:
+        `(execute, frozen parameters, initial state)`. `execute(state, step, chunks)` runs one step
+        over the next chunks of an iterator, through the last chunk of the step. It donates the
+        state and returns the next one, the facts of the step (still on the devices), and the
+        number of rows of its chunks.
     """
-    phase = run.phases[index]
-    if before is not None and run.phases[index - 1].training == phase.training:
-        return before  # moments, noise counter and learning-rate schedule all go on
-    # `place` copies from the host: `update` donates the state, and the caller still needs its
-    # parameters.
-    state = steps.init(sharding.place(trainable, run.layout.shardings(trainable)), hyper)
-    if before is None:
-        return state
-    return carry_over(state, before, moments=phase.keep_optimizer)
+    phase, layout = run.phases[index], run.layout
+    steps, hyper = prepare(run, index, private_seed)
+    trainable, frozen = finetune.split(params, phase.trainable)
+    frozen = sharding.place(frozen, layout.whole(frozen))
+    same_training = run.phases[index - 1].training == phase.training
+    if before is not None and (restored or same_training):
+        state = before  # moments, noise counter and learning-rate schedule all go on
+    else:
+        # `place` copies from the host: `update` donates the state, and the caller still needs its
+        # parameters.
+        state = steps.init(sharding.place(trainable, layout.shardings(trainable)), hyper)
+        if before is not None:
+            state = carry_over(state, before, moments=phase.keep_optimizer)
+
+    def execute(
+        state: TrainState, step: int, chunks: Iterator[Chunk]
+    ) -> tuple[TrainState, dict[str, jax.Array], int]:
+        trainable, totals = steps.begin(state)
+        at_step = at_bound(hyper, state)
+        number = jnp.asarray(step, jnp.int32)  # an array: a Python int would recompile
+        while True:
+            chunk = next(chunks)  # raises if the iterator ends within the step
+            batch = sharding.to_mesh(chunk.batch, layout.mesh)
+            totals = steps.accumulate(totals, trainable, frozen, batch, number, at_step)
+            if chunk.last:
+                break
+        state, facts = steps.update(state, totals, hyper)
+        return state, facts, chunk.rows
+
+    return execute, frozen, state
 
 
 def trained_before(run: Run, index: int, frozen: Params) -> Params:

@@ -78,7 +78,7 @@ def finish(
         value = fit_temperature(run, run.temperature, params, private_seed=private_seed, size=size)
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
-        sums = feed.evaluator(_scaled(run, value), run.layout, size)(params)
+        sums = feed.evaluator(_scaled(run, value), size)(params)
         results = {**metrics.summarise(sums), "temperature": value, **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")

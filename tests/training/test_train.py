@@ -109,11 +109,9 @@ def sum_of(run):
     mechanism = dataclasses.replace(phase.mechanism, num_examples=len(run.train))
     run = run._replace(phases=(phase._replace(mechanism=mechanism),))
     steps, hyper = phases.prepare(run, 0, 5)
-    trainable, frozen = finetune.split(run.params, phase.trainable)
-    frozen = sharding.place(frozen, run.layout.whole(frozen))
-    state = phases.first_state(run, 0, steps, hyper, trainable, None)
+    _, frozen, state = phases.begin(run, 0, run.params, None, private_seed=5)
     whole, totals = steps.begin(state)
-    for chunk in feed.chunks(run, run.phases[0], run.layout, seed=1, size=64, steps=range(1)):
+    for chunk in feed.chunks(run, run.phases[0], seed=1, size=64, steps=range(1)):
         batch = sharding.to_mesh(chunk.batch, run.layout.mesh)
         now = at_bound(hyper, state)
         totals = steps.accumulate(totals, whole, frozen, batch, jnp.int32(0), now)

@@ -10,6 +10,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from dpjax.data.prepare.builders import Record, records_builder
+
 __all__ = ["builder_class", "is_folder"]
 
 _IMAGES = (".png", ".jpg", ".jpeg")
@@ -43,37 +45,21 @@ def builder_class(name: str, source: Path) -> Any:
     sizes = {_size(f) for by_class in splits.values() for files in by_class.values() for f in files}
     height, width = sizes.pop() if len(sizes) == 1 else (None, None)  # None: sizes vary
 
-    class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        """Images from a directory."""
+    features = {
+        "image": tfds.features.Image(shape=(height, width, 3)),
+        "label": tfds.features.ClassLabel(names=classes),
+    }
 
-        VERSION = tfds.core.Version("1.0.0")
+    def records() -> dict[str, Iterator[Record]]:
+        return {split: _records(by_class) for split, by_class in splits.items()}
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=type(self).__doc__,
-                features=tfds.features.FeaturesDict(
-                    {
-                        "image": tfds.features.Image(shape=(height, width, 3)),
-                        "label": tfds.features.ClassLabel(names=classes),
-                    }
-                ),
-                supervised_keys=("image", "label"),
-            )
+    return records_builder(name, "Images from a directory.", features, records)
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            del dl_manager
-            return {split: self._generate_examples(files) for split, files in splits.items()}
 
-        def _generate_examples(
-            self, by_class: dict[str, list[Path]]
-        ) -> Iterator[tuple[str, dict[str, Any]]]:
-            for label in classes:
-                for file in by_class[label]:
-                    yield f"{label}/{file.name}", {"image": file.read_bytes(), "label": label}
-
-    Folder.name = name
-    return Folder
+def _records(by_class: dict[str, list[Path]]) -> Iterator[Record]:
+    for label in sorted(by_class):
+        for file in by_class[label]:
+            yield f"{label}/{file.name}", {"image": file.read_bytes(), "label": label}
 
 
 def _images(split: Path) -> dict[str, list[Path]]:
