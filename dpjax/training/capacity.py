@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from dpjax.build import Run
-from dpjax.models import finetune
+from dpjax.data import Dataset
+from dpjax.models import Params
 from dpjax.runtime import hosts, sharding
 from dpjax.training import phases
+from dpjax.training.phases import Prepared
 
 __all__ = ["DoesNotFit", "largest", "peak_bytes", "physical_batch"]
 
@@ -22,23 +24,31 @@ class DoesNotFit(ValueError):
     """Raised when not even the smallest chunk fits."""
 
 
-def physical_batch(run: Run, private_seed: int) -> int:
+def physical_batch(
+    config: ConfigDict, prepared: Sequence[Prepared], params: Params, train: Dataset
+) -> int:
     """Returns the number of rows of a chunk: the config's, or for "auto" as many as fit.
 
     It is a multiple of whole microbatches on every device.
 
+    Args:
+        config: of the run.
+        prepared: its phases.
+        params: all parameters.
+        train: the training data.
+
     Raises:
         DoesNotFit: not even the smallest chunk does.
     """
-    config, layout = run.config, run.layout
-    unit = layout.mesh.size * (config.microbatch or 1)
+    mesh = prepared[0].layout.mesh
+    unit = mesh.size * (config.microbatch or 1)
     if config.physical_batch != "auto":
         return -(-config.physical_batch // unit) * unit
     # Two standard deviations of the size of a Poisson batch: few batches need a chunk more.
-    largest_batch = max(phase.batch_size for phase in run.phases)
-    enough = min(largest_batch + 2 * math.sqrt(largest_batch), len(run.train))
-    limit = sharding.memory_per_device(layout.mesh)
-    needs = [peak_bytes(run, index, private_seed) for index in range(len(run.phases))]
+    largest_batch = max(one.phase.batch_size for one in prepared)
+    enough = min(largest_batch + 2 * math.sqrt(largest_batch), len(train))
+    limit = sharding.memory_per_device(mesh)
+    needs = [peak_bytes(one, params, train) for one in prepared]
     return int(hosts.first(min(largest(need, limit, unit, enough) for need in needs)))
 
 
@@ -70,30 +80,30 @@ def largest(need: Callable[[int], int], limit: int, unit: int, enough: float) ->
         count += 1
 
 
-def peak_bytes(run: Run, index: int, private_seed: int) -> Callable[[int], int]:
+def peak_bytes(prepared: Prepared, params: Params, train: Dataset) -> Callable[[int], int]:
     """Returns the function from the rows of a chunk to the bytes that a phase needs on a device."""
-    steps, hyper = phases.prepare(run, index, private_seed)
-    mesh = run.layout.mesh
+    steps, hyper, layout = prepared.steps, prepared.hyper, prepared.layout
+    mesh = layout.mesh
     spread, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def like(tree: Any, place: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-    state = phases.checkpoint_like(run, index, private_seed)["state"]
-    params = like(finetune.split(run.params, run.phases[index].trainable), whole)
+    state = phases.checkpoint_like(prepared, params)["state"]
+    parts = like(prepared.split(params), whole)
     totals = like(jax.eval_shape(steps.begin, state)[1], spread)
     update = _program_bytes(steps.update, state, totals, hyper)
-    resident = _bytes(state) if run.layout.spread else _bytes((state.opt, state.average))
+    resident = _bytes(state) if layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:
         batch = {
-            "input": np.zeros((size, *run.train.shape), run.train.source.dtype),
+            "input": np.zeros((size, *train.shape), train.source.dtype),
             "label": np.zeros(size, np.int32),
             "identity": np.zeros(size, np.uint32),
             "mask": np.zeros(size, bool),
         }
         step = jnp.zeros((), jnp.int32)
-        chunk = _program_bytes(steps.accumulate, totals, *params, like(batch, spread), step, hyper)
+        chunk = _program_bytes(steps.accumulate, totals, *parts, like(batch, spread), step, hyper)
         return max(resident + chunk, update)
 
     return need

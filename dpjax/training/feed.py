@@ -1,7 +1,9 @@
-"""Batches of a run: which examples, in which order, and which of them this host reads."""
+"""What the devices are fed: batches of training, and the held-out set of an evaluation."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpjax import dp, metrics
-from dpjax.build import Phase, Run
+from dpjax.build import Phase
+from dpjax.data import Dataset
 from dpjax.models import Params
 from dpjax.runtime import sharding
 from dpjax.runtime.sharding import Layout
-from dpjax.step import eval_step
+from dpjax.step import Batch, eval_step
 
-__all__ = ["Chunk", "chunks", "evaluator"]
+__all__ = ["Chunk", "Evaluator", "physical_chunks"]
 
 
 class Chunk(NamedTuple):
@@ -33,51 +36,67 @@ class Chunk(NamedTuple):
     last: bool
 
 
-def chunks(
-    run: Run, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
+def physical_chunks(
+    train: Dataset, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
 ) -> Iterator[Chunk]:
     """Reads this host's rows of every physical chunk of some steps.
 
     Args:
-        run: its data.
+        train: the training data.
         phase: its mechanism draws the batches.
         layout: says which rows are this host's.
         seed: of the sampler, secret.
         size: examples in a chunk, over all hosts.
         steps: numbers of the steps, counted over all phases: no two phases share a draw.
     """
-    mine = sharding.local_rows(size, layout.mesh)
+    local_rows = sharding.local_rows(size, layout.mesh)
     for step in steps:
-        cut = dp.chunks(_indices(run, phase, seed, step), size)
+        cut = dp.chunks(_indices(phase, len(train), seed, step), size)
         for number, chunk in enumerate(cut, start=1):
-            indices = chunk[mine]
-            batch = run.train.get(indices)
-            batch["identity"] = run.train.identities(indices)
+            indices = chunk[local_rows]
+            batch = train.get(indices)
+            batch["identity"] = train.identities(indices)
             batch["mask"] = indices >= 0
             yield Chunk(batch, rows=number * size, last=number == len(cut))
 
 
-def _indices(run: Run, phase: Phase, seed: int, step: int) -> np.ndarray:
+def _indices(phase: Phase, num_examples: int, seed: int, step: int) -> np.ndarray:
     if phase.mechanism is not None:
         return phase.mechanism.indices(seed, step)
-    prob = phase.batch_size / len(run.train)
-    return dp.sampling.poisson(seed, step, num_examples=len(run.train), sampling_prob=prob)
+    prob = phase.batch_size / num_examples
+    return dp.sampling.poisson(seed, step, num_examples=num_examples, sampling_prob=prob)
 
 
-def evaluator(run: Run, layout: Layout, size: int) -> Callable[[Params], metrics.EvalSums]:
-    """Returns the function that sums metrics over the whole held-out set, `size` rows at a time."""
-    step = eval_step(run.apply, run.train.num_classes, layout)
-    rows = sharding.local_rows(size, layout.mesh)
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Sums metrics over the whole held-out set.
 
-    def evaluate(params: Params) -> metrics.EvalSums:
-        total = None
-        for chunk in dp.chunks(np.arange(len(run.test)), size):
-            mine = chunk[rows]
-            batch = sharding.to_mesh({**run.test.get(mine), "mask": mine >= 0}, layout.mesh)
-            sums = step(params, batch)
+    Attributes:
+        apply: `(params, inputs) -> logits`.
+        test: the held-out set.
+        num_classes: of the labels.
+        layout: says which rows are this host's.
+        size: rows at a time, over all hosts.
+    """
+
+    apply: Callable[[Params, jax.Array], jax.Array]
+    test: Dataset
+    num_classes: int
+    layout: Layout
+    size: int
+
+    @functools.cached_property
+    def _step(self) -> Callable[[Params, Batch], metrics.EvalSums]:
+        return eval_step(self.apply, self.num_classes, self.layout)
+
+    def __call__(self, params: Params) -> metrics.EvalSums:
+        mesh, total = self.layout.mesh, None
+        rows = sharding.local_rows(self.size, mesh)
+        for chunk in dp.chunks(np.arange(len(self.test)), self.size):
+            indices = chunk[rows]
+            batch = sharding.to_mesh({**self.test.get(indices), "mask": indices >= 0}, mesh)
+            sums = self._step(params, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:
             raise ValueError("the held-out set is empty.")
         return jax.device_get(total)
-
-    return evaluate

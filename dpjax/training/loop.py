@@ -24,7 +24,6 @@ from dpjax.build import Run
 from dpjax.build.describe import identity, ledger_after, statement
 from dpjax.config import differences
 from dpjax.dp import seeds, to_markdown
-from dpjax.metrics import EvalSums
 from dpjax.models import Params, finetune
 from dpjax.runtime import (
     Checkpoints,
@@ -37,7 +36,7 @@ from dpjax.runtime import (
     hosts,
     sharding,
 )
-from dpjax.step import Hyper, Steps, TrainState, at_bound
+from dpjax.step import TrainState, at_bound
 from dpjax.training import capacity, feed, phases, results
 
 __all__ = ["Preempted", "TrainingFailed", "train"]
@@ -89,18 +88,22 @@ def train(
             )
     workdir.create(config)
     private_seed = _private_seed(run, workdir)
-    _claim(run, workdir, private_seed)
-    size = capacity.physical_batch(run, private_seed)
+    facts = identity(run, private_seed)
+    _claim(facts, workdir)
+    prepared = phases.prepare(run, private_seed)
+    size = capacity.physical_batch(config, prepared, run.params, run.train)
     eval_size = size if config.physical_batch == "auto" else 4 * size
-    evaluate = feed.evaluator(run, run.layout, eval_size)
+    evaluate = feed.Evaluator(run.apply, run.test, run.train.num_classes, run.layout, eval_size)
+    spending = _Spending(run, workdir)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
         keep_best=config.keep_best,
         losses=workdir.losses(),
     ) as checkpoints:
-        spending = _Spending(run, workdir)
-        job = _Job(run, workdir, checkpoints, spending, private_seed, size, evaluate, stop)
+        job = _Job(
+            run, workdir, checkpoints, spending, private_seed, facts, prepared, size, evaluate, stop
+        )
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
         first = 0
@@ -111,9 +114,7 @@ def train(
                 params, state = _run_phase(job, index, span, params, state, done)
     fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
     spending.record(first + fitting)
-    return results.finish(
-        run, workdir, params, state, evaluate=evaluate, private_seed=private_seed, size=eval_size
-    )
+    return results.finish(run, workdir, params, state, evaluate=evaluate, private_seed=private_seed)
 
 
 class _Spending:
@@ -143,8 +144,10 @@ class _Job(NamedTuple):
     checkpoints: Checkpoints
     spending: _Spending
     private_seed: int
+    identity: dict[str, Any]  # of the run, in its directory and its checkpoints
+    prepared: tuple[phases.Prepared, ...]
     size: int  # of a physical chunk
-    evaluate: Callable[[Params], EvalSums]
+    evaluate: feed.Evaluator
     stop: Callable[[int], bool]
 
 
@@ -157,28 +160,23 @@ def _run_phase(
         All parameters, and the state after the last step.
     """
     run, config, layout = job.run, job.run.config, job.run.layout
-    phase = run.phases[index]
-    steps, hyper = phases.prepare(run, index, job.private_seed)
-    trainable, frozen = finetune.split(params, phase.trainable)
+    phase, prepared = run.phases[index], job.prepared[index]
+    trainable, frozen = prepared.split(params)
     frozen = sharding.place(frozen, layout.whole(frozen))
     start = max(span.start, done)
     if before is not None and done > span.start:
         state = before
     else:
-        state = phases.first_state(run, index, steps, hyper, trainable, before)
-    about = {
-        "phase": index,
-        "config": digest(config),
-        "identity": identity(run, job.private_seed),
-    }
-    earlier = phases.trained_before(run, index, frozen)
+        state = phases.first_state(prepared, trainable, before)
+    about = {"phase": index, "config": digest(config), "identity": job.identity}
+    earlier = prepared.earlier(frozen)
 
     def save(step: int, loss: float | None = None) -> None:
         tree = {"state": state, "earlier": earlier}
         job.checkpoints.save(step, tree, {**about, "charged": job.spending.charged}, loss)
 
-    chunks = feed.chunks(
-        run, phase, layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
+    chunks = feed.physical_chunks(
+        run.train, phase, layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
         steps=range(start, span.stop),
     )  # fmt: skip
     bar = tqdm(
@@ -189,7 +187,7 @@ def _run_phase(
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
             job.spending.record(end)
             began = time.perf_counter()
-            state, done = _run_block(job, steps, state, frozen, hyper, feeding, begin, end, bar)
+            state, done = _run_block(job, prepared, state, frozen, feeding, begin, end, bar)
             rate = (done - begin) * phase.batch_size / (time.perf_counter() - began)
             if done < end:
                 job.spending.record(done)
@@ -220,10 +218,9 @@ def _run_phase(
 
 def _run_block(
     job: _Job,
-    steps: Steps,
+    prepared: phases.Prepared,
     state: TrainState,
     frozen: Params,
-    hyper: Hyper,
     chunks: Iterator[feed.Chunk],
     begin: int,
     end: int,
@@ -233,6 +230,7 @@ def _run_block(
 
     Facts are fetched one step late, so that the devices never wait for the host.
     """
+    steps, hyper = prepared.steps, prepared.hyper
     pending: tuple[int, int, dict[str, jax.Array]] | None = None
     step = begin
     try:
@@ -318,10 +316,10 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
         problem = None
         try:
             about = checkpoints.about(step)
-            changed = differences(about["identity"], identity(run, job.private_seed), "run")
+            changed = differences(about["identity"], job.identity, "run")
             if changed:
                 raise OtherRun(f"checkpoint {step} is of another run: {'; '.join(changed[:5])}.")
-            like = phases.checkpoint_like(run, about["phase"], job.private_seed)
+            like = phases.checkpoint_like(job.prepared[about["phase"]], run.params)
             tree = checkpoints.load(step, like)
         except Unreadable as error:
             problem = str(error)
@@ -336,14 +334,13 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
     return 0, run.params, None
 
 
-def _claim(run: Run, workdir: Workdir, private_seed: int) -> None:
+def _claim(about: dict[str, Any], workdir: Workdir) -> None:
     """Writes what run the directory is of, or compares: the data may have changed under a name."""
-    mine = identity(run, private_seed)
     if workdir.exists("identity.json"):
-        changed = differences(workdir.read("identity.json"), mine, "run")
+        changed = differences(workdir.read("identity.json"), about, "run")
         if changed:
             raise OtherRun(f"the workdir is of another run: {'; '.join(changed[:5])}.")
-    workdir.write("identity.json", mine)
+    workdir.write("identity.json", about)
 
 
 def _private_seed(run: Run, workdir: Workdir) -> int:

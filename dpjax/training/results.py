@@ -5,7 +5,7 @@ The softmax temperature is fitted here: on data of its own, then put into the he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,15 +22,13 @@ from dpjax.training import feed
 
 __all__ = ["finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"]
 
-Evaluate = Callable[[Params], metrics.EvalSums]
-
 
 def prefix(run: Run) -> str:
     """Of the names of evaluations: on a part of the private training split they are not private."""
     return "nonprivate/eval/" if run.evaluates_on_private_data else "eval/"
 
 
-def row(run: Run, evaluate: Evaluate, state: TrainState, frozen: Params) -> dict[str, float]:
+def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -> dict[str, float]:
     """Returns `eval/accuracy` and the like, and `eval/ema/...` of the average if there is one.
 
     On a part of the private training split the names begin with `nonprivate/`.
@@ -51,9 +49,8 @@ def finish(
     params: Params,
     state: TrainState | None,
     *,
-    evaluate: Evaluate,
+    evaluate: feed.Evaluator,
     private_seed: int,
-    size: int,
 ) -> dict[str, Any]:
     """Evaluates and writes what is released: the weights, their average, the temperature.
 
@@ -64,7 +61,6 @@ def finish(
         state: after the last step.
         evaluate: sums metrics over the held-out data.
         private_seed: of the run.
-        size: examples in a chunk of an evaluation, over all hosts.
 
     Returns:
         What stands in `eval.json`: metrics of weights.safetensors, `ema/...` of
@@ -74,10 +70,12 @@ def finish(
     weights, sums = run.merge(params), evaluate(params)
     results = metrics.summarise(sums)
     if run.temperature is not None:
-        value = fit_temperature(run, run.temperature, params, private_seed=private_seed, size=size)
+        value = fit_temperature(
+            run, run.temperature, params, private_seed=private_seed, size=evaluate.size
+        )
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
-        sums = feed.evaluator(_scaled(run, value), run.layout, size)(params)
+        sums = evaluate(scale_head(params, run.model.head, value))
         results = {**metrics.summarise(sums), "temperature": value, **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
@@ -118,11 +116,6 @@ def fit_temperature(
         bound=fitted.bound,
         key=seeds.noise_key(private_seed, "temperature"),
     )
-
-
-def _scaled(run: Run, temperature: float) -> Run:
-    """Returns the run whose predictions are divided by the temperature."""
-    return run._replace(apply=lambda params, inputs: run.apply(params, inputs) / temperature)
 
 
 def scale_head(params: Params, head: str, temperature: float) -> Params:

@@ -1,7 +1,7 @@
 """Which layers to fine-tune at equal epsilon (Cattan et al., arXiv 2210.02156), as a study.
 
     python -m experiments.run_study --config=experiments/layers/study.py:laptop --workdir=DIR
-    python -m dpjax.commands.report DIR
+    dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped ViT
 pretrained on UCI digits, three seeds) and "paper" (CIFAR-100, ViT-B/16 pretrained on ImageNet-21k,
@@ -13,7 +13,7 @@ is declared, not charged; the report says beside it what charging it would have 
 way round, which epsilon a run would have had if the search had kept the budget. A search that is
 charged is
 
-    python -m dpjax.commands.search --config=experiments/layers/study.py:charged \\
+    dpjax search --config=experiments/layers/study.py:charged \\
         --workdir=DIR --charge=10
 
 whose points are those of "laptop" without fixed seeds.
