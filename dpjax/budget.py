@@ -101,11 +101,6 @@ def temperature(config: ConfigDict, train: data.Dataset) -> tuple[data.Dataset, 
     if config.dp is None or not config.dp.temperature.share:
         return train, None
     chosen = config.dp.temperature
-    if config.dp.sampler == "fixed_size":
-        raise ValueError(
-            f"dp.temperature.share={chosen.share} needs a guarantee for adding or removing an "
-            "example, but dp.sampler='fixed_size' is accounted for replacing one."
-        )
     if not 0 < chosen.bound < math.inf:
         raise ValueError(f"dp.temperature.bound={chosen.bound} must be > 0 and finite.")
     try:
@@ -184,7 +179,7 @@ def _with_noise(config: ConfigDict, made: list[Phase], num_examples: int) -> tup
     if adaptive.quantile is not None:
         given = adaptive.count_noise
         counts = [size / 20 if given is None else given for size in sizes]
-    last = made[-1].training
+    last, cut = made[-1].training, config.dp.max_batch_size
     mechanisms = dp.calibrated_phases(
         epsilon=config.dp.epsilon,
         delta=config.dp.delta,
@@ -193,8 +188,8 @@ def _with_noise(config: ConfigDict, made: list[Phase], num_examples: int) -> tup
         steps=[phase.steps for phase in made],
         noise_ratios=[1.0 if p.training == last else config.lp.noise_ratio for p in made],
         sampler=config.dp.sampler,
-        max_batch_size=config.dp.max_batch_size,
         count_noises=counts,
+        **({} if cut is None else {"max_batch_size": cut}),
     )
     return tuple(p._replace(mechanism=m) for p, m in zip(made, mechanisms, strict=True))
 
@@ -207,5 +202,11 @@ def ledger(
         return None
     paid = [dp.Phase(p.name, p.mechanism) for p in made if p.mechanism is not None]
     if fitted is not None:
+        if paid[0].mechanism.relation != fitted.mechanism.relation:
+            raise ValueError(
+                f"dp.temperature.share={config.dp.temperature.share} needs a guarantee for adding "
+                f"or removing an example, but dp.sampler={config.dp.sampler!r} is accounted for "
+                "replacing one."
+            )
         paid.append(dp.Phase("temperature", fitted.mechanism, part="temperature"))
     return dp.Ledger(tuple(paid), epsilon=config.dp.epsilon, delta=config.dp.delta)

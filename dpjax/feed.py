@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
 
 
 def chunks(
-    run: Run, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
+    run: Run, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range, first: int = 0
 ) -> Iterator[Chunk]:
     """Reads this host's rows of every physical chunk of some steps.
 
@@ -45,10 +45,11 @@ def chunks(
         seed: of the sampler, secret.
         size: examples in a chunk, over all hosts.
         steps: numbers of the steps, counted over all phases: no two phases share a draw.
+        first: number of the phase's first step.
     """
     mine = sharding.local_rows(size, layout.mesh)
     for step in steps:
-        cut = dp.chunks(_indices(run, phase, seed, step), size)
+        cut = dp.chunks(_indices(run, phase, seed, step, first), size)
         for number, chunk in enumerate(cut, start=1):
             indices = chunk[mine]
             batch = run.train.get(indices)
@@ -57,11 +58,11 @@ def chunks(
             yield Chunk(batch, rows=number * size, last=number == len(cut))
 
 
-def _indices(run: Run, phase: Phase, seed: int, step: int) -> np.ndarray:
+def _indices(run: Run, phase: Phase, seed: int, step: int, first: int) -> np.ndarray:
     if phase.mechanism is not None:
-        return phase.mechanism.indices(seed, step)
+        return phase.mechanism.indices(seed, step, first=first)
     prob = phase.batch_size / len(run.train)
-    return dp.sampling.poisson(seed, step, num_examples=len(run.train), sampling_prob=prob)
+    return dp.Poisson(num_examples=len(run.train), sampling_prob=prob).indices(seed, step)
 
 
 def evaluator(run: Run, layout: Layout, size: int) -> Callable[[Params], metrics.EvalSums]:

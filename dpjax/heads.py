@@ -50,7 +50,7 @@ class Point:
         learning_rate: base learning rate.
         private_seed: decides batches and noise, see `rng`.
         rule: clipping rule; None without privacy.
-        mechanism: None without privacy. In one grid, all have the same N, sampler, q and T.
+        mechanism: None without privacy. In one grid, all have the same sampler and T.
     """
 
     learning_rate: float
@@ -247,17 +247,15 @@ def batches_of(point: Point, num_examples: int, batch_size: int) -> Callable[[in
     seed = rng.sampler_seed(point.private_seed)
     if point.mechanism is not None:
         return functools.partial(point.mechanism.indices, seed)
+    prob = batch_size / num_examples
     return functools.partial(
-        dp.sampling.poisson,
-        seed,
-        num_examples=num_examples,
-        sampling_prob=batch_size / num_examples,
+        dp.Poisson(num_examples=num_examples, sampling_prob=prob).indices, seed
     )
 
 
 def _is_full(point: Point, num_examples: int, batch_size: int) -> bool:
     if point.mechanism is not None:
-        return point.mechanism.sampler == "full_batch"
+        return isinstance(point.mechanism.sampler, dp.FullBatch)
     return batch_size == num_examples
 
 

@@ -171,7 +171,7 @@ def _run_phase(
 
     chunks = feed.chunks(
         run, phase, layout, seed=rng.sampler_seed(job.private_seed), size=job.size,
-        steps=range(start, span.stop),
+        steps=range(start, span.stop), first=span.start,
     )  # fmt: skip
     bar = tqdm(
         total=span.stop, initial=start, desc=phase.name, unit="step", file=sys.stderr,

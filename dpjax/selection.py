@@ -26,6 +26,8 @@ __all__ = ["charged", "draw", "epsilon", "epsilon_of_one", "mechanisms", "not_ch
 _GEOMETRIC = 1.0  # shape of the number of runs, in dp_accounting's terms
 _ORDERS = (*range(2, 64), *range(64, 257, 8), 512)  # integers are quick; any give an upper bound
 _MARGIN = 2e-3  # relative; a run is calibrated to about 1e-4 of its epsilon
+# What a charged search can be of, by the name that a statement gives it.
+_SAMPLERS: dict[str, Any] = {kind.title: kind for kind in (dp.Poisson, dp.FullBatch)}
 _UNKNOWN = "the choice of hyperparameters"  # how a run's own statement begins the line
 
 
@@ -42,14 +44,11 @@ def epsilon(run: Sequence[dp.Mechanism], delta: float, *, mean: float) -> float:
     """
     if not 1 < mean < math.inf:
         raise ValueError(f"mean={mean} must be > 1 and finite.")
+    for mechanism in run:
+        _check_title(mechanism.sampler.title)
     composed = dpa.ComposedDpEvent([m.event() for m in run])
     event = RepeatAndSelectDpEvent(composed, mean, _GEOMETRIC)
     accountant = rdp.RdpAccountant(_ORDERS, dpa.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    if run[0].relation != "add_or_remove_one" or not accountant.supports(event):
-        raise ValueError(
-            f"dp.sampler={run[0].sampler!r} cannot be charged in a search: only 'poisson' and "
-            "'full_batch' can."
-        )
     return float(accountant.compose(event).get_epsilon(delta))
 
 
@@ -102,18 +101,35 @@ def mechanisms(statement: dict[str, Any]) -> tuple[dp.Mechanism, ...]:
     """Returns the mechanisms of a run, as planned, from its `privacy.json`.
 
     Raises:
-        ValueError: the run splits its data into parts, which a charged search does not support.
+        ValueError: the run splits its data into parts, or its sampler is none of Poisson and full
+            batches: a charged search does not support them.
     """
     phases = statement["phases"]
     if len({phase["part"] for phase in phases}) > 1:
         raise ValueError("dp.temperature.share must be 0 in a search that is charged.")
-    names = {f.name for f in dataclasses.fields(dp.Mechanism)} - {"steps"}
+
+    def sampler(phase: dict[str, Any]) -> dp.Sampler:
+        kind = _SAMPLERS[_check_title(phase["sampler"])]
+        return kind(**{field.name: phase[field.name] for field in dataclasses.fields(kind)})
+
     return tuple(
         dp.Mechanism(
-            steps=phase["steps_planned"], **{name: phase[name] for name in names if name in phase}
+            sampler=sampler(phase),
+            steps=phase["steps_planned"],
+            noise_multiplier=phase["noise_multiplier"],
+            count_noise=phase["count_noise"],
         )
         for phase in phases
     )
+
+
+def _check_title(title: str) -> str:
+    if title not in _SAMPLERS:
+        raise ValueError(
+            f"dp.sampler draws {title!r}, which cannot be charged in a search: only 'poisson' and "
+            "'full_batch' can."
+        )
+    return title
 
 
 def not_charged(statement: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

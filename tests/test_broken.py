@@ -86,7 +86,7 @@ def by(transform):
 
 
 FROM_OPTAX = Trainer(
-    indices=lambda step: MECHANISM.indices(11, step),
+    indices=lambda step: MECHANISM.sampler.indices(11, step),
     rows=lambda indices: dp.chunks(indices, CHUNK),
     clipped=clipping(dp.flat(1.0)),
     charge=lambda ledger: ledger.charge(0),
@@ -376,7 +376,7 @@ BROKEN = {
     "an example used twice": Broken({"rows": wrapped}, {once, moves}),
     "shuffling accounted as Poisson": Broken({"indices": shuffled}, {sampler}),
     "truncation unaccounted": Broken(
-        {"indices": lambda step: MECHANISM.indices(11, step)[:BATCH]}, {sampler}
+        {"indices": lambda step: MECHANISM.sampler.indices(11, step)[:BATCH]}, {sampler}
     ),
     "division by the realised size": Broken(
         {"update": divided_by_the_realised_size}, {division, empty}

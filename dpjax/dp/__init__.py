@@ -39,7 +39,15 @@ from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_ste
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
 from dpjax.dp.per_example import clipped_sum
-from dpjax.dp.sampling import PADDING, chunks
+from dpjax.dp.sampling import (
+    PADDING,
+    FixedSize,
+    FullBatch,
+    Poisson,
+    Sampler,
+    TruncatedPoisson,
+    chunks,
+)
 from dpjax.dp.temperature import fit_temperature
 
 __all__ = [
@@ -47,11 +55,16 @@ __all__ = [
     "BudgetExceeded",
     "ClipRule",
     "ClippedSum",
+    "FixedSize",
+    "FullBatch",
     "Ledger",
     "Mechanism",
     "PerExample",
     "Phase",
+    "Poisson",
     "QuantileBound",
+    "Sampler",
+    "TruncatedPoisson",
     "accounting",
     "adam",
     "adam_corrected",

@@ -13,7 +13,7 @@ both attained by any example of norm R. With noise of standard deviation z_A R^2
 entries of A and z_B R Y on each of those of B, the pair (A / (z_A R^2), B / (z_B R Y)) is one
 Gaussian mechanism of unit noise, whose sensitivity sqrt(1/z_A^2 + 1/z_B^2) is attained by the same
 examples. The release is hence exactly one Gaussian event of noise multiplier z where
-1/z^2 = 1/z_A^2 + 1/z_B^2, that is one step of `Mechanism(sampler="full_batch", steps=1)`:
+1/z^2 = 1/z_A^2 + 1/z_B^2, that is one step of `Mechanism` with `FullBatch` and steps=1:
 `covariance_share` is the part of 1/z^2 that A takes. Symmetrising the noised A afterwards is
 post-processing, and halves the variance off the diagonal.
 
@@ -156,7 +156,7 @@ def release(
 
     Args:
         sums: over ALL examples, each of them once.
-        noise_multiplier: z >= 0, of `Mechanism(sampler="full_batch", steps=1)`; 0 is not private.
+        noise_multiplier: z >= 0, of `Mechanism` with `FullBatch` and steps=1; 0 is not private.
         covariance_share: part of the budget (of 1/z^2) that the covariance takes, in (0, 1).
         key: typed PRNG key, secret and used for nothing else.
 

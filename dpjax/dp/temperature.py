@@ -12,6 +12,7 @@ import numpy as np
 
 from dpjax.dp.mechanism import Mechanism
 from dpjax.dp.noise import standard_normal
+from dpjax.dp.sampling import FullBatch
 
 __all__ = ["LARGEST_TEMPERATURE", "fit_temperature"]
 
@@ -54,7 +55,7 @@ def fit_temperature(
     Raises:
         ValueError: a mechanism of other batches, or a bound that is not > 0.
     """
-    if mechanism.sampler != "full_batch" or mechanism.num_examples != len(labels):
+    if mechanism.sampler != FullBatch(num_examples=len(labels)):
         raise ValueError(f"{mechanism} must be of full batches of the {len(labels)} examples.")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound={bound} must be > 0 and finite.")
