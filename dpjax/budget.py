@@ -187,7 +187,7 @@ def _with_noise(config: ConfigDict, made: list[Phase], num_examples: int) -> tup
         batch_size=sizes,
         steps=[phase.steps for phase in made],
         noise_ratios=[1.0 if p.training == last else config.lp.noise_ratio for p in made],
-        sampler=config.dp.sampler,
+        sampler=names.sampler(config.dp),
         count_noises=counts,
         **({} if cut is None else {"max_batch_size": cut}),
     )

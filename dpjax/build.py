@@ -123,6 +123,8 @@ def _data(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
 
     def load(split: str) -> data.Dataset:
         name, data_dir = config.data.name, config.data.data_dir
+        if ":" in name:
+            return names.dataset(name, split)
         if isinstance(spec, models.InputSpec):
             size = config.data.host_image_size
             image = data.ImageSpec(image_size=size, resample=config.data.resample)
@@ -224,6 +226,7 @@ def _check_values(config: ConfigDict) -> None:
     if config.keep_best < 0:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.dp is not None:
+        names.sampler(config.dp)
         names.choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
     if config.model.dtype not in _DTYPES:
         raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")

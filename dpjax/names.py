@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -19,21 +19,56 @@ from dpjax import data, dp, finetune, models
 from dpjax.models import Model
 from dpjax.step import Hyper
 
-__all__ = ["adaptive_bound", "augmentation", "choose", "clip_rule", "finetuning_set", "model",
-           "model_title", "optimizer", "size"]  # fmt: skip
+__all__ = ["adaptive_bound", "augmentation", "choose", "clip_rule", "dataset", "finetuning_set",
+           "model", "model_title", "optimizer", "resolve", "sampler", "size"]  # fmt: skip
+
+T = TypeVar("T")
 
 
-def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
+def choose(field: str, name: str, table: Mapping[str, Any], *, also: Sequence[str] = ()) -> Any:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), list(table), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{field}={name!r} must be one of {', '.join(sorted(table))}.{hint}")
+    names = ", ".join([*sorted(table), *also])
+    raise ValueError(f"{field}={name!r} must be one of {names}.{_hint(name, table)}")
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def resolve(field: str, text: str, table: Mapping[str, Any]) -> Any:
+    """Returns what a name in a config stands for.
+
+    Args:
+        field: of the config.
+        text: a key of `table`, or "module:function" of the user's.
+        table: what the names stand for.
+
+    Returns:
+        The entry of the table, or the function.
+
+    Raises:
+        ValueError: it is neither, naming the field, its value and the nearest name.
+    """
+    module, colon, name = str(text).partition(":")
+    if not colon:
+        return choose(field, text, table, also=["MODULE:FUNCTION of yours"])
+    try:
+        own = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{field}={text!r} cannot be imported: {reason}.") from error
+    found = getattr(own, name, None)
+    if not callable(found):
+        hint = _hint(name, (key for key, value in vars(own).items() if callable(value)))
+        raise ValueError(f"{field}={text!r}: {module} has no function {name!r}.{hint}")
+    return found
 
 
 def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
     """Makes the clipping rule of `config.dp`, at its bound or at another."""
-    make = choose(
+    make = resolve(
         "dp.clipping",
         config.clipping,
         {
@@ -44,12 +79,30 @@ def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
         },
     )
     try:
-        rule: dp.ClipRule = make(
-            config.bound if bound is None else bound, normalised=config.normalised
-        )
+        rule = make(config.bound if bound is None else bound, normalised=config.normalised)
     except ValueError as error:
         raise ValueError(f"dp.{error}") from error
-    return rule
+    return _returned("dp.clipping", config.clipping, rule, dp.ClipRule)
+
+
+def sampler(config: ConfigDict) -> str | dp.sampling.Factory:
+    """Returns what makes the sampler of `config.dp`: a name of ours, or the user's function."""
+    made: str | dp.sampling.Factory = resolve(
+        "dp.sampler", config.sampler, {name: name for name in dp.sampling.SAMPLERS}
+    )
+    return made
+
+
+def dataset(name: str, split: str) -> data.Dataset:
+    """Opens a split of the user's data set "module:function"."""
+    return _returned("data.name", name, resolve("data.name", name, {})(split), data.Dataset)
+
+
+def _returned(field: str, text: str, value: Any, kind: type[T]) -> T:
+    """Checks what a function, which may be the user's, has returned."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{field}={text!r} must return a {kind.__name__}, not {value!r}.")
+    return value
 
 
 def adaptive_bound(config: ConfigDict) -> dp.QuantileBound | None:
@@ -101,15 +154,9 @@ def model(config: ConfigDict, num_classes: int) -> Model:
 
 
 def _family(name: str) -> tuple[Callable[..., Model], Any]:
-    """A family of ours and its sizes, or a function "module:function" of the user's."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        family: tuple[Callable[..., Model], Any] = choose("model.name", name, _MODELS)
-        return family
-    try:
-        return getattr(importlib.import_module(module), function), None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model.name={name!r} cannot be imported: {error}.") from error
+    """A family of ours and its sizes, or a function of the user's."""
+    family = resolve("model.name", name, _MODELS)
+    return family if isinstance(family, tuple) else (family, None)
 
 
 def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:
@@ -150,13 +197,17 @@ def finetuning_set(text: str) -> finetune.FineTuningSet:
 def optimizer(
     config: ConfigDict, steps: int, *, private: bool
 ) -> Callable[[Hyper], optax.GradientTransformation]:
-    """Makes the optimiser factory of `config.optimizer`; private ones take a `ClippedSum`."""
+    """Makes the optimizer factory of `config.optimizer`; private ones take a `ClippedSum`."""
     name, options = config.name, dict(config.options)
-    plain = {"adam": optax.adam, "sgd": optax.sgd, "lamb": optax.lamb}
-    private_ones = {
-        "adam": dp.adam, "sgd": dp.sgd, "lamb": dp.lamb, "adam_corrected": dp.adam_corrected,
-    }  # fmt: skip
-    make = choose("optimizer.name", name, private_ones if private else plain)
+    table = {"adam": optax.adam, "sgd": optax.sgd, "lamb": optax.lamb}
+    if private:
+        table["adam_corrected"] = dp.scale_by_adam_corrected
+    make = resolve("optimizer.name", name, table)
+    try:
+        tried = make(optax.constant_schedule(1.0), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.options={options} of {name!r}: {error}.") from error
+    _returned("optimizer.name", name, tried, optax.GradientTransformation)
     shape = _schedule(config, steps)
 
     def factory(hyper: Hyper) -> optax.GradientTransformation:
@@ -167,10 +218,13 @@ def optimizer(
             return optax.chain(optax.scale(1 / hyper.batch_size), make(rate, **options))
         if hyper.rule is None or hyper.noise_key is None:
             raise TypeError("a private optimiser needs hyper.rule and hyper.noise_key.")
-        extra = {"sensitivity": hyper.rule.sensitivity()} if name == "adam_corrected" else {}
-        return make(
-            rate, hyper.noise_multiplier, hyper.batch_size, key=hyper.noise_key, **extra, **options
-        )
+        noise = hyper.noise_multiplier, hyper.batch_size
+        if name == "adam_corrected":  # it has to know the noise that it corrects for
+            return dp.adam_corrected(
+                rate, *noise, key=hyper.noise_key, sensitivity=hyper.rule.sensitivity(), **options
+            )
+        # The noise comes first, and is not the optimizer's to leave out.
+        return optax.chain(dp.gaussian(*noise, key=hyper.noise_key), make(rate, **options))
 
     return factory
 
@@ -179,16 +233,24 @@ def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate as a fraction of its base."""
     if not 0 <= config.warmup < steps:
         raise ValueError(f"optimizer.warmup={config.warmup} must be in [0, steps={steps}).")
-    rest = steps - config.warmup
-    after = choose(
+    after = resolve(
         "optimizer.schedule",
         config.schedule,
         {
-            "constant": optax.constant_schedule(1.0),
-            "cosine": optax.cosine_decay_schedule(1.0, rest),
-            "linear": optax.linear_schedule(1.0, 0.0, rest),
+            "constant": lambda steps: optax.constant_schedule(1.0),
+            "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+            "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
         },
-    )
+    )(steps - config.warmup)
+    try:
+        wrong = jax.eval_shape(after, jax.ShapeDtypeStruct((), "int32")).shape
+    except (TypeError, ValueError, AttributeError) as error:
+        wrong = error
+    if wrong != ():
+        raise ValueError(
+            f"optimizer.schedule={config.schedule!r} must return a function from the step to a "
+            f"number, in jax.numpy: {str(wrong).splitlines()[0]}."
+        )
     if not config.warmup:
         return after
     return optax.join_schedules(
@@ -208,6 +270,8 @@ def augmentation(config: ConfigDict, black: float) -> Callable[..., jax.Array] |
         chosen.append(
             lambda image, *, key: image + config.pixel_noise * jax.random.normal(key, image.shape)
         )
+    if config.augmentation is not None:
+        chosen.append(resolve("data.augmentation", config.augmentation, {}))
     if config.multiplicity < 1:
         raise ValueError(f"data.multiplicity={config.multiplicity} must be >= 1.")
     if config.multiplicity > 1 and not chosen:
