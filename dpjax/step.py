@@ -282,7 +282,12 @@ def apply_updates(
 
 
 def draws(
-    mechanism: dp.Mechanism | None, seed: int, *, num_examples: int, batch_size: int
+    mechanism: dp.Mechanism | None,
+    seed: int,
+    *,
+    num_examples: int,
+    batch_size: int,
+    first: int = 0,
 ) -> Callable[[int], np.ndarray]:
     """Returns the map from a step to the indices of its batch.
 
@@ -291,15 +296,15 @@ def draws(
         seed: of the sampler.
         num_examples: of the data, where no mechanism says it.
         batch_size: expected batch size, where no mechanism says it.
+        first: number of the mechanism's first step.
     """
     if mechanism is not None:
-        return functools.partial(mechanism.indices, seed)
+        return functools.partial(mechanism.indices, seed, first=first)
     # Without privacy the batches are Poisson samples too, so that a private run and its baseline
     # differ in clipping and noise only.
     prob = batch_size / num_examples
-    return functools.partial(
-        dp.sampling.poisson, seed, num_examples=num_examples, sampling_prob=prob
-    )
+    sampler = dp.Poisson(num_examples=num_examples, sampling_prob=prob)
+    return functools.partial(sampler.indices, seed)
 
 
 def at_bound(hyper: Hyper, state: TrainState) -> Hyper:

@@ -87,7 +87,7 @@ def by(transform):
 
 
 FROM_OPTAX = Trainer(
-    indices=lambda step: MECHANISM.indices(11, step),
+    indices=lambda step: MECHANISM.sampler.indices(11, step),
     rows=lambda indices: dp.chunks(indices, CHUNK),
     clipped=clipping(dp.flat(1.0)),
     charge=lambda ledger: ledger.charge(0),
@@ -370,14 +370,14 @@ BROKEN = {
     "one key for all steps": Broken({"update": same_noise_in_every_step}, {fresh}),
     "one key for all leaves": Broken({"update": same_noise_in_every_leaf}, {fresh}),
     "no clipping": Broken(
-        {"clipped": clipping(Unclipped(1.0, 0.0, dp.one_group, "flat", False))}, {moves, audited}
+        {"clipped": clipping(Unclipped(1.0, {}, jnp.ones_like, dp.one_group, False))}, {moves, audited}
     ),
     "clipping after the mean": Broken({"clipped": clipped_after_the_mean}, {moves, audited}),
     "frozen layers in the norm": Broken({"clipped": frozen_in_the_norm}, {spent}),
     "an example used twice": Broken({"rows": wrapped}, {once, moves}),
     "shuffling accounted as Poisson": Broken({"indices": shuffled}, {sampler}),
     "truncation unaccounted": Broken(
-        {"indices": lambda step: MECHANISM.indices(11, step)[:BATCH]}, {sampler}
+        {"indices": lambda step: MECHANISM.sampler.indices(11, step)[:BATCH]}, {sampler}
     ),
     "division by the realised size": Broken(
         {"update": divided_by_the_realised_size}, {division, empty}

@@ -13,7 +13,7 @@ Every example of norm R attains both. With noise of standard deviation z_A R^2 o
 entries of A and z_B R Y on each entry of B, the pair (A / (z_A R^2), B / (z_B R Y)) is one Gaussian
 mechanism of unit noise, and the same examples attain its sensitivity sqrt(1/z_A^2 + 1/z_B^2). The
 release is therefore exactly one Gaussian event with noise multiplier z, where
-1/z^2 = 1/z_A^2 + 1/z_B^2: one step of `Mechanism(sampler="full_batch", steps=1)`.
+1/z^2 = 1/z_A^2 + 1/z_B^2: one step of a `Mechanism` with `FullBatch`.
 `covariance_share` is the fraction of 1/z^2 that A uses. Symmetrizing the noisy A afterwards is
 post-processing, and halves the variance off the diagonal.
 
@@ -157,7 +157,7 @@ def release(
 
     Args:
         sums: over ALL examples, each of them once.
-        noise_multiplier: z >= 0, of `Mechanism(sampler="full_batch", steps=1)`; 0 is not private.
+        noise_multiplier: z >= 0, of one step of a `Mechanism` with `FullBatch`; 0 is not private.
         covariance_share: fraction of the budget (of 1/z^2) that the covariance uses, in (0, 1).
         key: typed PRNG key, secret and used for nothing else.
 

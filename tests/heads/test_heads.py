@@ -1,6 +1,5 @@
 """Heads from cached features: the loop's own heads, grids, and mistakes."""
 
-import dataclasses
 import functools
 
 import jax
@@ -78,18 +77,11 @@ def sgd(hyper: Hyper) -> optax.GradientTransformation:
     return dp.sgd(hyper.learning_rate, hyper.noise_multiplier, BATCH, key=hyper.noise_key)
 
 
-def mechanism(sampler="poisson", **changes):
-    size = EXAMPLES if sampler == "full_batch" else BATCH
-    return dataclasses.replace(
-        dp.Mechanism(
-            num_examples=EXAMPLES,
-            sampling_prob=size / EXAMPLES,
-            steps=STEPS,
-            noise_multiplier=1.0,
-            sampler=sampler,
-        ),
-        **changes,
-    )
+def mechanism(sampler="poisson", num_examples=EXAMPLES, **changes):
+    size = num_examples if sampler == "full_batch" else BATCH
+    drawn = dp.sampling.make(sampler, num_examples=num_examples, batch_size=size)
+    fields = {"steps": STEPS, "noise_multiplier": 1.0, **changes}
+    return dp.Mechanism(sampler=drawn, **fields)
 
 
 def point(rate=0.5, seed=1, bound=1.0, **changes):
@@ -188,7 +180,7 @@ def test_evaluate_counts_every_example(blobs, monkeypatch):
         ([point()], {"batch_size": 201}, r"batch_size=201 must be in \[1, 200\]"),
         ([point(), heads.Point(1.0, 0)], {}, "all private or all without"),
         ([point(), point(steps=7)], {}, "may differ in noise_multiplier only"),
-        ([point(num_examples=400, sampling_prob=0.1)], {}, "num_examples=400 must be 200"),
+        ([point(num_examples=400)], {}, "num_examples=400 must be 200"),
         ([point()], {"ema_decay": 1.0}, "ema_decay=1.0 must be in"),
         ([point()], {"at_once": 0}, "at_once=0 must be >= 1"),
     ],
