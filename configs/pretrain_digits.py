@@ -1,6 +1,6 @@
 """Pretraining of the quickstart's ViT on the UCI digits, which are public: without privacy.
 
-    python -m dpjax.train --config=configs/pretrain_digits.py --workdir=/tmp/dpjax-pretrain
+    dpjax train --config=pretrain_digits --workdir=/tmp/dpjax-pretrain
     cp /tmp/dpjax-pretrain/weights.safetensors dpjax/models/weights/vit_mini_digits.safetensors
 
 The two commands made the shipped file. About two minutes on 2 CPU cores.

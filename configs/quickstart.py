@@ -1,6 +1,6 @@
 """The main job: a small ViT, pretrained on public digits, fine-tuned privately on MNIST digits.
 
-    python -m dpjax.train --config=configs/quickstart.py --workdir=/tmp/dpjax-quickstart
+    dpjax train --config=quickstart --workdir=/tmp/dpjax-quickstart
 
 The public pretraining data are the 1,797 UCI digits of scikit-learn (see
 `configs/pretrain_digits.py`; the weights ship with the package). The private data are 4,000 of the

@@ -1,7 +1,7 @@
 """CIFAR-10 from scratch: WRN-16-4 with group norm and weight standardization (arXiv 2204.13650).
 
-    python -m dpjax.commands.prepare cifar10 --source=cifar-10-python.tar.gz --data_dir=DATA
-    python -m dpjax.train --config=configs/scratch_wrn.py --workdir=DIR --config.data.data_dir=DATA
+    dpjax prepare cifar10 --source=cifar-10-python.tar.gz --data_dir=DATA
+    dpjax train --config=scratch_wrn --workdir=DIR --config.data.data_dir=DATA
 
 The gradients of sixteen augmented views of an example are averaged before clipping; batch size
 4,096, flat clipping at 1, SGD at rate 2. Meant for an accelerator: every step computes gradients of

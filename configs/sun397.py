@@ -1,6 +1,6 @@
 """SUN397 (87,002 training images, the split of arXiv 2510.20616) with AugReg ViT-Ti/16 and FiLM.
 
-    python -m dpjax.train --config=configs/sun397.py --workdir=DIR \\
+    dpjax train --config=sun397 --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 
 DATA contains the TFDS data set `sun397`, prepared elsewhere with `tfds build sun397

@@ -1,6 +1,8 @@
-"""`python -m dpjax.train` is `python -m dpjax.commands.train`."""
+"""`python -m dpjax.train` is `dpjax train`."""
 
-from dpjax.commands.train import run
+import sys
+
+from dpjax.commands.cli import main
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,14 +1,14 @@
 """Runs a study: its theory, every point that is missing, and its report.
 
     python -m experiments.run_study --config=experiments/calibration/study.py:laptop --workdir=DIR
-    python -m dpjax.commands.report DIR
+    dpjax report DIR
 
 The first command can be repeated: finished points are skipped, interrupted ones resume, failed ones
 are retried. The second rebuilds tables and figures from the files alone. Points run one after the
 other in this process through `dpjax.training.loop`; those that only train a head run together on
 cached features (see `experiments.cached_heads`). An array job runs point k with
 
-    python -m dpjax.train --config=experiments/calibration/study.py:paper --workdir=DIR \\
+    dpjax train --config=experiments/calibration/study.py:paper --workdir=DIR \\
         --sweep_index=k
 
 and the first command then does the rest. Besides `get_config`, `sweep` and `report`, a study may
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,13 +82,12 @@ def main(argv: Sequence[str], *, stop: Callable[[int], bool] = lambda step: Fals
     parser.add_argument("--weights", help="file, or name of published weights")
     flags = parser.parse_args(argv)
     compilation.keep_on_disk()
-    file, _, size = flags.config.partition(":")
     try:
         jobs = plan(flags.config, flags.workdir, data_dir=flags.data_dir, weights=flags.weights)
-        module = runpy.run_path(file)
-        _theory(module.get("theory"), size or None, flags.workdir)
-        failed = _run_all(jobs, module.get("measure"), stop)
-        for path in module["report"](flags.workdir):
+        source = config.run_file(flags.config)
+        _theory(source.names.get("theory"), source.argument, flags.workdir)
+        failed = _run_all(jobs, source.names.get("measure"), stop)
+        for path in source.names["report"](flags.workdir):
             print(path)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 A study is a file with `get_config(arg)`, `sweep(arg)`, which yields flat overrides, and
 `report(workdir)`, which rebuilds all tables and figures from the files of the runs. `arg` is its
 size: "smoke" (seconds, for the tests), "laptop" (real data, 2 cores) or "paper" (accelerators).
-`experiments.run_study` runs one; `python -m dpjax.commands.report WORKDIR` calls `report` again.
+`experiments.run_study` runs one; `dpjax report WORKDIR` calls `report` again.
 """
 
 from __future__ import annotations

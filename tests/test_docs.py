@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import test_broken
 
-from dpjax.commands import prepare
+from dpjax.commands import cli
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "dpjax" / "guide"
@@ -22,9 +23,9 @@ def blocks(text, language):
 
 
 def commands(text):
-    """The `python -m` commands of all shell blocks, continued lines joined."""
+    """The `python -m` and `dpjax` commands of all shell blocks, continued lines joined."""
     joined = "\n".join(blocks(text, "sh")).replace("\\\n", " ")
-    return re.findall(r"python -m (\S+)(.*?)(?:#.*|&& .*)?$", joined, re.MULTILINE)
+    return re.findall(r"(?:python -m|\bdpjax) (\S+)(.*?)(?:#.*|&& .*)?$", joined, re.MULTILINE)
 
 
 def test_api_reference_builds(tmp_path):
@@ -46,8 +47,11 @@ def test_api_reference_builds(tmp_path):
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.stem)
 def test_commands_exist(path):
     text = path.read_text()
-    for module, _ in commands(text):
-        assert importlib.util.find_spec(module) is not None, module
+    for name, flags in commands(text):
+        if importlib.util.find_spec(f"dpjax.commands.{name}") is not None:
+            cli.parser(name).parse(shlex.split(flags))
+        else:
+            assert importlib.util.find_spec(name) is not None, name
     for file in re.findall(r"\b(?:configs|experiments|tests|dpjax)/[\w/]+\.(?:py|md)", text):
         assert (ROOT / file).exists(), file
 
@@ -92,14 +96,15 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
         else:
             run(code)
     (first, flags), (second, more) = commands(text)
-    assert (first, second) == ("dpjax.commands.prepare", "dpjax.train")
+    assert (first, second) == ("prepare", "train")
     assert (tmp_path / "in_memory" / "privacy.json").is_file()
     # Under a split name of their own, the evaluations are not of the private data.
     assert "eval/nll" in (tmp_path / "in_memory" / "metrics.jsonl").read_text()
     assert "nonprivate/eval" not in (tmp_path / "in_memory" / "metrics.jsonl").read_text()
-    assert prepare.main(flags.split()) == 0
+    assert cli.main([first, *flags.split()]) == 0
     done = subprocess.run(
-        [sys.executable, "-m", second, *more.split()], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "dpjax", second, *more.split()],
+        capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-srun python -m dpjax.train "$@"
+srun python -m dpjax train "$@"
 code=$?
 # Saved before the time limit: goes on in a new allocation.
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -5,4 +5,4 @@
 name=$1 zone=$2
 shift 2
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
-  --command="python3 -m dpjax.train $(printf '%q ' "$@")"
+  --command="python3 -m dpjax train $(printf '%q ' "$@")"

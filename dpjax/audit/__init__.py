@@ -1,6 +1,6 @@
 """Attacks on the guarantee of a run, with canaries among its examples."""
 
-from dpjax.audit.attack import attach, audit, check, line, refuted, write
+from dpjax.audit.attack import attach, audit, check, check_arguments, line, refuted, write
 from dpjax.audit.canaries import CANARIES
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "attach",
     "audit",
     "check",
+    "check_arguments",
     "line",
     "refuted",
     "write",

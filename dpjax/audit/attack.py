@@ -50,7 +50,7 @@ from matplotlib import pyplot as plt
 
 _NOT_CHARGED = "the audit's line in this statement"
 
-__all__ = ["attach", "audit", "check", "line", "refuted", "write"]
+__all__ = ["attach", "audit", "check", "check_arguments", "line", "refuted", "write"]
 
 
 def audit(
@@ -123,13 +123,7 @@ def audit(
 
 def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:
     """Refuses what `audit` cannot do, before anything runs; returns the run's ledger."""
-    files.choose("canaries", canaries, dict.fromkeys(CANARIES))
-    if count < 1:
-        raise ValueError(f"count={count} must be >= 1.")
-    if runs != 1 and (runs < 4 or runs % 2):
-        raise ValueError(f"runs={runs} must be 1, or an even number >= 4.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must be in (0, 1).")
+    check_arguments(canaries=canaries, count=count, runs=runs, confidence=confidence)
     if run.ledger is None:
         raise ValueError("dp=None: a run without privacy claims nothing to audit.")
     if canaries == "mislabelled" and runs == 1 and count > len(run.test):
@@ -143,6 +137,17 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
                 "'full_batch', which claim something about adding or removing an example."
             )
     return run.ledger
+
+
+def check_arguments(*, canaries: str, count: int, runs: int, confidence: float) -> None:
+    """Refuses arguments that suit no run; no run is needed to see it."""
+    files.choose("canaries", canaries, dict.fromkeys(CANARIES))
+    if count < 1:
+        raise ValueError(f"count={count} must be >= 1.")
+    if runs != 1 and (runs < 4 or runs % 2):
+        raise ValueError(f"runs={runs} must be 1, or an even number >= 4.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must be in (0, 1).")
 
 
 def refuted(report: dict[str, Any]) -> bool:
@@ -213,14 +218,19 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     if ledger is None:
         raise ValueError("dp=None: a run without privacy has no ledger.")
     run = run._replace(phases=tuple(_of_size(phase, len(run.train)) for phase in run.phases))
-    size, seed = capacity.physical_batch(run, private_seed), seeds.sampler_seed(private_seed)
+    prepared = phases.prepare(run, private_seed)
+    size = capacity.physical_batch(run.config, prepared, params, run.train)
+    seed = seeds.sampler_seed(private_seed)
     state: TrainState | None = None
-    for index, span in enumerate(phases.spans(run)):
+    for index, span in enumerate(phases.spans(run.phases)):
         ledger = ledger.charge(index, len(span))
-        execute, frozen, state = phases.begin(run, index, params, state, private_seed=private_seed)
-        chunks = feed.chunks(run, run.phases[index], seed=seed, size=size, steps=span)
+        phase = prepared[index]
+        frozen, state = phase.begin(params, state)
+        chunks = feed.physical_chunks(
+            run.train, phase.phase, run.layout, seed=seed, size=size, steps=span
+        )
         for step in span:
-            state, *_ = execute(state, step, chunks)
+            state, *_ = phase.execute(state, frozen, step, chunks)
             bar.update()
         params = finetune.join(run.layout.gather(state.trainable), frozen)
     return params, ledger

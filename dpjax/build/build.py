@@ -1,7 +1,7 @@
 """A config becomes a run.
 
 `build` does everything that can fail on a user's mistake, and writes nothing but caches, so that
-a mistake costs nothing.
+a mistake costs nothing. Every name and option is checked before any data is opened.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import math
 
 from ml_collections import ConfigDict
 
-from dpjax.build import data, loss, model, privacy, schedules
+from dpjax.build import data, loss, model, optimizer, privacy, schedules
 from dpjax.build.run import Run
+from dpjax.config import without_infinite_budget
 from dpjax.data import Dataset
-from dpjax.dp import METHODS
-from dpjax.files import choose
 from dpjax.models import check_examples_independent, finetune, probe
 from dpjax.runtime import sharding
 
@@ -36,16 +35,27 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     Raises:
         ValueError: naming the field and its value, or what is missing where.
     """
+    # What needs no data comes first: a wrong name costs no reading, which can take minutes.
+    config = without_infinite_budget(config)
     _check_values(config)
-    adaptive = privacy.adaptive_bound(config.dp) if config.dp is not None else None
-    rule = None
-    for _, bound in reversed(schedules.bounds(config)):  # the first one stays
-        rule = privacy.clip_rule(config.dp, bound) if config.dp is not None else None
-    train, test = data.opened(config) if datasets is None else data.given(config, datasets)
+    layout = sharding.layout(config.sharding)
+    adaptive = rule = None
+    if config.dp is not None:
+        privacy.check(config.dp)
+        adaptive = privacy.adaptive_bound(config.dp)
+        # All bounds are tried, and the first one stays.
+        rule, *_ = [privacy.clip_rule(config.dp, bound) for _, bound in schedules.bounds(config)]
+    optimizer.check(config.optimizer, private=config.dp is not None)
+    schedules.batch_sizes(config, None)
+    spec = model.tuned(config, num_classes=2).model.input  # however many classes there will be
+    loss.check(spec, config.data)
+    weights = model.weights_file(config.model)
+
+    train, test = data.given(config, datasets) if datasets else data.opened(config, spec)
     train, temperature = privacy.temperature(config, train)
     sizes, plan = schedules.batch_sizes(config, len(train))
-    tuning = model.finetuning_set(config.finetune)(model.model(config.model, train.num_classes))
-    params = model.initial(tuning.model, config)
+    tuning = model.tuned(config, train.num_classes)
+    params = model.initial(tuning.model, config, weights)
     apply, loss_fn = loss.functions(tuning.model, config.data, train.shape)
     check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
@@ -65,7 +75,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
         batch_plan=plan,
         phases=phases,
         ledger=privacy.ledger(config, phases, temperature),
-        layout=sharding.layout(config.sharding),
+        layout=layout,
     )
 
 
@@ -84,8 +94,6 @@ def _check_values(config: ConfigDict) -> None:
         raise ValueError(f"physical_batch={size!r} must be 'auto' or a whole number > 0.")
     if config.keep_best < 0:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
-    if config.dp is not None:
-        choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
     if config.model.dtype not in _DTYPES:
         raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
     rate = config.optimizer.learning_rate

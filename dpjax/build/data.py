@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from dpjax import data, models
-from dpjax.build.model import model
 
 __all__ = ["given", "opened"]
 
 
-def opened(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
-    """Opens the training data and the data to evaluate on."""
-    spec = model(config.model, num_classes=1).input
+def opened(
+    config: ConfigDict, spec: models.InputSpec | models.TextSpec
+) -> tuple[data.Dataset, data.Dataset]:
+    """Opens the training data and the data to evaluate on, for the input of a model."""
+    if isinstance(spec, models.InputSpec):
+        size, resample = config.data.host_image_size, config.data.resample
+        image = data.ImageSpec(image_size=size, resample=resample)
+        reader: Callable[..., data.Dataset] = functools.partial(data.load, spec=image)
+    else:
+        tokenize = models.tokenizer(models.locate(config.data.tokenizer), spec)
+        reader = functools.partial(data.load_text, tokenize=tokenize)
 
     def load(split: str) -> data.Dataset:
-        name, data_dir = config.data.name, config.data.data_dir
-        if isinstance(spec, models.InputSpec):
-            size = config.data.host_image_size
-            image = data.ImageSpec(image_size=size, resample=config.data.resample)
-            return data.load(name, split=split, data_dir=data_dir, spec=image)
-        tokenize = models.tokenizer(models.locate(config.data.tokenizer), spec)
-        return data.load_text(name, split=split, data_dir=data_dir, tokenize=tokenize)
+        return reader(config.data.name, split=split, data_dir=config.data.data_dir)
 
     train = load(config.data.train_split)
     field = "data.holdout"

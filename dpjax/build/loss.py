@@ -14,36 +14,29 @@ from dpjax import data, models
 from dpjax.models import Model, Params
 from dpjax.step import LossFn
 
-__all__ = ["augmentation", "functions"]
+__all__ = ["augmentation", "check", "functions"]
+
+
+def check(spec: models.InputSpec | models.TextSpec, config: ConfigDict) -> None:
+    """Refuses what `config.data` asks to do with a model's input, whatever the data will be."""
+    if config.pad < 0:
+        raise ValueError(f"data.pad={config.pad} must be >= 0.")
+    preparation(spec, config, spec.example().shape)
+    augment = augmentation(spec, config)
+    if augment is not None:
+        try:
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            jax.eval_shape(lambda x, key: augment(x, key=key), spec.example(), key)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"data: an augmentation cannot be applied: {error}") from error
 
 
 def functions(
     net: Model, config: ConfigDict, shape: tuple[int, ...]
 ) -> tuple[Callable[[Params, jax.Array], jax.Array], LossFn]:
     """Returns the prediction on raw inputs, and the loss of one raw example."""
-    if config.pad < 0:
-        raise ValueError(f"data.pad={config.pad} must be >= 0.")
-    spec = net.input
-    black = 0.0 if isinstance(spec, models.TextSpec) else -spec.mean[0] / spec.std[0]
-    augment = augmentation(config, black=black)
-    if isinstance(spec, models.TextSpec) and augment is not None:
-        raise ValueError("data: augmentations are for images, not for text.")
-
-    def prepare(example: jax.Array) -> jax.Array:
-        if isinstance(spec, models.TextSpec):
-            return example
-        border = (config.pad, config.pad)
-        return data.preprocess(
-            jnp.pad(example, (border, border, (0, 0))),
-            image_size=spec.image_size,
-            mean=spec.mean,
-            std=spec.std,
-            channels=spec.channels,
-            resample=config.resample,
-        )
-
-    dtype = jnp.int32 if isinstance(spec, models.TextSpec) else jnp.uint8
-    jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, dtype))  # raises on channels, resample
+    prepare = preparation(net.input, config, shape)
+    augment = augmentation(net.input, config)
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
         return net.apply(params, jax.vmap(prepare)(inputs))
@@ -63,7 +56,41 @@ def functions(
     return apply, loss_fn
 
 
-def augmentation(config: ConfigDict, black: float) -> Callable[..., jax.Array] | None:
+def preparation(
+    spec: models.InputSpec | models.TextSpec, config: ConfigDict, shape: tuple[int, ...]
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function from one stored input, of a shape, to that of the model."""
+    if isinstance(spec, models.TextSpec):
+        return lambda tokens: tokens
+    if shape[-1] not in (1, spec.channels):
+        raise ValueError(
+            f"the images have {shape[-1]} channels and the model takes {spec.channels}: set "
+            f"model.options.channels={shape[-1]}, or choose a model that takes them."
+        )
+
+    def prepare(image: jax.Array) -> jax.Array:
+        border = (config.pad, config.pad)
+        return data.preprocess(
+            jnp.pad(image, (border, border, (0, 0))),
+            image_size=spec.image_size,
+            mean=spec.mean,
+            std=spec.std,
+            channels=spec.channels,
+            resample=config.resample,
+        )
+
+    try:
+        jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.uint8))
+    except ValueError as error:
+        raise ValueError(f"data.{error}") from error
+    return prepare
+
+
+def augmentation(
+    spec: models.InputSpec | models.TextSpec, config: ConfigDict
+) -> Callable[..., jax.Array] | None:
+    """Returns what is done at random to a prepared example; None if nothing is."""
+    black = 0.0 if isinstance(spec, models.TextSpec) else -spec.mean[0] / spec.std[0]
     chosen: list[Callable[..., jax.Array]] = []
     if config.crop:
         chosen.append(functools.partial(data.random_crop, padding=config.crop))
@@ -75,6 +102,8 @@ def augmentation(config: ConfigDict, black: float) -> Callable[..., jax.Array] |
         chosen.append(
             lambda image, *, key: image + config.pixel_noise * jax.random.normal(key, image.shape)
         )
+    if chosen and isinstance(spec, models.TextSpec):
+        raise ValueError("data: augmentations are for images, not for text.")
     if config.multiplicity < 1:
         raise ValueError(f"data.multiplicity={config.multiplicity} must be >= 1.")
     if config.multiplicity > 1 and not chosen:

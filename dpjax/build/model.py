@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from dpjax.dp import seeds
 from dpjax.files import choose
 from dpjax.models import Model, Params, finetune
 
-__all__ = ["finetuning_set", "initial", "model", "model_title", "size"]
+__all__ = ["finetuning_set", "initial", "model", "model_title", "size", "tuned", "weights_file"]
 
 _MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
     "vit": (models.vision_transformer, models.SIZES),
@@ -32,12 +33,24 @@ def model_title(config: ConfigDict) -> str:
 
 
 def model(config: ConfigDict, num_classes: int) -> Model:
-    """Makes the model of `config.model`."""
+    """Makes the model of `config.model`.
+
+    Options replace fields of the size that a family of ours has; any other function takes them as
+    keywords.
+    """
     make, sizes = _family(config.name)
-    arguments = [num_classes]
+    options: dict[str, Any] = {"head_init": config.head_init, "dtype": config.dtype}
+    arguments: list[Any] = [num_classes]
     if sizes is not None:
         arguments.insert(0, size("model.options", sizes, config))
-    made: Model = make(*arguments, head_init=config.head_init, dtype=config.dtype)
+    else:
+        options |= config.options
+    try:
+        inspect.signature(make).bind(*arguments, **options)
+    except TypeError as error:
+        shown = dict(config.options)
+        raise ValueError(f"model.options={shown}: model.name={config.name!r}: {error}.") from error
+    made: Model = make(*arguments, **options)
     return made
 
 
@@ -58,15 +71,30 @@ def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:
     shape = choose("model.size", config.size, sizes)
     for name in config.options:
         choose(f"{field} field", name, shape.__dataclass_fields__)
-    return type(shape)(**{**vars(shape), **config.options})
+    try:
+        return type(shape)(**{**vars(shape), **config.options})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
-def initial(net: Model, config: ConfigDict) -> Params:
-    """Returns the parameters at the start: random, or read from `config.model.weights`."""
+def tuned(config: ConfigDict, num_classes: int) -> finetune.FineTuning:
+    """Makes the model of a config, prepared for its fine-tuning set."""
+    net, tune = model(config.model, num_classes), finetuning_set(config.finetune)
+    try:
+        return tune(net)
+    except ValueError as error:
+        raise ValueError(f"finetune={config.finetune!r}: {error}") from error
+
+
+def weights_file(config: ConfigDict) -> str | None:
+    """Returns the file of the weights that `config.model` starts from; None: they are random."""
+    return None if config.weights is None else models.locate(config.weights)
+
+
+def initial(net: Model, config: ConfigDict, weights: str | None) -> Params:
+    """Returns the parameters at the start: random, or read from a file of weights."""
     params = net.init(seeds.public_key(config.seed, "init"))
-    if config.model.weights is None:
-        return params
-    return net.load(params, models.locate(config.model.weights), head=config.model.keep_head)
+    return params if weights is None else net.load(params, weights, head=config.model.keep_head)
 
 
 def finetuning_set(text: str) -> finetune.FineTuningSet:

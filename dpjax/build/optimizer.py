@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -12,7 +15,38 @@ from dpjax import dp
 from dpjax.files import choose
 from dpjax.step import Hyper
 
-__all__ = ["optimizer"]
+__all__ = ["check", "optimizer"]
+
+# By name: the transform without privacy, the private one, and the function of its options.
+_OPTIMIZERS: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any], Callable[..., Any]]] = {
+    "adam": (optax.adam, dp.adam, optax.adam),
+    "sgd": (optax.sgd, dp.sgd, optax.sgd),
+    "lamb": (optax.lamb, dp.lamb, optax.lamb),
+    "adam_corrected": (None, dp.adam_corrected, dp.scale_by_adam_corrected),
+}
+_OURS = ("learning_rate", "noise_variance")  # no options: fields of a run of their own
+
+
+def check(config: ConfigDict, *, private: bool) -> None:
+    """Refuses a name, an option or a schedule that does not exist, by a trial on one parameter."""
+    factory = optimizer(config, config.warmup + 1, private=private)
+    *_, function = _OPTIMIZERS[config.name]
+    known = [name for name in inspect.signature(function).parameters if name not in _OURS]
+    for option in config.options:
+        choose("optimizer.options field", option, dict.fromkeys(known))
+    one = jnp.ones(())
+    rule = dp.flat(1.0) if private else None
+    hyper = Hyper(one, one, rule, jax.random.key(0), jax.random.key(1), one)
+
+    def trial(hyper: Hyper, params: Any) -> Any:
+        transform = factory(hyper)
+        gradient = dp.ClippedSum(params, hyper.batch_size) if private else params
+        return transform.update(gradient, transform.init(params), params)
+
+    try:
+        jax.eval_shape(trial, hyper, {"kernel": jnp.zeros((2, 2))})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.options={dict(config.options)}: {error}") from error
 
 
 def optimizer(
@@ -20,11 +54,8 @@ def optimizer(
 ) -> Callable[[Hyper], optax.GradientTransformation]:
     """Makes the optimiser factory of `config.optimizer`; private ones take a `ClippedSum`."""
     name, options = config.name, dict(config.options)
-    plain = {"adam": optax.adam, "sgd": optax.sgd, "lamb": optax.lamb}
-    private_ones = {
-        "adam": dp.adam, "sgd": dp.sgd, "lamb": dp.lamb, "adam_corrected": dp.adam_corrected,
-    }  # fmt: skip
-    make = choose("optimizer.name", name, private_ones if private else plain)
+    makers = {known: pair[private] for known, pair in _OPTIMIZERS.items() if pair[private]}
+    make = choose("optimizer.name", name, makers)
     shape = _schedule(config, steps)
 
     def factory(hyper: Hyper) -> optax.GradientTransformation:

@@ -13,7 +13,20 @@ from dpjax.build.run import Phase, Temperature
 from dpjax.data import Dataset
 from dpjax.files import choose
 
-__all__ = ["adaptive_bound", "clip_rule", "ledger", "temperature", "with_noise"]
+__all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "temperature", "with_noise"]
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a name or a budget in `config.dp` that suits no data."""
+    choose("dp.method", config.method, dict.fromkeys(dp.METHODS))
+    try:
+        dp.accounting.check_budget(config.epsilon, config.delta)
+        dp.Mechanism(
+            num_examples=1, sampling_prob=1.0, steps=1, noise_multiplier=1.0,
+            sampler=config.sampler, max_batch_size=config.max_batch_size,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"dp.{error}") from error
 
 
 def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:

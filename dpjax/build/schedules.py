@@ -123,8 +123,15 @@ def bounds(config: ConfigDict) -> Schedule:
     return ((0.0, 1.0),) if config.dp is None else _schedule("dp.bound", config.dp)
 
 
-def batch_sizes(config: ConfigDict, num_examples: int) -> tuple[Schedule, planner.Plan | None]:
-    """Returns the schedule of B, and the plan it comes from if the config says "auto"."""
+def batch_sizes(
+    config: ConfigDict, num_examples: int | None
+) -> tuple[Schedule, planner.Plan | None]:
+    """Returns the schedule of B, and the plan it comes from if the config says "auto".
+
+    Args:
+        config: of the run.
+        num_examples: N; None before the data is opened, to check what does not depend on it.
+    """
     plan, sizes = None, _schedule("batch_size", config)
     if config.batch_size == "auto":
         if config.batch_size_schedule:
@@ -135,14 +142,16 @@ def batch_sizes(config: ConfigDict, num_examples: int) -> tuple[Schedule, planne
             raise ValueError(
                 f"batch_size='auto' plans for dp.sampler='poisson', got {config.dp.sampler!r}."
             )
+        if num_examples is None:
+            return sizes, None
         plan = planner.plan(num_examples, config.epochs, config.dp.epsilon, config.dp.delta)
         sizes = ((0.0, plan.batch_size),)
     for _, size in sizes:
         whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
-        if not whole or not 1 <= size <= num_examples:
+        if not whole or not 1 <= size <= (num_examples or math.inf):
             raise ValueError(
-                f"batch_size={size!r} must be 'auto' or a whole number in 1..{num_examples}, the "
-                "training examples."
+                f"batch_size={size!r} must be 'auto' or a whole number in 1..{num_examples or 'N'}"
+                ", the training examples."
             )
     return sizes, plan
 

@@ -1,1 +1,1 @@
-"""One command a file."""
+"""The commands: one file a verb of `dpjax VERB`, and `cli`, which they share."""

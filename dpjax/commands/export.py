@@ -1,6 +1,6 @@
-"""Exports a finished run.
+"""Export a finished run's weights, with its privacy statement.
 
-    python -m dpjax.commands.export WORKDIR FILE.safetensors [--format=timm]
+    dpjax export WORKDIR FILE.safetensors [--format=timm]
 
 The weights are plain (adapters merged), and the privacy statement is copied beside them, because
 weights without it claim nothing.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dpjax import build, models
-
-__all__ = ["export", "main"]
+from dpjax.commands import cli
+from dpjax.files import choose
 
 FORMATS = ("dpjax", "timm")
 
@@ -42,8 +41,7 @@ def export(workdir: Path, target: Path, *, layout: str = "dpjax") -> list[Path]:
     Raises:
         ValueError: an unfinished run, another ending, or a layout the model does not have.
     """
-    if layout not in FORMATS:
-        raise ValueError(f"format={layout!r} must be one of {FORMATS}.")
+    choose("format", layout, dict.fromkeys(FORMATS))
     if target.suffix != ".safetensors":
         raise ValueError(f"{str(target)!r} must end in .safetensors.")
     for name in ("config.json", "weights.safetensors"):
@@ -74,21 +72,14 @@ def _timm(config: ConfigDict, weights: Path) -> dict[str, np.ndarray]:
     return models.to_timm(models.load_weights(weights, like), shape)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; exit code 2 is a mistake, and nothing was written."""
-    parser = argparse.ArgumentParser(prog="python -m dpjax.commands.export", description=__doc__)
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--format", default="dpjax", choices=FORMATS)
-    arguments = parser.parse_args(argv)
-    try:
-        for path in export(arguments.workdir, arguments.target, layout=arguments.format):
-            print(path)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def add_arguments(parser: cli.Parser) -> None:
+    parser.add_argument("workdir", type=Path, help="of a finished run")
+    parser.add_argument("target", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--format", default="dpjax", help=", ".join(FORMATS))
+
+
+@cli.mistakes()
+def run(args: argparse.Namespace) -> int:
+    for path in export(args.workdir, args.target, layout=args.format):
+        print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,33 +1,27 @@
-"""Plans a private run from N, epochs, epsilon and delta alone; no data is touched.
+"""Plan a private run from N, epochs, epsilon and delta alone; no data is touched.
 
-    python -m dpjax.commands.plan --num_examples=50000 --epochs=8 --epsilon=1 --delta=1e-5
-    python -m dpjax.commands.plan --config=configs/quickstart.py --num_examples=4000 --plot=a.png
+    dpjax plan --num_examples=50000 --epochs=8 --epsilon=1 --delta=1e-5
+    dpjax plan --config=quickstart --num_examples=4000 --plot=noise.png
 
 Prints a table (with --json one JSON object) of every batch size that doubles from 256 to the full
 batch: q = B/N, T = round(E N / B), the noise multiplier sigma that the budget asks for, and what
 follows from it. Picks the batch size by the rule of Rehn et al. 2025 (2510.20616), explained in
 `dpjax.build.planner.plan`, and proposes ranges of the clip bound and the learning rate to search.
 
-With --config, flags that are not given are read from the config: epsilon and delta from config.dp,
-epochs from config.epochs, and N from config.data.num_examples where there is such a field.
+With --config, epsilon, delta and epochs are read from the config where no flag gives them.
 Exit codes: 0 planned, 2 a mistake in the command or an impossible budget.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
-import sys
-from collections.abc import Mapping
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
 from dpjax.build import planner
-
-__all__ = ["main", "plot", "table"]
+from dpjax.commands import cli
 
 
 def table(plan: planner.Plan) -> str:
@@ -117,104 +111,58 @@ def plot(
     plt.close(figure)
 
 
-class _Mistake(Exception):
-    pass
-
-
-def _flags() -> flags.FlagValues:
-    """Flags of this command alone: importing it defines none, so that others may."""
-    values = flags.FlagValues()
-    of: Any = {"flag_values": values}
-    config_flags.DEFINE_config_file("config", None, "Config file to read the rest from", **of)
-    flags.DEFINE_integer("num_examples", None, "N, number of private training examples", **of)
-    flags.DEFINE_float("epochs", None, "E, passes over the data", **of)
-    flags.DEFINE_float("epsilon", None, "Budget in nats", **of)
-    flags.DEFINE_float("delta", None, "Budget, below 1/N", **of)
-    flags.DEFINE_list("batch_sizes", None, "Candidates; 256 doubling to N by default", **of)
-    flags.DEFINE_integer("min_steps", planner.MIN_STEPS, "Fewer steps are avoided", **of)
-    flags.DEFINE_float(
-        "plateau_tolerance",
-        planner.PLATEAU_TOLERANCE,
-        "Fraction above the lowest total noise that still is its plateau",
-        **of,
+def add_arguments(parser: cli.Parser) -> None:
+    parser.add_config(required=False)
+    parser.add_argument("--num_examples", type=int, help="N, number of private training examples")
+    parser.add_argument("--epochs", type=float, help="E, passes over the data")
+    parser.add_argument("--epsilon", type=float, help="budget in nats")
+    parser.add_argument("--delta", type=float, help="budget, below 1/N")
+    parser.add_argument(
+        "--batch_sizes", type=_whole_numbers, metavar="B,B,...",
+        help="candidates; by default 256 doubling to N",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min_steps", type=int, default=planner.MIN_STEPS, help="fewer steps are avoided"
     )
-    flags.DEFINE_float(
-        "sampling_noise",
-        planner.SAMPLING_NOISE,
-        "Noise of sampling that is added in quadrature, in clip bounds per sqrt(epoch)",
-        **of,
-    )
-    flags.DEFINE_bool("json", False, "Print one JSON object instead of a table", **of)
-    flags.DEFINE_string("plot", None, "PNG to draw sigma sqrt(T) against B in", **of)
-    flags.DEFINE_bool("help", False, "Show this help", short_name="h", **of)
-    return values
+    parser.add_argument(
+        "--plateau_tolerance", type=float, default=planner.PLATEAU_TOLERANCE,
+        help="fraction above the lowest total noise that still is its plateau",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sampling_noise", type=float, default=planner.SAMPLING_NOISE,
+        help="noise of sampling, added in quadrature, in clip bounds per sqrt(epoch)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    parser.add_argument("--plot", metavar="PNG", help="draw sigma sqrt(T) against B")
 
 
-def _arguments(values: flags.FlagValues) -> dict[str, Any]:
-    """Arguments of `plan`: flags first, then the config."""
-    config = values["config"].value
-    known = _from_config(config) if config is not None else {}
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers.") from error
+
+
+@cli.mistakes()
+def run(args: argparse.Namespace) -> int:
+    known: dict[str, Any] = {}
+    if args.config is not None:
+        config = cli.config(args)
+        if config.dp is None:
+            raise ValueError("config.dp=None trains without privacy: there is nothing to plan.")
+        known = {
+            "epochs": config.epochs, "epsilon": config.dp.epsilon, "delta": config.dp.delta,
+        }  # fmt: skip
     arguments: dict[str, Any] = {}
     for name in ("num_examples", "epochs", "epsilon", "delta"):
-        given = values[name].value
+        given = getattr(args, name)
         arguments[name] = known.get(name) if given is None else given
         if arguments[name] is None:
-            also = "the config does not say" if config is not None else "or --config"
-            raise _Mistake(f"--{name} is required ({also}).")
-    sizes: list[str] | None = values["batch_sizes"].value
-    if sizes is not None and not all(size.strip().isdigit() for size in sizes):
-        raise _Mistake(f"batch_sizes={','.join(sizes)} must be integers.")
-    arguments["batch_sizes"] = None if sizes is None else [int(size) for size in sizes]
-    for name in ("min_steps", "plateau_tolerance", "sampling_noise"):
-        arguments[name] = values[name].value
-    return arguments
-
-
-def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of the run, without loading any data."""
-    private = config.get("dp")
-    if private is None:
-        raise _Mistake("config.dp=None trains without privacy: there is nothing to plan.")
-    return {
-        "num_examples": config.get("data", {}).get("num_examples"),
-        "epochs": config.get("epochs"),
-        "epsilon": private.get("epsilon"),
-        "delta": private.get("delta"),
-    }
-
-
-def main() -> int:
-    """Runs the command in sys.argv (where ml_collections looks for overrides); the exit code."""
-    values = _flags()
-    try:
-        for argument in sys.argv[1:]:
-            name, _, file = argument.lstrip("-").partition("=")
-            if name == "config" and not pathlib.Path(file.split(":")[0]).is_file():
-                raise _Mistake(f"config={file!r} is not a file.")
-        rest = values(sys.argv)
-        if values["help"].value:
-            print(f"{__doc__}\n{values.get_help(include_special_flags=False)}")
-            return 0
-        if len(rest) > 1:
-            raise _Mistake(f"unexpected argument {rest[1]!r}.")
-        arguments = _arguments(values)
-        made = planner.plan(**arguments)
-        if values["plot"].value:
-            plot(values["plot"].value, **arguments)
-    except (
-        _Mistake,
-        flags.Error,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OSError,
-    ) as e:
-        print("error:", *str(e).strip('"').replace("\\n", " ").split(), file=sys.stderr)
-        return 2
-    print(json.dumps(dataclasses.asdict(made)) if values["json"].value else table(made))
+            raise ValueError(f"--{name} is required.")
+    for name in ("batch_sizes", "min_steps", "plateau_tolerance", "sampling_noise"):
+        arguments[name] = getattr(args, name)
+    plan = planner.plan(**arguments)
+    if args.plot:
+        plot(args.plot, **arguments)
+    print(json.dumps(dataclasses.asdict(plan)) if args.json else table(plan))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

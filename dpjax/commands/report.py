@@ -1,6 +1,6 @@
-"""Figures of a run, or a study's whole report, from files alone.
+"""Draw the figures of a run, or rebuild a study's report, from files alone.
 
-    python -m dpjax.commands.report WORKDIR
+    dpjax report WORKDIR...
 
 A directory with `study.json` holds a study (see `experiments/study.py`): the file named there, seen
 from the directory in which this command runs, is asked for its `report(workdir)`.
@@ -8,9 +8,9 @@ from the directory in which this command runs, is asked for its `report(workdir)
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +19,8 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from dpjax.commands import cli
 from dpjax.runtime import read_jsonl
-
-__all__ = ["figures", "main", "study"]
 
 
 def figures(workdir: Path) -> list[Path]:
@@ -114,22 +113,16 @@ def _save(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
-def main(argv: list[str]) -> int:
-    """Command line: one or more work directories."""
-    if not argv:
-        print("usage: python -m dpjax.commands.report WORKDIR...", file=sys.stderr)
-        return 2
-    for name in argv:
-        try:
-            workdir = Path(name)
-            rebuild = study if (workdir / "study.json").is_file() else figures
-            for path in rebuild(workdir):
-                print(path)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+def add_arguments(parser: cli.Parser) -> None:
+    parser.add_argument(
+        "workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of runs, studies"
+    )
+
+
+@cli.mistakes()
+def run(args: argparse.Namespace) -> int:
+    for workdir in args.workdirs:
+        rebuild = study if (workdir / "study.json").is_file() else figures
+        for path in rebuild(workdir):
+            print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -114,7 +114,7 @@ def _not_prepared(name: str, root: Path) -> str:
     message = f"dataset={name!r} is not prepared in data_dir={str(root)!r}{missing}. "
     if base in SOURCES:
         return message + (
-            f"Run: python -m dpjax.commands.prepare {base} --source=FILE --data_dir={root} with "
+            f"Run: dpjax prepare {base} --source=FILE --data_dir={root} with "
             f"FILE one of: {SOURCES[base].files}."
         )
     return message + (

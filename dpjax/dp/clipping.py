@@ -41,8 +41,8 @@ PyTree = Any
 Grouping = Callable[[PyTree], tuple[int, ...]]
 
 # A float32 factor is a rounded quotient of a rounded norm, and what it multiplies is rounded once
-# more. The norm is the root of a sum of squares. `sum_of_squares` makes sure that XLA adds them in
-# trees with branches of 32: five levels for 3e7 entries, each of which is off by at most 31 units
+# more. The norm is the root of a sum of squares. The engines make sure that XLA adds them in trees
+# with branches of 32: five levels for 3e7 entries, each of which is off by at most 31 units
 # in the last place, and half of that after the root. Shrinking every factor by 128 units keeps the
 # promise in exact arithmetic; it changes updates by 8e-6 relative. Engines that measure a norm in
 # another way add their own margin to it.

@@ -45,6 +45,8 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
         raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from error
     shapes = _dense_layers(model)
     targeted = {path: shape for path, shape in shapes.items() if pattern.search(path)}
+    if not shapes:
+        raise ValueError("lora adapts dense layers, and this model has none beside its head.")
     if not targeted:
         raise ValueError(
             f"targets={targets!r} matches none of the {len(shapes)} dense layers, such as "

@@ -72,7 +72,7 @@ class Job(NamedTuple):
         if not (path / "eval.json").is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             command = [
-                sys.executable, "-m", "dpjax.train", f"--config={self.config}",
+                sys.executable, "-m", "dpjax", "train", f"--config={self.config}",
                 f"--workdir={path.parent}", f"--sweep_index={index}", *self.others,
             ]  # fmt: skip
             code = sweep.run_point(command, path)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import json
-import runpy
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,11 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpjax.config import unknown_field
+from dpjax.config import assign, run_file, without_infinite_budget
 
 __all__ = [
-    "STOPPED", "apply", "point", "point_directory", "points", "results", "run_point", "to_csv",
-    "to_markdown",
+    "STOPPED", "apply", "point", "point_config", "point_directory", "points", "results",
+    "run_point", "to_csv", "to_markdown",
 ]  # fmt: skip
 
 Row = dict[str, Any]
@@ -28,32 +26,28 @@ _METRICS = ("accuracy", "nll", "ece", "mce")  # of eval.json
 STOPPED = 75
 
 
-def points(path: str, config: ConfigDict) -> list[Row]:
+def points(file: str, config: ConfigDict) -> list[Row]:
     """Returns the overrides of every point of a file's `sweep()`.
 
     All points are first applied to a copy of the config, so that a typo fails before anything runs.
 
     Args:
-        path: the config file, "FILE" or "FILE:ARGUMENT".
+        file: the config file, "FILE" or "FILE:ARGUMENT", see `config.run_file`.
         config: the config that the points override; it is not changed.
 
     Raises:
         ValueError: the file has no `sweep()`, or a point names an unknown field or sets a field to
             a value of another type.
     """
-    path, _, argument = path.partition(":")
-    module = runpy.run_path(path)
-    if "sweep" not in module:
-        raise ValueError(f"config={path!r} defines no sweep().")
-    arguments = (argument or None,) if inspect.signature(module["sweep"]).parameters else ()
-    rows = [dict(point) for point in module["sweep"](*arguments)]
+    source = run_file(file)
+    rows = [dict(point) for point in source.call("sweep")]
     for index, overrides in enumerate(rows):
         try:
             apply(config.copy_and_resolve_references(), overrides)
         except ValueError as error:
             raise ValueError(f"point {index} of sweep(): {error}") from error
     if not rows:
-        raise ValueError(f"config={path!r}: sweep() yields no points.")
+        raise ValueError(f"config={source.path!r}: sweep() yields no points.")
     return rows
 
 
@@ -69,24 +63,16 @@ def point(rows: Sequence[Row], index: int) -> Row:
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Sets flat overrides in a config that is, and stays, locked.
-
-    Raises:
-        ValueError: an unknown field, naming the nearest, or a value of another type.
-    """
-    config.lock()
+    """Sets flat overrides in a config; raises ValueError as `config.assign` does."""
     for name, value in overrides.items():
-        problem = unknown_field(config, name)
-        if problem is not None:
-            raise ValueError(problem)
-        section, _, field = name.rpartition(".")
-        node: Any = config
-        for key in section.split(".") if section else ():
-            node = node[key]
-        try:
-            node[field] = ConfigDict(value) if isinstance(value, Mapping) else value
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"config.{name}={value!r}: {error}") from error
+        assign(config, name, value)
+
+
+def point_config(file: str, config: ConfigDict, index: int) -> ConfigDict:
+    """Returns the config of one point of a file's `sweep()`."""
+    config = config.copy_and_resolve_references()
+    apply(config, point(points(file, config), index))
+    return without_infinite_budget(config)
 
 
 def point_directory(workdir: str | Path, index: int) -> Path:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from dpjax.build import Run
-from dpjax.models import finetune
+from dpjax.data import Dataset
+from dpjax.models import Params
 from dpjax.runtime import hosts, sharding
 from dpjax.training import phases
+from dpjax.training.phases import Prepared
 
 __all__ = ["DoesNotFit", "largest", "peak_bytes", "physical_batch"]
 
@@ -22,24 +24,32 @@ class DoesNotFit(ValueError):
     """Raised when even the smallest chunk does not fit."""
 
 
-def physical_batch(run: Run, private_seed: int) -> int:
+def physical_batch(
+    config: ConfigDict, prepared: Sequence[Prepared], params: Params, train: Dataset
+) -> int:
     """Returns the rows of a physical chunk: the config's number, or for "auto" as many as fit.
 
     The number is rounded up to whole microbatches on every device.
 
+    Args:
+        config: of the run.
+        prepared: its phases.
+        params: all parameters.
+        train: the training data.
+
     Raises:
         DoesNotFit: even the smallest chunk does not fit.
     """
-    config, layout = run.config, run.layout
-    unit = layout.mesh.size * (config.microbatch or 1)
+    mesh = prepared[0].layout.mesh
+    unit = mesh.size * (config.microbatch or 1)
     if config.physical_batch != "auto":
         return -(-config.physical_batch // unit) * unit
     # A Poisson batch varies with standard deviation sqrt(B): with two of them on top, few batches
     # need one more chunk.
-    largest_batch = max(phase.batch_size for phase in run.phases)
-    enough = min(largest_batch + 2 * math.sqrt(largest_batch), len(run.train))
-    limit = sharding.memory_per_device(layout.mesh)
-    needs = [peak_bytes(run, index, private_seed) for index in range(len(run.phases))]
+    largest_batch = max(one.phase.batch_size for one in prepared)
+    enough = min(largest_batch + 2 * math.sqrt(largest_batch), len(train))
+    limit = sharding.memory_per_device(mesh)
+    needs = [peak_bytes(one, params, train) for one in prepared]
     # Hosts with different memory would disagree; host 0 decides, so that all cut alike.
     return int(hosts.first(min(largest(need, limit, unit, enough) for need in needs)))
 
@@ -74,32 +84,32 @@ def largest(need: Callable[[int], int], limit: int, unit: int, enough: float) ->
         count += 1
 
 
-def peak_bytes(run: Run, index: int, private_seed: int) -> Callable[[int], int]:
+def peak_bytes(prepared: Prepared, params: Params, train: Dataset) -> Callable[[int], int]:
     """Returns `rows of a chunk -> bytes that a phase needs on one device`."""
-    steps, hyper = phases.prepare(run, index, private_seed)
-    mesh = run.layout.mesh
+    steps, hyper, layout = prepared.steps, prepared.hyper, prepared.layout
+    mesh = layout.mesh
     by_row, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def like(tree: Any, place: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-    state = phases.checkpoint_like(run, index, private_seed)["state"]
-    params = like(finetune.split(run.params, run.phases[index].trainable), replicated)
+    state = phases.checkpoint_like(prepared, params)["state"]
+    parts = like(prepared.split(params), replicated)
     totals = like(jax.eval_shape(steps.begin, state)[1], by_row)
     update = _program_bytes(steps.update, state, totals, hyper)
     # Held in memory while a chunk runs, but not among its arguments. Replicated parameters are
     # among them; under fsdp the chunk gets gathered copies, so the shards count as well.
-    resident = _bytes(state) if run.layout.spread else _bytes((state.opt, state.average))
+    resident = _bytes(state) if layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:
         batch = {
-            "input": np.zeros((size, *run.train.shape), run.train.source.dtype),
+            "input": np.zeros((size, *train.shape), train.source.dtype),
             "label": np.zeros(size, np.int32),
             "identity": np.zeros(size, np.uint32),
             "mask": np.zeros(size, bool),
         }
         step = jnp.zeros((), jnp.int32)
-        chunk = _program_bytes(steps.accumulate, totals, *params, like(batch, by_row), step, hyper)
+        chunk = _program_bytes(steps.accumulate, totals, *parts, like(batch, by_row), step, hyper)
         return max(resident + chunk, update)
 
     return need

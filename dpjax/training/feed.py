@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpjax import dp, metrics
-from dpjax.build import Phase, Run
+from dpjax.build import Phase
+from dpjax.data import Dataset
 from dpjax.models import Params
 from dpjax.runtime import sharding
-from dpjax.step import draws, eval_step
+from dpjax.runtime.sharding import Layout
+from dpjax.step import Batch, draws, eval_step
 
-__all__ = ["Chunk", "chunks", "evaluator"]
+__all__ = ["Chunk", "Evaluator", "physical_chunks"]
 
 
 class Chunk(NamedTuple):
@@ -32,44 +36,62 @@ class Chunk(NamedTuple):
     last: bool
 
 
-def chunks(run: Run, phase: Phase, *, seed: int, size: int, steps: range) -> Iterator[Chunk]:
+def physical_chunks(
+    train: Dataset, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
+) -> Iterator[Chunk]:
     """Yields this host's rows of every physical chunk of some steps.
 
     Args:
-        run: provides the training data, and the layout that determines which rows this host reads.
+        train: the training data.
+        layout: determines which rows this host reads.
         phase: its mechanism draws the batches.
         seed: the sampler's secret seed.
         size: rows of a chunk, over all hosts.
         steps: step numbers, counted over all phases, so that no two phases share a draw.
     """
-    local_rows = sharding.local_rows(size, run.layout.mesh)
-    draw = draws(phase.mechanism, seed, num_examples=len(run.train), batch_size=phase.batch_size)
+    local_rows = sharding.local_rows(size, layout.mesh)
+    draw = draws(phase.mechanism, seed, num_examples=len(train), batch_size=phase.batch_size)
     for step in steps:
         # Every host draws the whole batch, from the same seed, and reads its own rows only.
         step_chunks = dp.chunks(draw(step), size)
         for number, chunk in enumerate(step_chunks, start=1):
             indices = chunk[local_rows]
-            batch = run.train.get(indices)
-            batch["identity"] = run.train.identities(indices)
+            batch = train.get(indices)
+            batch["identity"] = train.identities(indices)
             batch["mask"] = indices >= 0  # -1 is padding
             yield Chunk(batch, rows=number * size, last=number == len(step_chunks))
 
 
-def evaluator(run: Run, size: int) -> Callable[[Params], metrics.EvalSums]:
-    """Returns a function that sums metrics over the held-out set, `size` rows at a time."""
-    step = eval_step(run.apply, run.train.num_classes, run.layout)
-    local_rows = sharding.local_rows(size, run.layout.mesh)
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Sums metrics over the whole held-out set.
 
-    def evaluate(params: Params) -> metrics.EvalSums:
-        total = None
-        for chunk in dp.chunks(np.arange(len(run.test)), size):
+    Attributes:
+        apply: `(params, inputs) -> logits`.
+        test: the held-out set.
+        num_classes: number of classes of the labels.
+        layout: determines which rows this host reads.
+        size: rows at a time, over all hosts.
+    """
+
+    apply: Callable[[Params, jax.Array], jax.Array]
+    test: Dataset
+    num_classes: int
+    layout: Layout
+    size: int
+
+    @functools.cached_property
+    def _step(self) -> Callable[[Params, Batch], metrics.EvalSums]:
+        return eval_step(self.apply, self.num_classes, self.layout)
+
+    def __call__(self, params: Params) -> metrics.EvalSums:
+        mesh, total = self.layout.mesh, None
+        local_rows = sharding.local_rows(self.size, mesh)
+        for chunk in dp.chunks(np.arange(len(self.test)), self.size):
             indices = chunk[local_rows]
-            inputs = {**run.test.get(indices), "mask": indices >= 0}
-            batch = sharding.to_mesh(inputs, run.layout.mesh)
-            sums = step(params, batch)
+            batch = sharding.to_mesh({**self.test.get(indices), "mask": indices >= 0}, mesh)
+            sums = self._step(params, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:
             raise ValueError("the held-out set is empty.")
         return jax.device_get(total)
-
-    return evaluate

@@ -24,7 +24,6 @@ from dpjax.build import Run
 from dpjax.build.describe import identity, ledger_after, statement
 from dpjax.config import differences
 from dpjax.dp import seeds, to_markdown
-from dpjax.metrics import EvalSums
 from dpjax.models import Params, finetune
 from dpjax.runtime import (
     Checkpoints,
@@ -88,21 +87,25 @@ def train(
             )
     workdir.create(config)
     private_seed = _private_seed(run, workdir)
-    _claim(run, workdir, private_seed)
-    size = capacity.physical_batch(run, private_seed)
+    facts = identity(run, private_seed)
+    _claim(facts, workdir)
+    prepared = phases.prepare(run, private_seed)
+    size = capacity.physical_batch(config, prepared, run.params, run.train)
     eval_size = size if config.physical_batch == "auto" else 4 * size
-    evaluate = feed.evaluator(run, eval_size)
+    evaluate = feed.Evaluator(run.apply, run.test, run.train.num_classes, run.layout, eval_size)
+    spending = _Spending(run, workdir)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
         keep_best=config.keep_best,
         losses=workdir.losses(),
     ) as checkpoints:
-        spending = _Spending(run, workdir)
-        job = _Job(run, workdir, checkpoints, spending, private_seed, size, evaluate, stop)
+        job = _Job(
+            run, workdir, checkpoints, spending, private_seed, facts, prepared, size, evaluate, stop
+        )
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
-        for index, span in enumerate(phases.spans(run)):
+        for index, span in enumerate(phases.spans(run.phases)):
             # A phase that ended at `done` is entered too: it executes no step, but rebuilds all
             # parameters from its final state. What earlier phases trained is in the checkpoint.
             if span.stop >= done:
@@ -110,9 +113,7 @@ def train(
     # The temperature's release is charged before it is made, like a step.
     fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
     spending.record(_total(run) + fitting)
-    return results.finish(
-        run, workdir, params, state, evaluate=evaluate, private_seed=private_seed, size=eval_size
-    )
+    return results.finish(run, workdir, params, state, evaluate=evaluate, private_seed=private_seed)
 
 
 class _Spending:
@@ -145,8 +146,10 @@ class _Job(NamedTuple):
     checkpoints: Checkpoints
     spending: _Spending
     private_seed: int
+    identity: dict[str, Any]  # of the run, in its directory and its checkpoints
+    prepared: tuple[phases.Prepared, ...]
     size: int  # of a physical chunk
-    evaluate: Callable[[Params], EvalSums]
+    evaluate: feed.Evaluator
     stop: Callable[[int], bool]
 
 
@@ -167,24 +170,18 @@ def _run_phase(
         All parameters, and the state after the last step.
     """
     run, config = job.run, job.run.config
-    phase = run.phases[index]
+    phase, prepared = run.phases[index], job.prepared[index]
     start = max(span.start, done)
-    execute, frozen, state = phases.begin(
-        run, index, params, before, private_seed=job.private_seed, restored=done > span.start
-    )
-    about = {
-        "phase": index,
-        "config": digest(config),
-        "identity": identity(run, job.private_seed),
-    }
-    earlier = phases.trained_before(run, index, frozen)
+    frozen, state = prepared.begin(params, before, restored=done > span.start)
+    about = {"phase": index, "config": digest(config), "identity": job.identity}
+    earlier = prepared.earlier(frozen)
 
     def save(step: int, loss: float | None = None) -> None:
         tree = {"state": state, "earlier": earlier}
         job.checkpoints.save(step, tree, {**about, "charged": job.spending.charged}, loss)
 
-    chunks = feed.chunks(
-        run, phase, seed=seeds.sampler_seed(job.private_seed), size=job.size,
+    chunks = feed.physical_chunks(
+        run.train, phase, run.layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
         steps=range(start, span.stop),
     )  # fmt: skip
     bar = tqdm(
@@ -195,7 +192,7 @@ def _run_phase(
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
             job.spending.record(end)  # on disk before the block's first step runs
             began = time.perf_counter()
-            state, done = _run_block(job, execute, state, feeding, begin, end, bar)
+            state, done = _run_block(job, prepared, state, frozen, feeding, begin, end, bar)
             rate = (done - begin) * phase.batch_size / (time.perf_counter() - began)
             if done < end:  # `stop` returned True; the rest of the block was not executed
                 job.spending.record(done)
@@ -226,8 +223,9 @@ def _run_phase(
 
 def _run_block(
     job: _Job,
-    execute: phases.Execute,
+    prepared: phases.Prepared,
     state: TrainState,
+    frozen: Params,
     chunks: Iterator[feed.Chunk],
     begin: int,
     end: int,
@@ -247,7 +245,7 @@ def _run_block(
             if job.stop(step):
                 end = step
                 break
-            state, facts, rows = execute(state, step, chunks)
+            state, facts, rows = prepared.execute(state, frozen, step, chunks)
             if pending is not None:
                 _log(job, *pending)
                 pending = None
@@ -319,12 +317,12 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
         problem = None
         try:
             about = checkpoints.about(step)
-            changed = differences(about["identity"], identity(run, job.private_seed), "run")
+            changed = differences(about["identity"], job.identity, "run")
             if changed:
                 raise OtherRun(
                     f"checkpoint {step} belongs to another run: {'; '.join(changed[:5])}."
                 )
-            like = phases.checkpoint_like(run, about["phase"], job.private_seed)
+            like = phases.checkpoint_like(job.prepared[about["phase"]], run.params)
             tree = checkpoints.load(step, like)
         except Unreadable as error:
             problem = str(error)
@@ -341,17 +339,16 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
     return 0, run.params, None
 
 
-def _claim(run: Run, workdir: Workdir, private_seed: int) -> None:
+def _claim(about: dict[str, Any], workdir: Workdir) -> None:
     """Writes the run's identity, or compares it with the one in the directory.
 
     Equal configs are not enough: data or weights may have changed under the same name.
     """
-    current = identity(run, private_seed)
     if workdir.exists("identity.json"):
-        changed = differences(workdir.read("identity.json"), current, "run")
+        changed = differences(workdir.read("identity.json"), about, "run")
         if changed:
             raise OtherRun(f"the workdir belongs to another run: {'; '.join(changed[:5])}.")
-    workdir.write("identity.json", current)
+    workdir.write("identity.json", about)
 
 
 def _private_seed(run: Run, workdir: Workdir) -> int:

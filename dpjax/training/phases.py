@@ -1,4 +1,4 @@
-"""Turns a phase of a run into jitted functions and traced values, and describes its checkpoints.
+"""Turns the phases of a run into jitted functions and traced values, and describes checkpoints.
 
 A *training* is a stretch with one set of trainable parameters and one optimizer state: linear
 probing is one, fine-tuning the next. A training with a schedule of batch sizes or clip bounds has
@@ -10,40 +10,139 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpjax.build import Run
+from dpjax.build import Phase, Run
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, unflatten
 from dpjax.runtime import sharding
+from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, Steps, TrainState, at_bound, carry_over, make_steps
 from dpjax.training.feed import Chunk
 
-__all__ = ["Execute", "begin", "checkpoint_like", "prepare", "spans", "trained_before"]
+__all__ = ["Prepared", "checkpoint_like", "prepare", "spans"]
 
-Execute = Callable[[TrainState, int, Iterator[Chunk]], tuple[TrainState, dict[str, jax.Array], int]]
+
+class Prepared(NamedTuple):
+    """A phase that is ready to run.
+
+    Attributes:
+        phase: the phase to execute.
+        steps: its jitted functions.
+        hyper: its traced values.
+        layout: where parameters, state and batches live.
+        continues: whether it goes on with the training, and the state, of the previous phase.
+        trained: maps a parameter's path to whether an earlier phase trains it.
+    """
+
+    phase: Phase
+    steps: Steps
+    hyper: Hyper
+    layout: Layout
+    continues: bool
+    trained: Callable[[str], bool]
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Splits parameters into trainable and frozen ones of this phase."""
+        return finetune.split(params, self.phase.trainable)
+
+    def earlier(self, frozen: Params) -> Params:
+        """Returns the frozen leaves that an earlier phase trained.
+
+        A checkpoint stores them beside the state. All other frozen leaves have their initial
+        values, which a resumed process builds again from the config.
+        """
+        return unflatten({k: v for k, v in flatten(frozen).items() if self.trained(k)})
+
+    def begin(
+        self, params: Params, before: TrainState | None, *, restored: bool = False
+    ) -> tuple[Params, TrainState]:
+        """Returns the frozen parameters, on the devices, and the initial state of the phase.
+
+        Args:
+            params: all parameters after the previous phase.
+            before: last state of the previous phase; None for the first phase.
+            restored: whether `before` is a state of this very phase, from a checkpoint.
+        """
+        trainable, frozen = self.split(params)
+        frozen = sharding.place(frozen, self.layout.whole(frozen))
+        if before is not None and (restored or self.continues):
+            return frozen, before  # moments, noise counter and learning-rate schedule all go on
+        # `place` copies from the host: `update` donates the state, and the caller still needs its
+        # parameters.
+        placed = sharding.place(trainable, self.layout.shardings(trainable))
+        state = self.steps.init(placed, self.hyper)
+        if before is not None:
+            state = carry_over(state, before, moments=self.phase.keep_optimizer)
+        return frozen, state
+
+    def execute(
+        self, state: TrainState, frozen: Params, step: int, chunks: Iterator[Chunk]
+    ) -> tuple[TrainState, dict[str, jax.Array], int]:
+        """Takes the chunks of one step from an iterator, and executes the step.
+
+        Returns:
+            The next state (the old one is donated), the facts of the step (still on the devices),
+            and the number of rows of its chunks.
+        """
+        steps, hyper = self.steps, self.hyper
+        trainable, totals = steps.begin(state)
+        at_step = at_bound(hyper, state)
+        number = jnp.asarray(step, jnp.int32)
+        while True:
+            chunk = next(chunks)  # raises if the iterator ends within the step
+            batch = sharding.to_mesh(chunk.batch, self.layout.mesh)
+            totals = steps.accumulate(totals, trainable, frozen, batch, number, at_step)
+            if chunk.last:
+                break
+        state, facts = steps.update(state, totals, hyper)
+        return state, facts, chunk.rows
+
+
+def spans(phases: Sequence[Phase]) -> list[range]:
+    """Returns the step numbers of each phase, counted over all phases."""
+    ends = itertools.accumulate(phase.steps for phase in phases)
+    return [range(end - phase.steps, end) for phase, end in zip(phases, ends, strict=True)]
 
 
 # Phases of one training differ in traced values only. With the same jitted functions (same loss,
-# optimizer and layout objects), the second phase compiles nothing. Two entries: `capacity` goes
-# through all phases before the loop does, and a run has two trainings at most.
+# optimizer and layout objects), the second phase compiles nothing.
 _make_steps = functools.lru_cache(maxsize=2)(make_steps)
 
 
-def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
-    """Returns the jitted functions of a phase, and its traced values.
+def prepare(run: Run, private_seed: int) -> tuple[Prepared, ...]:
+    """Returns every phase with its jitted functions and traced values.
+
+    Keys are folded with the number of the training, not of the phase. The noise transform counts
+    its draws in the optimizer state; a new training starts at 0 again and would repeat the noise of
+    the previous one under the same key. A new phase of the same training goes on counting.
 
     Args:
-        run: contains the phase.
-        index: number of the phase.
+        run: provides phases, loss and layout.
         private_seed: the run's secret seed.
     """
-    config, phase = run.config, run.phases[index]
-    steps = _make_steps(
+    prepared: list[Prepared] = []
+    before: list[Callable[[str], bool]] = []
+    for phase in run.phases:
+        steps, hyper = _functions(run, phase), _values(run, phase, private_seed)
+        continues = bool(prepared) and prepared[-1].phase.training == phase.training
+        trained = functools.partial(_any_of, tuple(before))
+        prepared.append(Prepared(phase, steps, hyper, run.layout, continues, trained))
+        before.append(phase.trainable)
+    return tuple(prepared)
+
+
+def _any_of(predicates: tuple[Callable[[str], bool], ...], path: str) -> bool:
+    return any(predicate(path) for predicate in predicates)
+
+
+def _functions(run: Run, phase: Phase) -> Steps:
+    config = run.config
+    return _make_steps(
         run.loss_fn,
         phase.optimizer,
         run.layout,
@@ -51,12 +150,12 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
         method=config.dp.method if config.dp is not None else "auto",
         microbatch_size=config.microbatch,
     )
-    # Keys are folded with the number of the training, not of the phase. The noise transform counts
-    # its draws in the optimizer state; a new training starts at 0 again and would repeat the noise
-    # of the previous one under the same key. A new phase of the same training goes on counting.
+
+
+def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
+    config = run.config
+    # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles once.
     hyper = Hyper(
-        # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles
-        # once.
         learning_rate=jnp.asarray(phase.learning_rate, jnp.float32),
         noise_multiplier=jnp.zeros((), jnp.float32),
         rule=None,
@@ -67,7 +166,7 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
     )
     mechanism = phase.mechanism
     if mechanism is None or run.rule is None:
-        return steps, hyper
+        return hyper
     hyper = hyper._replace(
         # Of the gradient alone: with an adaptive bound, the count query takes its share of the
         # accounted multiplier (see `dp.adaptive`).
@@ -83,95 +182,21 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
             # phases and never restarts.
             count_key=seeds.noise_key(private_seed, "count"),
         )
-    return steps, hyper
+    return hyper
 
 
-def spans(run: Run) -> list[range]:
-    """Returns the step numbers of each phase, counted over all phases."""
-    ends = itertools.accumulate(phase.steps for phase in run.phases)
-    return [range(end - phase.steps, end) for phase, end in zip(run.phases, ends, strict=True)]
-
-
-def begin(
-    run: Run,
-    index: int,
-    params: Params,
-    before: TrainState | None,
-    *,
-    private_seed: int,
-    restored: bool = False,
-) -> tuple[Execute, Params, TrainState]:
-    """Prepares a phase for execution.
-
-    Args:
-        run: contains the phase.
-        index: number of the phase.
-        params: all parameters after the previous phase.
-        before: last state of the previous phase; None for the first phase.
-        private_seed: the run's secret seed.
-        restored: whether `before` is a state of this very phase, from a checkpoint.
-
-    Returns:
-        `(execute, frozen parameters, initial state)`. `execute(state, step, chunks)` takes the
-        chunks of one step from an iterator and executes the step. It donates the state and returns
-        the next state, the facts of the step (still on the devices), and the number of rows of its
-        chunks.
-    """
-    phase, layout = run.phases[index], run.layout
-    steps, hyper = prepare(run, index, private_seed)
-    trainable, frozen = finetune.split(params, phase.trainable)
-    frozen = sharding.place(frozen, layout.whole(frozen))
-    same_training = run.phases[index - 1].training == phase.training
-    if before is not None and (restored or same_training):
-        state = before  # moments, noise counter and learning-rate schedule all go on
-    else:
-        # `place` copies from the host: `update` donates the state, and the caller still needs its
-        # parameters.
-        state = steps.init(sharding.place(trainable, layout.shardings(trainable)), hyper)
-        if before is not None:
-            state = carry_over(state, before, moments=phase.keep_optimizer)
-
-    def execute(
-        state: TrainState, step: int, chunks: Iterator[Chunk]
-    ) -> tuple[TrainState, dict[str, jax.Array], int]:
-        trainable, totals = steps.begin(state)
-        at_step = at_bound(hyper, state)
-        number = jnp.asarray(step, jnp.int32)
-        while True:
-            chunk = next(chunks)  # raises if the iterator ends within the step
-            batch = sharding.to_mesh(chunk.batch, layout.mesh)
-            totals = steps.accumulate(totals, trainable, frozen, batch, number, at_step)
-            if chunk.last:
-                break
-        state, facts = steps.update(state, totals, hyper)
-        return state, facts, chunk.rows
-
-    return execute, frozen, state
-
-
-def trained_before(run: Run, index: int, frozen: Params) -> Params:
-    """Returns the frozen leaves of a phase that an earlier phase trained.
-
-    A checkpoint stores them beside the state: all other frozen leaves are those of `run.params`,
-    which a resumed process builds again from the config.
-    """
-    predicates = [phase.trainable for phase in run.phases[:index]]
-    return unflatten({k: v for k, v in flatten(frozen).items() if any(p(k) for p in predicates)})
-
-
-def checkpoint_like(run: Run, index: int, private_seed: int) -> dict[str, Any]:
+def checkpoint_like(prepared: Prepared, params: Params) -> dict[str, Any]:
     """Returns the shapes, dtypes and shardings of a phase's checkpoint, {"state", "earlier"}.
 
     A checkpoint is restored into shardings, so it may have been written on another number of
     devices.
     """
-    steps, hyper = prepare(run, index, private_seed)
-    trainable, frozen = finetune.split(run.params, run.phases[index].trainable)
-    state = jax.eval_shape(steps.init, trainable, hyper)
-    earlier = trained_before(run, index, frozen)
+    trainable, frozen = prepared.split(params)
+    state = jax.eval_shape(prepared.steps.init, trainable, prepared.hyper)
+    earlier, layout = prepared.earlier(frozen), prepared.layout
     like: dict[str, Any] = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         {"state": state, "earlier": earlier},
-        {"state": run.layout.shardings(state), "earlier": run.layout.whole(earlier)},
+        {"state": layout.shardings(state), "earlier": layout.whole(earlier)},
     )
     return like

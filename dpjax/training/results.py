@@ -6,7 +6,7 @@ the weights of the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,15 +23,13 @@ from dpjax.training import feed
 
 __all__ = ["finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"]
 
-Evaluate = Callable[[Params], metrics.EvalSums]
-
 
 def prefix(run: Run) -> str:
     """Returns the prefix of evaluation metrics: `nonprivate/` if they read the training split."""
     return "nonprivate/eval/" if run.evaluates_on_private_data else "eval/"
 
 
-def row(run: Run, evaluate: Evaluate, state: TrainState, frozen: Params) -> dict[str, float]:
+def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -> dict[str, float]:
     """Returns `eval/accuracy` and so on, and `eval/ema/...` of the average if one is kept.
 
     The names begin with `nonprivate/` if the held-out data overlap the private training split.
@@ -52,9 +50,8 @@ def finish(
     params: Params,
     state: TrainState | None,
     *,
-    evaluate: Evaluate,
+    evaluate: feed.Evaluator,
     private_seed: int,
-    size: int,
 ) -> dict[str, Any]:
     """Evaluates and writes the released files: the weights and, if kept, their average.
 
@@ -65,7 +62,6 @@ def finish(
         state: state after the last step.
         evaluate: sums metrics over the held-out data.
         private_seed: of the run.
-        size: rows of an evaluation chunk, over all hosts.
 
     Returns:
         The content of `eval.json`: metrics of weights.safetensors, `ema/...` of
@@ -75,10 +71,12 @@ def finish(
     weights, sums = run.merge(params), evaluate(params)
     results = metrics.summarise(sums)
     if run.temperature is not None:
-        value = fit_temperature(run, run.temperature, params, private_seed=private_seed, size=size)
+        value = fit_temperature(
+            run, run.temperature, params, private_seed=private_seed, size=evaluate.size
+        )
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
-        sums = feed.evaluator(_scaled(run, value), size)(params)
+        sums = evaluate(scale_head(params, run.model.head, value))
         results = {**metrics.summarise(sums), "temperature": value, **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
@@ -119,11 +117,6 @@ def fit_temperature(
         bound=fitted.bound,
         key=seeds.noise_key(private_seed, "temperature"),
     )
-
-
-def _scaled(run: Run, temperature: float) -> Run:
-    """Returns the run with its logits divided by the temperature."""
-    return run._replace(apply=lambda params, inputs: run.apply(params, inputs) / temperature)
 
 
 def scale_head(params: Params, head: str, temperature: float) -> Params:

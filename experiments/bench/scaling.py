@@ -101,7 +101,7 @@ def _row(devices: int, layout: str) -> list[str]:
     names = [f"{sum(k == kind for k, _ in found)} {kind}" for kind in _KINDS.split("|")
              if any(k == kind for k, _ in found)]  # fmt: skip
     sent = sum(_sent(kind, size, devices) for kind, size in found)
-    state = phases.checkpoint_like(run, 0, 5)["state"]
+    state = phases.checkpoint_like(phases.prepare(run, 5)[0], run.params)["state"]
     held = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
@@ -116,8 +116,9 @@ def _row(devices: int, layout: str) -> list[str]:
 
 def _step_collectives(run: build.Run) -> list[tuple[str, int]]:
     """Of one whole step: begin, one chunk, update."""
-    steps, hyper = phases.prepare(run, 0, 5)
-    trainable, frozen = finetune.split(run.params, run.phases[0].trainable)
+    prepared = phases.prepare(run, 5)[0]
+    steps, hyper = prepared.steps, prepared.hyper
+    trainable, frozen = prepared.split(run.params)
     state = steps.init(sharding.place(trainable, run.layout.shardings(trainable)), hyper)
     whole, totals = steps.begin(state)
     rows = run.config.physical_batch

@@ -55,7 +55,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def _start(workdir: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dpjax.train", f"--config={__file__}", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dpjax",
+        "train",
+        f"--config={__file__}",
+        f"--workdir={workdir}",
+    ]
     with open(workdir.with_suffix(".log"), "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

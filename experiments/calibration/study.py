@@ -1,7 +1,7 @@
 """Clipping bound, convergence and calibration (Bu et al., arXiv 2106.07830), as a study.
 
     python -m experiments.run_study --config=experiments/calibration/study.py:laptop --workdir=DIR
-    python -m dpjax.commands.report DIR
+    dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped pretrained
 ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; pass

@@ -1,7 +1,7 @@
 """Learning rate, batch size and clip bound together (Rehn et al., arXiv 2510.20616), as a study.
 
     python -m experiments.run_study --config=experiments/clip_batch/study.py:laptop --workdir=DIR
-    python -m dpjax.commands.report DIR
+    dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (a head on EfficientNet-Lite0 features
 of CIFAR-10 and of its 10 %; norms or all parameters of the shipped ViT on MNIST digits) and "paper"

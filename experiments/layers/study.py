@@ -1,7 +1,7 @@
 """Which layers to fine-tune at equal epsilon (Cattan et al., arXiv 2210.02156), as a study.
 
     python -m experiments.run_study --config=experiments/layers/study.py:laptop --workdir=DIR
-    python -m dpjax.commands.report DIR
+    dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped ViT
 pretrained on UCI digits, three seeds) and "paper" (CIFAR-100, ViT-B/16 pretrained on ImageNet-21k,
@@ -12,7 +12,7 @@ repeat-and-select can charge the choice among them (arXiv 2110.03620). The choic
 is declared, not charged. The report also says what charging it would have cost, and conversely,
 which epsilon a run would have had if the search had met the budget. A charged search is
 
-    python -m dpjax.commands.search --config=experiments/layers/study.py:charged \\
+    dpjax search --config=experiments/layers/study.py:charged \\
         --workdir=DIR --charge=10
 
 whose points are those of "laptop" without fixed seeds.

@@ -1,7 +1,7 @@
 """Linear probing, then full fine-tuning, under one budget (Ke et al., 2402.18905), as a study.
 
     python -m experiments.run_study --config=experiments/lp_ft/study.py:laptop --workdir=DIR
-    python -m dpjax.commands.report DIR
+    dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped ViT
 pretrained on UCI digits; ten seeds of a random head) and "paper" (CIFAR-10, a ViT pretrained on

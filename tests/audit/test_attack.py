@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from tiny import tiny_config
 
 from dpjax import build, dp
 from dpjax.audit import attack, canaries
-from dpjax.commands.audit import main
+from dpjax.commands import cli
 from dpjax.dp import seeds
 from dpjax.dp.lower_bound import p_value
 from dpjax.runtime import Workdir, sharding
@@ -144,7 +143,9 @@ def test_absent_canaries_are_never_read_and_present_ones_are_drawn_at_the_rate(s
     phase = attack._of_size(sampled.phases[0], len(train))
     assert phase.mechanism.sampling_prob == sampled.phases[0].mechanism.sampling_prob
     seen, steps = np.zeros(40), 400
-    drawn = feed.chunks(played, phase, sampled.layout, seed=3, size=64, steps=range(steps))
+    drawn = feed.physical_chunks(
+        played.train, phase, sampled.layout, seed=3, size=64, steps=range(steps)
+    )
     for chunk in drawn:
         labels = chunk.batch["label"][chunk.batch["mask"]]
         np.add.at(seen, labels[labels >= 10] - 10, 1)
@@ -223,7 +224,7 @@ def test_command(sampled, tmp_path, monkeypatch, capsys):
     arguments = ["audit", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"]
     for run, code in ((sampled, 0), (without_noise(sampled), 4)):
         monkeypatch.setattr(build, "build", lambda config, run=run: run)
-        assert main([*arguments, f"--count={COUNT}"]) == code
+        assert cli.main([*arguments, f"--count={COUNT}"]) == code
     assert ("REFUTED" in capsys.readouterr().out) == (code == 4)
     report = json.loads((tmp_path / "w" / "audit.json").read_text())
     assert report["bound"] > report["claimed_epsilon"]
@@ -241,14 +242,14 @@ def test_command(sampled, tmp_path, monkeypatch, capsys):
         (["left_over"], "left_over"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(arguments, text, tmp_path, monkeypatch, capsys):
+def test_a_mistake_on_the_command_line_is_one_line(arguments, text, tmp_path, capsys):
     (tmp_path / "c.py").write_text(CONFIG)
     command = ["audit", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}", *arguments]
-    monkeypatch.setattr(sys, "argv", command)  # where overrides are looked for
-    assert main(command) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.splitlines()[-1].startswith("error: ")
-    assert text in error.splitlines()[-1]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dpjax audit: ")
+    assert text in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "w").exists()
 
 

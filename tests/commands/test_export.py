@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_config
 
 from dpjax import build, models
-from dpjax.commands import export
+from dpjax.commands import cli, export
 from dpjax.runtime import Workdir
 from dpjax.training import loop
 
@@ -47,4 +47,4 @@ def test_mistakes(workdir, tmp_path):
         export.export(workdir, tmp_path / "m.bin")
     with pytest.raises(ValueError, match="has no config"):
         export.export(tmp_path, tmp_path / "m.safetensors")
-    assert export.main([str(tmp_path), str(tmp_path / "m.safetensors")]) == 2
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "m.safetensors")]) == 2

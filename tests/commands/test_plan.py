@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 
 from dpjax.build import planner
 from dpjax.build.planner import plan
+from dpjax.commands import cli
 from dpjax.commands import plan as command
 from dpjax.dp import accounting
 
 QUESTION = dict(num_examples=50_000, epochs=8, epsilon=1.0, delta=1e-5)
-ARGV = ["plan", "--num_examples=50000", "--epochs=8", "--epsilon=1", "--delta=1e-5"]
+ARGV = ["--num_examples=50000", "--epochs=8", "--epsilon=1", "--delta=1e-5"]
 CONFIG = """
-from ml_collections import ConfigDict
+from dpjax.config import default
 
 def get_config():
-    config = ConfigDict(dict(epochs=8.0, data=dict(name="x"), dp=dict(epsilon=1.0, delta=1e-5)))
-    config.lock()
+    config = default()
+    config.epochs, config.dp.epsilon, config.dp.delta = 8.0, 1.0, 1e-5
     return config
 """
 
@@ -33,10 +34,9 @@ def standard():
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys):
     def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["plan", *argv])
-        code = command.main()
+        code = cli.main(["plan", *argv])
         return code, *capsys.readouterr()
 
     return call
@@ -217,7 +217,7 @@ def test_impossible_questions_are_refused_by_name(change, message):
 
 
 def test_json_is_one_object_with_the_promised_keys(run, standard):
-    code, out, err = run(*ARGV[1:], "--json")
+    code, out, err = run(*ARGV, "--json")
     assert (code, err) == (0, "")
     made = json.loads(out)
     assert made["batch_size"] == standard.batch_size
@@ -229,7 +229,7 @@ def test_json_is_one_object_with_the_promised_keys(run, standard):
 
 
 def test_the_table_is_readable(run, standard):
-    code, out, _ = run(*ARGV[1:])
+    code, out, _ = run(*ARGV)
     assert code == 0
     lines = out.splitlines()
     (chosen,) = (line for line in lines if "<- chosen" in line)
@@ -241,7 +241,7 @@ def test_the_table_is_readable(run, standard):
 
 
 def test_candidates_from_the_command_line(run):
-    code, out, _ = run(*ARGV[1:], "--json", "--batch_sizes=256,50000", "--min_steps=1")
+    code, out, _ = run(*ARGV, "--json", "--batch_sizes=256,50000", "--min_steps=1")
     assert code == 0
     assert [row["batch_size"] for row in json.loads(out)["rows"]] == [256, 50_000]
 
@@ -268,22 +268,22 @@ def test_the_projects_own_config(run):
 @pytest.mark.parametrize(
     "argv,message",
     [
-        ([], "--num_examples is required (or --config)."),
-        (ARGV[1:4], "--delta is required (or --config)."),
-        ([*ARGV[1:], "--epsilon=-1"], "epsilon=-1.0 must be > 0 and finite."),
-        ([*ARGV[1:], "--delta=0.1"], "delta=0.1 must be < 1/num_examples"),
-        ([*ARGV[1:], "--num_examples=many"], "flag --num_examples=many"),
-        ([*ARGV[1:], "--epoch=3"], "Unknown command line flag 'epoch'. Did you mean: epochs"),
-        ([*ARGV[1:], "--batch_sizes=256,x"], "batch_sizes=256,x must be integers."),
-        ([*ARGV[1:], "extra"], "unexpected argument 'extra'."),
-        ([*ARGV[1:], "--config=/nowhere.py"], "config='/nowhere.py' is not a file."),
-        ([*ARGV[1:], "--plot=/nowhere/x.png", "--batch_sizes=50000"], "No such file"),
+        ([], "--num_examples is required."),
+        (ARGV[:3], "--delta is required."),
+        ([*ARGV, "--epsilon=-1"], "epsilon=-1.0 must be > 0 and finite."),
+        ([*ARGV, "--delta=0.1"], "delta=0.1 must be < 1/num_examples"),
+        ([*ARGV, "--num_examples=many"], "argument --num_examples: invalid int value: 'many'"),
+        ([*ARGV, "--epoch=3"], "--epoch is not a flag of this command. Did you mean '--epochs'?"),
+        ([*ARGV, "--batch_sizes=256,x"], "argument --batch_sizes: '256,x' must be whole numbers."),
+        ([*ARGV, "extra"], "unrecognized arguments: extra"),
+        ([*ARGV, "--config=/nowhere.py"], "config='/nowhere.py' is neither a file nor one of"),
+        ([*ARGV, "--plot=/nowhere/x.png", "--batch_sizes=50000"], "No such file"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_exit_with_2(run, argv, message):
     code, out, err = run(*argv)
     assert (code, out) == (2, "")
-    assert err.startswith("error: ")
+    assert err.startswith("dpjax plan: ")
     assert message in err
     assert err.count("\n") == 1
 
@@ -292,11 +292,11 @@ def test_mistakes_in_a_config(run, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
     code, _, err = run(f"--config={config}")
-    assert (code, err) == (2, "error: --num_examples is required (the config does not say).\n")
+    assert (code, err) == (2, "dpjax plan: --num_examples is required.\n")
     code, _, err = run(f"--config={config}", "--config.dp.epsilom=2")
     assert code == 2
-    assert 'Did you mean "epsilon"' in err
-    config.write_text(CONFIG.replace("dp=dict(epsilon=1.0, delta=1e-5)", "dp=None"))
+    assert "did you mean 'epsilon'?" in err
+    config.write_text(CONFIG.replace("return", "config.dp = None; return"))
     code, _, err = run(f"--config={config}", "--num_examples=50000")
     assert (code, "nothing to plan" in err) == (2, True)
 
@@ -318,10 +318,10 @@ def test_the_figure(tmp_path, monkeypatch):
 def test_as_a_program_within_its_time(tmp_path, monkeypatch):
     monkeypatch.setenv("DPJAX_CACHE_DIR", "")  # cold
     done = subprocess.run(
-        [sys.executable, "-m", "dpjax.commands.plan", *ARGV[1:], "--json"],
+        [sys.executable, "-m", "dpjax", "plan", *ARGV, "--json"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0
     assert json.loads(done.stdout)["batch_size"] > 0
-    bad = [sys.executable, "-m", "dpjax.commands.plan", "--num_examples=5"]
+    bad = [sys.executable, "-m", "dpjax", "plan", "--num_examples=5"]
     assert subprocess.run(bad, capture_output=True, timeout=60, check=False).returncode == 2

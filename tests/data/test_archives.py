@@ -284,7 +284,8 @@ def test_command_as_it_is_typed(tmp_path):
         [
             sys.executable,
             "-m",
-            "dpjax.commands.prepare",
+            "dpjax",
+            "prepare",
             "cifar10",
             f"--source={tmp_path / 'no.tgz'}",
         ],

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dpjax import data
-from dpjax.commands import prepare
+from dpjax.commands import cli
 from dpjax.data.images import encode_png
 
 
@@ -20,8 +20,8 @@ def folder(tmp_path):
 
 
 def test_a_folder_becomes_a_data_set(folder, tmp_path, capsys):
-    command = ["my_pets", f"--source={folder}", f"--data_dir={tmp_path / 'data'}"]
-    assert prepare.main(command) == 0
+    command = ["prepare", "my_pets", f"--source={folder}", f"--data_dir={tmp_path / 'data'}"]
+    assert cli.main(command) == 0
     assert "{'test': 4, 'train': 6}" in capsys.readouterr().out
     dataset = data.load(
         "my_pets", split="test", data_dir=tmp_path / "data", spec=data.ImageSpec(image_size=8)
@@ -45,8 +45,8 @@ def test_a_folder_becomes_a_data_set(folder, tmp_path, capsys):
 )
 def test_a_folder_that_does_not_fit(folder, tmp_path, spoil, words, capsys):
     spoil(folder)
-    command = ["my_pets", f"--source={folder}", f"--data_dir={tmp_path / 'data'}"]
-    assert prepare.main(command) == 2
+    command = ["prepare", "my_pets", f"--source={folder}", f"--data_dir={tmp_path / 'data'}"]
+    assert cli.main(command) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 

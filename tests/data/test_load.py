@@ -154,7 +154,7 @@ def test_name_with_a_version(data_dir):
         ({"name": "cifar11"}, "dataset='cifar11' is unknown. Did you mean 'cifar10'"),
         (
             {"name": "cifar10"},
-            "not prepared in data_dir=.*dpjax.commands.prepare cifar10 --source=FILE",
+            "not prepared in data_dir=.*dpjax prepare cifar10 --source=FILE",
         ),
         ({"name": "cassava"}, "not prepared in .*tfds build cassava --file_format=array_record"),
         ({"split": "trian"}, r"'trian' must be one of \['test', .*\]. Did you mean 'train'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpjax import data
-from dpjax.commands import prepare as command
+from dpjax.commands import cli
 from dpjax.data.prepare import SOURCES
 
 
@@ -63,12 +63,12 @@ def test_newsgroups_wrong_tokenizer(tmp_path, tokenize):
 def test_command(tmp_path, capsys, monkeypatch):
     source = newsgroups(tmp_path / "a.tgz")
     flags = ["newsgroups20", f"--source={source}", f"--data_dir={tmp_path}"]
-    assert command.main(flags) == 2
+    assert cli.main(["prepare", *flags]) == 2
     assert "holds {'train': 18, 'test': 6} posts, not" in capsys.readouterr().err
     monkeypatch.setitem(
         SOURCES,
         "newsgroups20",
         type(SOURCES["newsgroups20"])("", SOURCES["newsgroups20"].build, None),
     )
-    assert command.main(flags) == 0
+    assert cli.main(["prepare", *flags]) == 0
     assert "{'train': 18, 'test': 6}" in capsys.readouterr().out

@@ -302,10 +302,32 @@ def test_norms_at_the_smallest_that_is_measured(method, large):
 
 
 @pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+def test_a_scan_of_no_turns(method):
+    def loss_fn(params, x):
+        turn = lambda s, _: (jnp.tanh(s @ params["w"]), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(turn, x, length=0)[0])
+
+    params = {"w": np.ones((3, 3), np.float32)}
+    found = contributions(loss_fn, params, np.ones((2, 3), np.float32), dp.flat(1.0), method)
+    np.testing.assert_array_equal(found, 0)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
 @pytest.mark.parametrize("poison", [np.nan, 3e38])
 @pytest.mark.parametrize("real", [True, False])
-def test_a_poisoned_example_inside_a_gradient_penalty(method, poison, real):
-    """XLA's batched gradient of a grouped convolution spreads NaN over the *losses* of all."""
+@pytest.mark.parametrize("where", ["penalty", "custom derivative"])
+def test_a_poisoned_example_inside_a_gradient(method, poison, real, where):
+    """XLA's batched gradient of a grouped convolution spreads NaN over norms, or losses, of all."""
+
+    @jax.custom_vjp
+    def own(w, x):
+        return jnp.sum(x) * jnp.sum(w)
+
+    def backward(saved, g):
+        w, x = saved
+        return g * jax.grad(lambda w: jnp.sum(jnp.square(conv(w, x))))(w), jnp.zeros_like(x)
+
+    own.defvjp(lambda w, x: (own(w, x), (w, x)), backward)
 
     def conv(w, x):
         return jax.lax.conv_general_dilated(
@@ -314,6 +336,8 @@ def test_a_poisoned_example_inside_a_gradient_penalty(method, poison, real):
         )  # fmt: skip
 
     def loss_fn(params, x):
+        if where == "custom derivative":
+            return own(params["w"], x)
         penalty = jax.grad(lambda w: jnp.sum(jnp.square(conv(w, x))))(params["w"])
         return jnp.sum(jnp.sin(conv(params["w"], x))) + jnp.sum(jnp.square(penalty))
 

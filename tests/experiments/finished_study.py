@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dpjax.commands import report
+from dpjax.commands import cli
 from experiments import run_study
 
 ROOT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "..")
@@ -37,7 +37,7 @@ def report_rebuilt(path, *, figures, tables):
         (path / name).unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        assert report.main([str(path)]) == 0
+        assert cli.main(["report", str(path)]) == 0
     for name in names:
         assert name.endswith(".png") or (path / name).read_bytes() == before[name]
     return before["report.md"].decode()

@@ -12,7 +12,7 @@ import pytest
 
 from dpjax import build, config, dp, heads, models
 from dpjax.build import planner
-from dpjax.commands import report
+from dpjax.commands import cli
 from dpjax.models import finetune
 from dpjax.search import sweep
 from experiments import run_study, study
@@ -83,7 +83,7 @@ def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
     (finished / "report.md").unlink()
     for path in finished.glob("*.png"):
         path.unlink()
-    assert report.main([str(finished)]) == 0
+    assert cli.main(["report", str(finished)]) == 0
     capsys.readouterr()
     assert (finished / "report.md").read_text() == text
     assert sorted(p.name for p in finished.glob("*.png")) == made

@@ -3,7 +3,7 @@
 import pytest
 
 from dpjax import config, dp
-from dpjax.commands import report
+from dpjax.commands import cli
 from dpjax.dp import repeat_and_select
 from dpjax.search import proposals, sweep
 from experiments import run_study, study
@@ -27,7 +27,7 @@ def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
     assert "The layer sets are ours" in text
     for name in ("report.md", "parameters.png", "sets.md"):
         (finished / name).unlink()
-    assert report.main([str(finished)]) == 0
+    assert cli.main(["report", str(finished)]) == 0
     capsys.readouterr()
     assert (finished / "report.md").read_text() == text
     assert (finished / "parameters.png").is_file()

@@ -74,7 +74,7 @@ def test_a_failed_point_fails_the_command_and_is_told(file, tmp_path, capsys):
     assert run_study.main(arguments) == 1
     assert "missing: 002, exit 2: lp.fraction=1.5" in (work / "report.md").read_text()
     assert run_study.main(["--config=nothing.py", f"--workdir={work}"]) == 2
-    assert "config='nothing.py' is not a file" in capsys.readouterr().err
+    assert "config='nothing.py' is neither a file nor" in capsys.readouterr().err
 
 
 def test_a_stop_saves_and_the_command_goes_on(file, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from dpjax.commands import report
+from dpjax.commands import cli
 from experiments import study
 
 FIELDS = {"R": "dp.bound", "epsilon": "dp.epsilon"}
@@ -138,7 +138,7 @@ def test_report_is_rebuilt_by_the_command(tmp_path, monkeypatch, capsys):
     work = tmp_path / "w"
     write_run(work, 0)
     plan(work, 2)
-    assert report.main(["w"]) == 2
+    assert cli.main(["report", "w"]) == 2
     assert "study 'study_file.py' is not a file" in capsys.readouterr().err
     (tmp_path / "study_file.py").write_text(
         "from matplotlib import pyplot as plt\n"
@@ -151,7 +151,7 @@ def test_report_is_rebuilt_by_the_command(tmp_path, monkeypatch, capsys):
         "             study.Figure('f', 'Curve', figure)]\n"
         "    return study.write(workdir, 'Title', parts, results)\n"
     )
-    assert report.main(["w"]) == 0
+    assert cli.main(["report", "w"]) == 0
     assert capsys.readouterr().out.split() == [f"w/{n}" for n in
                                                ("report.md", "t.md", "t.csv", "f.png")]  # fmt: skip
     text = (work / "report.md").read_text()

@@ -297,7 +297,7 @@ def test_the_recipes_for_slurm_requeue_what_was_saved(name, code, tmp_path):
         "requeue 12\n" if code == 75 else None
     )
     index = " --sweep_index=3" if name == "slurm_array.sh" else ""
-    assert (tmp_path / "ran").read_text() == f"python -m dpjax.train --config=a b.py{index}\n"
+    assert (tmp_path / "ran").read_text() == f"python -m dpjax train --config=a b.py{index}\n"
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)

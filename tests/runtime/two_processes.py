@@ -12,11 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-from absl import flags
 from tiny import tiny_config
 
 from dpjax import build
-from dpjax.commands import train
+from dpjax.commands import cli
 from dpjax.runtime import Workdir, compilation, hosts
 from dpjax.training import loop
 
@@ -55,10 +54,9 @@ def mistake_of_one(process, directory):
     """One host's mistake ends both with its message."""
     size = "minni" if process == 1 else "mini"
     file = config_file(directory / f"config_{process}.py", model__size=size)
-    flags.FLAGS([__file__, f"--config={file}", f"--workdir={directory / 'typo'}"])
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        code = train.main([__file__])
+        code = cli.main(["train", f"--config={file}", f"--workdir={directory / 'typo'}"])
     return {"code": code, "said": said.getvalue()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpjax import dp
-from dpjax.commands.search import main
+from dpjax.commands import cli
 from dpjax.dp import repeat_and_select
 from dpjax.search import proposals, sweep
 
@@ -175,14 +175,14 @@ def test_mistakes_cost_nothing(file, flags, text, tmp_path, capsys):
     argument = next((flag for flag in flags if flag.startswith(":")), "")
     rest = [flag for flag in flags if flag != argument]
     workdir = tmp_path / "w"
-    assert main([f"--config={file}{argument}", f"--workdir={workdir}", *rest]) == 2
+    assert cli.main(["search", f"--config={file}{argument}", f"--workdir={workdir}", *rest]) == 2
     assert text in capsys.readouterr().err
     assert not list(workdir.glob("trials/*"))
 
 
 def test_optuna_is_missed_clearly(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert main([f"--config={file}", f"--workdir={tmp_path}", "--method=optuna"]) == 2
+    assert cli.main(["search", f"--config={file}", f"--workdir={tmp_path}", "--method=optuna"]) == 2
     assert "pip install optuna" in capsys.readouterr().err
 
 
@@ -198,18 +198,18 @@ def fake_point(command, path):
 def test_a_random_search_and_its_statement(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "run_point", fake_point)
     command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--trials=2", "--seed=1"]
-    assert main(command) == 0
+    assert cli.main(["search", *command]) == 0
     statement = read(tmp_path / "w/privacy.json")
     assert "among 2 runs of 2 points (random search)" in statement["not_charged"][0]
     best = read(tmp_path / "w/best.json")
     assert best["point"] == max(proposals.sample(6, 2, seed=1))
     before = (tmp_path / "w/search.md").read_text()
-    assert main(command) == 0  # everything is done
+    assert cli.main(["search", *command]) == 0  # everything is done
     assert (tmp_path / "w/search.md").read_text() == before
-    assert main([*command[:-1], "--seed=2"]) == 2
+    assert cli.main(["search", *command[:-1], "--seed=2"]) == 2
     assert "contains another search" in capsys.readouterr().err
     grid = [f"--config={file}", f"--workdir={tmp_path / 'g'}", "--method=grid"]
-    assert main(grid) == 0
+    assert cli.main(["search", *grid]) == 0
     assert len(list((tmp_path / "g/trials").glob("*/*/eval.json"))) == 6
 
 
@@ -221,10 +221,10 @@ def test_a_run_that_fails_is_told(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "run_point", fails)
     monkeypatch.setattr(repeat_and_select, "draw", lambda points, mean, *, generator: [4, 0])
     command = [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
-    assert main([*command, "--trials=2"]) == 1
+    assert cli.main(["search", *command, "--trials=2"]) == 1
     assert (tmp_path / "w/search.md").read_text().count("no such data") == 2
     command[1] += "c"
-    assert main([*command, "--charge=3"]) == 2  # never the best of the rest
+    assert cli.main(["search", *command, "--charge=3"]) == 2  # never the best of the rest
     assert "a run of a charged search failed" in capsys.readouterr().err
     assert not (tmp_path / "wc/privacy.json").exists()
 
@@ -233,7 +233,7 @@ def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
     """A real run, at a small epsilon; what is said to be spent is the whole budget."""
     monkeypatch.setattr(repeat_and_select, "draw", lambda points, mean, *, generator: [4])
     command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--charge=3"]
-    assert main(command) == 0
+    assert cli.main(["search", *command]) == 0
     statement = read(tmp_path / "w/privacy.json")
     assert statement["search"]["charged"] is True
     assert 0.97 * 2.0 < statement["epsilon"] <= 2.0  # of the config
@@ -252,10 +252,10 @@ def test_optuna_finds_the_best_and_goes_on(file, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr(sweep, "run_point", fake_point)
     command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--method=optuna"]
-    assert main([*command, "--trials=3"]) == 0
+    assert cli.main(["search", *command, "--trials=3"]) == 0
     first = sorted(p.name for p in (tmp_path / "w/trials").iterdir())
     assert 1 <= len(first) <= 3
-    assert main([*command, "--trials=14"]) == 0
+    assert cli.main(["search", *command, "--trials=14"]) == 0
     points = [p.name for p in (tmp_path / "w/trials").glob("*/*") if p.is_dir()]
     assert len(points) == len(set(points)) <= 6  # what is known is not run again
     assert read(tmp_path / "w/best.json")["point"] == 5
@@ -272,7 +272,7 @@ def test_workers_share_a_database(file, tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path / 'search.db'}"
     for trials in (2, 4):  # the second worker adds to the first's
         command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", f"--storage={url}"]
-        assert main([*command, "--method=optuna", f"--trials={trials}"]) == 0
+        assert cli.main(["search", *command, "--method=optuna", f"--trials={trials}"]) == 0
     import optuna
 
     assert len(optuna.load_study(study_name=file, storage=url).trials) == 4
@@ -282,7 +282,7 @@ def test_workers_share_a_database(file, tmp_path, monkeypatch):
 def test_optuna_needs_a_product(file, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     command = [f"--config={file}:batches", f"--workdir={tmp_path / 'w'}", "--method=optuna"]
-    assert main(command) == 2
+    assert cli.main(["search", *command]) == 2
     assert "full product" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import tiny_config
 
-from dpjax.commands.sweep import main
+from dpjax.commands import cli
 from dpjax.search import sweep
 
 STUDY = """
@@ -49,7 +49,7 @@ def test_overrides_are_applied_under_the_lock():
     ("overrides", "text"),
     [
         ({"dp.epsilno": 1.0}, "config.dp has no field 'epsilno': did you mean 'epsilon'?"),
-        ({"epochs": "many"}, "config.epochs='many'"),
+        ({"epochs": "many"}, "config.epochs='many' must be a number"),
         ({"finetune.head": True}, "config.finetune has no fields"),
     ],
 )
@@ -82,7 +82,7 @@ def test_points_are_numbered():
 
 def test_a_typo_fails_before_anything_runs(study, tmp_path, capsys):
     study.write_text(STUDY.replace('"optimizer.name"', '"optimizer.nmae"'))
-    assert main([f"--config={study}", f"--workdir={tmp_path / 'w'}"]) == 2
+    assert cli.main(["sweep", f"--config={study}", f"--workdir={tmp_path / 'w'}"]) == 2
     assert "did you mean 'name'?" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
 
@@ -90,13 +90,13 @@ def test_a_typo_fails_before_anything_runs(study, tmp_path, capsys):
 def test_local_sweep_lists_failures_and_does_what_is_missing(study, tmp_path, capsys):
     out = tmp_path / "w"
     arguments = [f"--config={study}", f"--workdir={out}"]
-    assert main([*arguments, "--table_only"]) == 0
+    assert cli.main(["sweep", *arguments, "--table_only"]) == 0
     assert capsys.readouterr().out.count("waiting") == 3
     # One point as an array job runs it, then the rest.
-    command = [sys.executable, "-m", "dpjax.train", *arguments, "--sweep_index=2"]
+    command = [sys.executable, "-m", "dpjax", "train", *arguments, "--sweep_index=2"]
     assert sweep.run_point(command, out / "002") == 0
     before = (out / "002" / "weights.safetensors").stat().st_mtime_ns
-    assert main([*arguments, "--config.seed=3"]) == 1
+    assert cli.main(["sweep", *arguments, "--config.seed=3"]) == 1
     assert (out / "002" / "weights.safetensors").stat().st_mtime_ns == before
     with open(out / "sweep.csv") as file:
         rows = list(csv.DictReader(file))

@@ -7,7 +7,7 @@ from tiny import tiny_config
 
 from dpjax import build
 from dpjax.runtime import sharding
-from dpjax.training import capacity
+from dpjax.training import capacity, phases
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def run():
 
 
 def test_bytes_grow_with_the_chunk_and_cover_its_rows(run):
-    need = capacity.peak_bytes(run, 0, 5)
+    need = capacity.peak_bytes(phases.prepare(run, 5)[0], run.params, run.train)
     small, large = need(64), need(512)
     assert large > small > 0
     pixels = np.prod(run.train.shape) * (512 - 64) / jax.device_count()
@@ -52,13 +52,14 @@ def test_bytes_grow_with_the_chunk_and_cover_its_rows(run):
 
 
 def test_auto_is_chosen_from_memory(run, monkeypatch):
-    monkeypatch.setattr(capacity, "peak_bytes", lambda run, index, seed: lambda rows: 100 * rows)
-    assert capacity.physical_batch(run, 5) == 232  # 200 + 2 sqrt(200), in eights
+    monkeypatch.setattr(capacity, "peak_bytes", lambda *phase: lambda rows: 100 * rows)
+    given = (run.config, phases.prepare(run, 5), run.params, run.train)
+    assert capacity.physical_batch(*given) == 232  # 200 + 2 sqrt(200), in eights
     monkeypatch.setattr(sharding, "memory_per_device", lambda mesh: 12_000)
-    assert capacity.physical_batch(run, 5) == 120
-    run.config.physical_batch, given = 60, run.config.physical_batch
-    assert capacity.physical_batch(run, 5) == 64
-    run.config.physical_batch = given
+    assert capacity.physical_batch(*given) == 120
+    run.config.physical_batch, before = 60, run.config.physical_batch
+    assert capacity.physical_batch(*given) == 64
+    run.config.physical_batch = before
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "all"])

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from test_workdir import files_no_longer_than
 from tiny import tiny_config
 
 from dpjax import build, dp, models
-from dpjax.commands import train
+from dpjax.commands import cli
 from dpjax.runtime import OtherRun, Unwritable, Workdir, read_jsonl
 from dpjax.search import sweep
 from dpjax.training import loop, phases
@@ -211,7 +210,7 @@ OTHERS = {
     ),
     "steps": lambda run: with_mechanism(run, steps=20),
     "bound": lambda run: run._replace(phases=(run.phases[0]._replace(bound=2.0),)),
-    "clipping.kind": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
+    "clipping.function": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
     "data": lambda run: run._replace(train=run.train.select(np.arange(1617)[::-1])),
 }
 
@@ -300,13 +299,13 @@ def test_facts_are_fetched_a_step_late(run, tmp_path, monkeypatch):
     events, prepare, log = [], phases.prepare, loop._log
 
     def prepare_noting(*arguments):
-        steps, hyper = prepare(*arguments)
+        (prepared,) = prepare(*arguments)
 
         def update(*operands):
             events.append("update")
-            return steps.update(*operands)
+            return prepared.steps.update(*operands)
 
-        return steps._replace(update=update), hyper
+        return (prepared._replace(steps=prepared.steps._replace(update=update)),)
 
     def log_noting(*arguments):
         events.append("log")
@@ -342,10 +341,8 @@ def main(run, tmp_path, monkeypatch):
 
     def call(outcome, *arguments):
         monkeypatch.setattr(loop, "train", outcome)
-        flags.FLAGS.unparse_flags()
         given = [f"--config={config}", f"--workdir={tmp_path / 'w'}", *arguments]
-        flags.FLAGS([__file__, *given])
-        return train.main([__file__])
+        return cli.main(["train", *given])
 
     return call
 

@@ -40,7 +40,9 @@ def end_state(run, path):
     """The train state of the last checkpoint."""
     with Checkpoints(path / "checkpoints", keep=2) as checkpoints:
         step = checkpoints.steps()[0]
-        like = phases.checkpoint_like(run, len(run.phases) - 1, run.config.private_seed or 0)
+        like = phases.checkpoint_like(
+            phases.prepare(run, run.config.private_seed or 0)[-1], run.params
+        )
         return checkpoints.load(step, like)["state"]
 
 
@@ -260,7 +262,7 @@ def test_kept_moments_are_those_of_the_head_and_fresh_ones_the_rest(tmp_path):
         assert [phase.steps for phase in run.phases] == [4, 1]
         states[keep] = end_state(run, path)
     with Checkpoints(path / "checkpoints", keep=2) as checkpoints:
-        like = phases.checkpoint_like(run, 0, 5)
+        like = phases.checkpoint_like(phases.prepare(run, 5)[0], run.params)
         probed = checkpoints.load(4, like)["state"]
     (fresh, kept), before = (states[k].opt[1][0] for k in (False, True)), probed.opt[1][0]
     assert fresh.count == kept.count == 1

@@ -108,10 +108,13 @@ def sum_of(run):
     phase = run.phases[0]
     mechanism = dataclasses.replace(phase.mechanism, num_examples=len(run.train))
     run = run._replace(phases=(phase._replace(mechanism=mechanism),))
-    steps, hyper = phases.prepare(run, 0, 5)
-    _, frozen, state = phases.begin(run, 0, run.params, None, private_seed=5)
+    (prepared,) = phases.prepare(run, 5)
+    steps, hyper = prepared.steps, prepared.hyper
+    frozen, state = prepared.begin(run.params, None)
     whole, totals = steps.begin(state)
-    for chunk in feed.chunks(run, run.phases[0], seed=1, size=64, steps=range(1)):
+    for chunk in feed.physical_chunks(
+        run.train, run.phases[0], run.layout, seed=1, size=64, steps=range(1)
+    ):
         batch = sharding.to_mesh(chunk.batch, run.layout.mesh)
         now = at_bound(hyper, state)
         totals = steps.accumulate(totals, whole, frozen, batch, jnp.int32(0), now)
@@ -377,7 +380,7 @@ def command(tmp_path, *arguments):
     (tmp_path / "c.py").write_text(CONFIG)
     here = os.path.dirname(os.path.dirname(__file__))
     return subprocess.run(
-        [sys.executable, "-m", "dpjax.train", f"--config={tmp_path / 'c.py'}", *arguments],
+        [sys.executable, "-m", "dpjax", "train", f"--config={tmp_path / 'c.py'}", *arguments],
         capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", "XLA_FLAGS": ""},
     )  # fmt: skip
@@ -437,6 +440,6 @@ def test_typo_on_the_command_line(tmp_path):
     done = command(tmp_path, f"--workdir={tmp_path / 'w'}", "--config.dp.epsilno=1")
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: config.dp has no field 'epsilno': did you mean 'epsilon'?"
+        "dpjax train: config.dp has no field 'epsilno': did you mean 'epsilon'?"
     )
     assert not (tmp_path / "w").exists()

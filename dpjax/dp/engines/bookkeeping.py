@@ -176,7 +176,7 @@ def microbatch_sum(
     most = _cancellation(max((group.form.T for group in made.groups), default=1))
     clip = _clip(rule, parts, groups, num_groups, loss, mask, most)
     # A batched convolution may have spread one example's NaN over the losses of all, see reference.
-    convolutions = reference.has_convolutions(made.traced.jaxpr.jaxpr)
+    convolutions = reference.differentiates_convolutions(loss_fn, params, batch)
     doubtful = mask & ~clip.usable & (convolutions | jnp.isfinite(loss))
     total = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
     for part in parts:

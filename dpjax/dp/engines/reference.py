@@ -19,7 +19,7 @@ from jax.extend.core import primitives as P
 
 from dpjax.dp.clipping import ClipRule, PerExample
 
-__all__ = ["flattened", "has_convolutions", "microbatch_sum", "one_by_one"]
+__all__ = ["differentiates_convolutions", "flattened", "microbatch_sum", "one_by_one"]
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -36,8 +36,7 @@ def microbatch_sum(
         allows for.
     """
     total, facts = _batched(loss_fn, rule, params, batch, mask)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    if mask.shape[0] == 1 or not has_convolutions(jax.make_jaxpr(loss_fn)(params, example).jaxpr):
+    if mask.shape[0] == 1 or not differentiates_convolutions(loss_fn, params, batch):
         return total, facts
     doubtful = mask & ~(jnp.isfinite(facts.loss) & jnp.all(jnp.isfinite(facts.norms), 1))
     return one_by_one(loss_fn, rule, params, batch, doubtful, total, facts)
@@ -55,14 +54,19 @@ def flattened(gradients: PyTree) -> PyTree:
     return jax.lax.optimization_barrier(flat)
 
 
-def has_convolutions(jaxpr: core.Jaxpr) -> bool:
-    """Whether a convolution occurs in a jaxpr or in what it calls."""
+def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
+    """Whether the loss of one example, or its gradient (a custom one included), convolves."""
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    return _has_convolutions(jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, example).jaxpr)
+
+
+def _has_convolutions(jaxpr: core.Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         if eqn.primitive is P.conv_general_dilated_p:
             return True
         for part in jax.tree.leaves(list(eqn.params.values())):
             inner = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
-            if isinstance(inner, core.Jaxpr) and has_convolutions(inner):
+            if isinstance(inner, core.Jaxpr) and _has_convolutions(inner):
                 return True
     return False
 
@@ -95,7 +99,7 @@ def one_by_one(
     def add(i: jax.Array, state: tuple[PyTree, PerExample]) -> tuple[PyTree, PerExample]:
         total, facts = state
         row = order[i]
-        example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), batch)
+        example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(_again(x), row, 1), batch)
         part, one = _batched(loss_fn, rule, params, example, jnp.ones(1, bool))
         facts = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0), facts, one
@@ -103,6 +107,13 @@ def one_by_one(
         return jax.tree.map(jnp.add, total, part), facts
 
     return jax.lax.fori_loop(0, jnp.sum(doubtful), add, (total, facts))
+
+
+def _again(array: jax.Array) -> jax.Array:
+    """The array; random keys are marked for a second use, which is that of the same example."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.clone(array)
+    return array
 
 
 def _batched(

@@ -368,7 +368,7 @@ def _site(
     output: Any = eqn.outvars[0].aval
     if not _is_float(aval) or not _is_float(output):
         return None  # a complex product has a conjugate in its derivative
-    if 0 in (*inputs.shape, *output.shape):
+    if 0 in (*inputs.shape, *output.shape, *lengths):
         return None  # an empty product, whose patches have no shape
     leaves, view = args[operand].leaves, args[operand].view
     scanned = view.scanned if view else ()
