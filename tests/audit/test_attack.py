@@ -83,7 +83,7 @@ def without_noise(run):
 
 
 def without_clipping(run):
-    return run._replace(rule=Unclipped(1.0, 0.0, dp.one_group, "flat", True))
+    return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalised=True))))
 
 
 def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):
@@ -144,7 +144,7 @@ def test_absent_canaries_are_never_read_and_present_ones_are_drawn_at_the_rate(s
     phase = attack._of_size(sampled.phases[0], len(train))
     assert phase.mechanism.sampling_prob == sampled.phases[0].mechanism.sampling_prob
     seen, steps = np.zeros(40), 400
-    drawn = feed.chunks(played, phase, sampled.layout, seed=3, size=64, steps=range(steps))
+    drawn = feed.chunks(played, phase, seed=3, size=64, steps=range(steps))
     for chunk in drawn:
         labels = chunk.batch["label"][chunk.batch["mask"]]
         np.add.at(seen, labels[labels >= 10] - 10, 1)
