@@ -194,8 +194,8 @@ def make_steps(
         if private:
             grads = dp.ClippedSum(grads, jnp.zeros((mesh.size,), jnp.float32))
         facts = {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS}
-        # Checked here, where the parameters are at hand and gathered: the host learns of it with
-        # the step's other facts, without waiting for the device. Every device adds the same 0 or 1.
+        # Checked here, where the parameters are gathered anyway. The host reads it with the other
+        # facts of the step, without an extra wait. Every device adds the same 0 or 1.
         bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable)]
         facts["diverged"] += jnp.any(jnp.stack(bad), keepdims=True)
         return Totals(grads, facts)
@@ -216,8 +216,8 @@ def make_steps(
         state: TrainState, totals: Totals, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         value = totals.grads.value if private else totals.grads
-        # One call for gradients and facts: one collective carries both. The facts stay replicated
-        # (-1); a gradient sum is sharded like its parameter.
+        # One call for gradients and facts: one all-reduce carries the facts and all replicated
+        # gradient sums. Facts are replicated (-1); a gradient sum is sharded like its parameter.
         not_sharded = jax.tree.map(lambda fact: -1, totals.facts)
         grads, facts = sum_over_devices(
             (value, totals.facts), (layout.axes(state.trainable), not_sharded), mesh

@@ -146,7 +146,7 @@ class Dataset:
 
         Args:
             indices: integers [n], each in [0, num_examples), all different: an example that
-                occurs twice would be clipped twice, and twice as sensitive.
+                occurs twice would be clipped twice and could contribute twice the bound.
 
         Raises:
             ValueError: an index is out of range or repeated.
@@ -211,7 +211,7 @@ def distinct_rows(indices: np.ndarray, length: int) -> np.ndarray:
 
     Raises:
         ValueError: an index is out of range or repeated. An example that occurs twice would be
-            clipped twice, and twice as sensitive.
+            clipped twice and could contribute twice the bound.
     """
     indices = np.asarray(indices, np.int64)
     wrong = indices[(indices < 0) | (indices >= length)]

@@ -128,7 +128,7 @@ def check_split(builder: Any, split: str) -> None:
 
     Raises:
         ValueError: one of these is the case. An overlap is rejected because an example that is read
-            twice would be clipped twice, and twice as sensitive.
+            twice would be clipped twice and could contribute twice the bound.
     """
     known = sorted(builder.info.splits)
     for part in split.split("+"):

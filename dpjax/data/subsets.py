@@ -187,7 +187,7 @@ def _apportion(counts: np.ndarray, fraction: float) -> np.ndarray:
     take = np.floor(exact).astype(np.int64)
     missing = int(round(fraction * counts.sum())) - int(take.sum())
     by_remainder = np.argsort(-(exact - take), kind="stable")
-    # Rounding in `exact` may lift a product to the next integer: then nothing is missing, or a
-    # class would get more examples than it has.
+    # Float rounding may lift a product to the next integer. `max` and `minimum` then keep the
+    # numbers valid.
     take[by_remainder[: max(missing, 0)]] += 1
     return np.minimum(take, counts)

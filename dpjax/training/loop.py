@@ -279,7 +279,7 @@ def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
         row["nonprivate/grad_norm"] = sums["norm"] / count
         row["nonprivate/clipped_fraction"] = sums["clipped"] / count
     if "bound" in sums:
-        row["clip_bound"] = sums["bound"]  # private: it follows from noised counts
+        row["clip_bound"] = sums["bound"]  # may be released: it follows from noisy counts
     job.workdir.append_metrics(step, row)
     # "diverged" is checked on the parameters before the step: the step before it is to blame.
     if sums["diverged"]:

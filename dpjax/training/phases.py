@@ -55,8 +55,8 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
     # its draws in the optimizer state; a new training starts at 0 again and would repeat the noise
     # of the previous one under the same key. A new phase of the same training goes on counting.
     hyper = Hyper(
-        # Arrays, not Python numbers: those would be constants of the program, and a sweep over
-        # rates or epsilon would recompile.
+        # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles
+        # once.
         learning_rate=jnp.asarray(phase.learning_rate, jnp.float32),
         noise_multiplier=jnp.zeros((), jnp.float32),
         rule=None,

@@ -1,4 +1,4 @@
-"""Clipping seen in function space: kernels of clipped gradient flow and what they predict.
+"""Clipping in function space: kernels of clipped gradient flow, and their predictions.
 
 Setting (Bu et al., arXiv 2106.07830): outputs f = (f_1 ... f_n) of a scalar network on n training
 examples, losses l_i = (f_i - y_i)^2 / 2, L their mean, J_r = df/dw_r `[n, parameters]` of layer r.
@@ -189,7 +189,7 @@ def kernels(
 
 
 def properties(kernel: np.ndarray) -> dict[str, float]:
-    """What the table asks of a kernel, as numbers relative to its spectral norm.
+    """Returns the properties of a kernel that the table shows, relative to its spectral norm.
 
     Returns:
         asymmetry: |K - K'| / |K|, 0 if symmetric. quadratic: the least x'Kx over |x| = 1.

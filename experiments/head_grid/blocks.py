@@ -1,4 +1,4 @@
-"""What `head_grid` tries, as values, and how one block of it is trained and scored."""
+"""The settings that `head_grid` tries, and how one block of them is trained and scored."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Ridges:
 
 
 def grid(*, private: bool, quick: bool) -> list[Block]:
-    """What is tried at every epsilon."""
+    """Returns the settings that are tried at every epsilon."""
     if quick:
         return [Block(True, "adam", 30, 1.0, (2.0,), (0.02, 0.05))]
     if not private:

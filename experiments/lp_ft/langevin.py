@@ -2,9 +2,9 @@
 
 Ke et al. (arXiv 2402.18905) study DP-SGD on two-layer networks through its Langevin diffusion and
 give approximate upper and lower bounds on the loss of DP linear probing (DP-LP) and DP full
-fine-tuning (DP-FFT). We could read summaries of the paper but not its formulas: WHAT FOLLOWS IS OUR
-OWN DERIVATION and stands in their place. From the paper we took the setting (two layers, a
-pretrained first one, a random or zero head, isotropic noise) and the questions.
+fine-tuning (DP-FFT). We had access to summaries of the paper but not to its formulas: THE FOLLOWING
+IS OUR OWN DERIVATION. From the paper we took the setting (two layers, a pretrained first one, a
+random or zero head, isotropic noise) and the questions.
 
 Setting. f_i = phi(B x_i) . v with B `[k, d]`, v `[k]`, phi the identity or ReLU;
 L = (1/2n) sum_i (f_i - y_i)^2. One DP-SGD step of rate eta that clips nothing, with noise

@@ -70,7 +70,7 @@ def compute(size: str) -> Row:
 
 
 def parts(found: Row) -> list[str | Table | Figure]:
-    """Tables and figures of what `compute` found."""
+    """Returns tables and figures of the results of `compute`."""
     rows, curves = found["rows"], found["curves"]
     best = []
     for network, head, epsilon in dict.fromkeys(

@@ -317,7 +317,7 @@ def test_a_download_that_needs_tensorflow_says_so(tmp_path, monkeypatch):
             raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
     monkeypatch.setattr(tfds, "builder", lambda name, **kwargs: Needs())
-    with pytest.raises(ValueError, match=r"'cassava' cannot be prepared here, .* needs tensorflow"):
+    with pytest.raises(ValueError, match=r"'cassava' cannot be prepared here: .* needs tensorflow"):
         data.load("cassava", data_dir=tmp_path, download=True)
 
 

@@ -64,7 +64,7 @@ def test_any_coupling_is_refused(apply):
     [
         (lambda p, x: x @ p["w"], INPUTS[:1], "must be one size >= 2"),
         (lambda p, x: jnp.ones((len(x), 2)), INPUTS, "do not depend on the inputs"),
-        (lambda p, x: jnp.sum(x @ p["w"]), INPUTS, r"gives shape \(\)"),
+        (lambda p, x: jnp.sum(x @ p["w"]), INPUTS, r"returns shape \(\)"),
         (lambda p, x: jnp.log(x - 100), INPUTS, "not finite"),
         (lambda p, x: x @ p["w"], (INPUTS, INPUTS[:3]), "must be one size >= 2"),
     ],
