@@ -377,7 +377,7 @@ BROKEN = {
     "truncation unaccounted": Broken(
         {"indices": lambda step: MECHANISM.indices(11, step)[:BATCH]}, {sampler}
     ),
-    "division by the realised size": Broken(
+    "division by the realized size": Broken(
         {"update": divided_by_the_realised_size}, {division, empty}
     ),
     "empty batches skipped": Broken({"update": skipping_empty_batches}, {empty}),

@@ -103,7 +103,7 @@ PITFALLS = {
         ],
         [
             "test_noise.py::test_division_by_the_realised_or_padded_size_is_seen",
-            f"{CAUGHT}[division by the realised size]",
+            f"{CAUGHT}[division by the realized size]",
         ],
     ),
     "accumulation counted as one draw, shuffling as Poisson, truncation uncounted, rate rounded": (

@@ -87,7 +87,7 @@ def prepare(run: Run, index: int, private_seed: int) -> tuple[Steps, Hyper]:
 
 
 def spans(run: Run) -> list[range]:
-    """Returns the numbers of the steps of each phase, counted over all phases."""
+    """Returns the step numbers of each phase, counted over all phases."""
     ends = itertools.accumulate(phase.steps for phase in run.phases)
     return [range(end - phase.steps, end) for phase, end in zip(run.phases, ends, strict=True)]
 
@@ -101,21 +101,21 @@ def begin(
     private_seed: int,
     restored: bool = False,
 ) -> tuple[Execute, Params, TrainState]:
-    """Makes a phase executable.
+    """Prepares a phase for execution.
 
     Args:
         run: contains the phase.
         index: number of the phase.
-        params: all parameters, as the previous phase left them.
+        params: all parameters after the previous phase.
         before: last state of the previous phase; None for the first phase.
         private_seed: the run's secret seed.
-        restored: `before` is a state of this phase itself, from a checkpoint.
+        restored: whether `before` is a state of this very phase, from a checkpoint.
 
     Returns:
-        `(execute, frozen parameters, initial state)`. `execute(state, step, chunks)` runs one step
-        over the next chunks of an iterator, through the last chunk of the step. It donates the
-        state and returns the next one, the facts of the step (still on the devices), and the
-        number of rows of its chunks.
+        `(execute, frozen parameters, initial state)`. `execute(state, step, chunks)` takes the
+        chunks of one step from an iterator and executes the step. It donates the state and returns
+        the next state, the facts of the step (still on the devices), and the number of rows of its
+        chunks.
     """
     phase, layout = run.phases[index], run.layout
     steps, hyper = prepare(run, index, private_seed)
@@ -136,7 +136,7 @@ def begin(
     ) -> tuple[TrainState, dict[str, jax.Array], int]:
         trainable, totals = steps.begin(state)
         at_step = at_bound(hyper, state)
-        number = jnp.asarray(step, jnp.int32)  # an array: a Python int would recompile
+        number = jnp.asarray(step, jnp.int32)
         while True:
             chunk = next(chunks)  # raises if the iterator ends within the step
             batch = sharding.to_mesh(chunk.batch, layout.mesh)
