@@ -369,9 +369,7 @@ BROKEN = {
     "noise drawn on every device": Broken({"update": noise_of_every_device}, {scale, empty}),
     "one key for all steps": Broken({"update": same_noise_in_every_step}, {fresh}),
     "one key for all leaves": Broken({"update": same_noise_in_every_leaf}, {fresh}),
-    "no clipping": Broken(
-        {"clipped": clipping(Unclipped(1.0, {}, jnp.ones_like, dp.one_group, False))}, {moves, audited}
-    ),
+    "no clipping": Broken({"clipped": clipping(Unclipped(**vars(dp.flat(1.0))))}, {moves, audited}),
     "clipping after the mean": Broken({"clipped": clipped_after_the_mean}, {moves, audited}),
     "frozen layers in the norm": Broken({"clipped": frozen_in_the_norm}, {spent}),
     "an example used twice": Broken({"rows": wrapped}, {once, moves}),

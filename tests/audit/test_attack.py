@@ -83,7 +83,7 @@ def without_noise(run):
 
 
 def without_clipping(run):
-    return run._replace(rule=Unclipped(1.0, {}, jnp.ones_like, dp.one_group, True))
+    return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalised=True))))
 
 
 def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):

@@ -8,7 +8,7 @@ import optax
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, dp, heads, models
+from dpjax import build, data, dp, heads, models
 from dpjax.runtime import Workdir
 from dpjax.step import Hyper
 from dpjax.training import loop
@@ -18,10 +18,14 @@ STEPS, BATCH, EXAMPLES = 6, 40, 200
 
 def on_cached_features(run):
     """The run whose data sets hold features, and whose model is the head alone."""
-    train, test = (
-        heads.as_dataset(heads.compute_features(run.model, run.params, d), d)
-        for d in (run.train, run.test)
-    )
+
+    def of_features(dataset):
+        values = heads.compute_features(run.model, run.params, dataset).values
+        keys = dataset.source.keys[dataset.rows]
+        source = data.Source(lambda rows: values[rows], keys, np.dtype(np.float32))
+        return dataclasses.replace(
+            dataset, shape=values.shape[1:], rows=np.arange(len(dataset)), source=source
+        )
 
     def apply(params, inputs):
         return models.dense_head(params["head"], inputs)
@@ -31,7 +35,9 @@ def on_cached_features(run):
             apply(params, example["input"]), example["label"]
         )
 
-    return run._replace(train=train, test=test, apply=apply, loss_fn=loss_fn)
+    return run._replace(
+        train=of_features(run.train), test=of_features(run.test), apply=apply, loss_fn=loss_fn
+    )
 
 
 @pytest.mark.parametrize(
