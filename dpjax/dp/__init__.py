@@ -43,7 +43,13 @@ from dpjax.dp.clipping import (
     per_layer,
     rule,
 )
-from dpjax.dp.engines import METHODS, bookkeeping, clipped_sum
+from dpjax.dp.engines import (
+    METHODS,
+    EngineMismatch,
+    bookkeeping,
+    check_engine,
+    clipped_sum,
+)
 from dpjax.dp.ledger import SEED_POLICIES, BudgetExceeded, Ledger, Phase, statement, to_markdown
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
@@ -58,6 +64,7 @@ __all__ = [
     "BudgetExceeded",
     "ClipRule",
     "ClippedSum",
+    "EngineMismatch",
     "Ledger",
     "Mechanism",
     "PerExample",
@@ -73,6 +80,7 @@ __all__ = [
     "by_prefix",
     "calibrated",
     "calibrated_phases",
+    "check_engine",
     "chunks",
     "clipped_sum",
     "fit_temperature",

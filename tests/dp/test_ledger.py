@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from dpjax import dp
@@ -38,7 +39,7 @@ def test_only_executed_steps_are_spent():
 def test_a_run_that_ends_early_claims_its_plan():
     """Whatever made it end: it may have been what it released."""
     planned = MECHANISM.epsilon(1e-4)
-    for steps, claim in ((0, 0.0), (1, planned), (39, planned), (40, planned)):
+    for steps, claim in ((1, planned), (39, planned), (40, planned)):
         book = ledger().charge(0, steps)
         facts = statement(book)
         assert facts["epsilon"] == max(book.guaranteed_by_part().values()) == claim
@@ -46,15 +47,42 @@ def test_a_run_that_ends_early_claims_its_plan():
         text = dp.to_markdown(facts)
         assert f"({claim:.4g}, 0.0001)-differentially private" in text
         early = f"cost epsilon {book.spent():.4g}"
-        assert (early in text and f"{steps} of 40 steps" in text) == (0 < steps < 40)
+        assert (early in text and f"{steps} of 40 steps" in text) == (steps < 40)
 
 
 def test_no_step_past_the_budget():
     book = ledger().charge(0, 40)
     with pytest.raises(dp.BudgetExceeded, match="step 41 of 40"):
         book.charge(0)
-    with pytest.raises(dp.BudgetExceeded):
-        ledger().charge(0, -1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "steps", "text"),
+    [
+        (0, -1, "steps=-1"), (0, -20, "steps=-20"), (0, 0.5, "steps=0.5"), (0, 2.0, r"steps=2\.0"),
+        (0, True, "steps=True"), (0, float("nan"), "steps=nan"), (-1, 5, "phase=-1"),
+        (1, 5, r"phase=1 must be a whole number in 0\.\.0"), (0.0, 5, r"phase=0\.0"),
+    ],
+)  # fmt: skip
+def test_only_whole_steps_of_a_phase_can_be_charged(phase, steps, text):
+    book = ledger().charge(0, 20)
+    with pytest.raises(ValueError, match=text):
+        book.charge(phase, steps)
+    assert book.charge(np.int64(0), np.int64(5)).steps_done == 25
+
+
+@pytest.mark.parametrize("steps", [-1, 0.5, 1.0, True])
+def test_no_ledger_begins_with_steps_that_are_no_count(steps):
+    with pytest.raises(ValueError, match=f"steps_done={steps}"):
+        dp.Ledger((dp.Phase("p", MECHANISM, steps),), epsilon=2.0, delta=1e-4)
+
+
+def test_a_ledger_that_nobody_charged_has_no_statement():
+    book = ledger()
+    for _ in range(40):
+        book.charge(0)  # the mistake: the new ledger is dropped
+    with pytest.raises(ValueError, match=r"0 of 40 steps.*ledger = ledger\.charge"):
+        statement(book)
 
 
 def test_a_plan_beyond_the_budget_cannot_be_made():
@@ -102,9 +130,10 @@ def test_statement_has_what_others_rely_on():
     assert (facts["steps_done"], facts["steps_planned"]) == (10, 40)
     assert facts["epsilon_of_steps_done"] == MECHANISM.epsilon(1e-4, steps=10)
     assert facts["seed_policy"] == "fixed seed: for study, not for release"
-    assert "OS entropy" in statement(ledger(), seed_policy="os_entropy")["seed_policy"]
+    book = ledger().charge(0, 10)
+    assert "OS entropy" in statement(book, seed_policy="os_entropy")["seed_policy"]
     with pytest.raises(ValueError, match="seed_policy='weak'"):
-        statement(ledger(), seed_policy="weak")
+        statement(book, seed_policy="weak")
 
 
 def test_markdown_says_the_same():
@@ -144,7 +173,7 @@ def test_disjoint_parts_cost_what_the_dearest_does():
     text = dp.to_markdown(facts)
     assert "disjoint parts" in text
     assert "- temperature: epsilon" in text
-    assert "disjoint parts" not in dp.to_markdown(statement(ledger()))
+    assert "disjoint parts" not in dp.to_markdown(statement(ledger().charge(0, 40)))
 
 
 def test_a_replaced_example_may_change_two_parts():
@@ -177,7 +206,7 @@ def test_the_statement_knows_the_noise_of_the_count():
     assert facts["gradient_noise_multiplier"] > facts["noise_multiplier"]
     assert facts["phases"][0]["count_noise"] == 1.0
     assert "of it, for gradients" in dp.to_markdown(facts)
-    assert "of it, for gradients" not in dp.to_markdown(statement(ledger()))
+    assert "of it, for gradients" not in dp.to_markdown(statement(ledger().charge(0)))
 
 
 def test_what_all_phases_share_is_one_number():
@@ -185,11 +214,11 @@ def test_what_all_phases_share_is_one_number():
         dp.Mechanism(num_examples=1000, sampling_prob=0.05, steps=n, noise_multiplier=3.0)
         for n in (5, 10)
     ]
-    made = statement(ledger(*mechanisms))
+    made = statement(ledger(*mechanisms).charge(0))
     assert made["noise_multiplier"] == 3.0
     assert made["sampling_prob"] == 0.05
     loud = dp.Mechanism(num_examples=1000, sampling_prob=0.05, steps=5, noise_multiplier=4.0)
-    made = statement(ledger(*mechanisms, loud))
+    made = statement(ledger(*mechanisms, loud).charge(0))
     assert made["noise_multiplier"] == [3.0, 3.0, 4.0]
     assert made["num_examples"] == 1000
 

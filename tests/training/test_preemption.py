@@ -90,6 +90,16 @@ def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(run, whole, tmp_path):
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_stopped_before_its_first_step_it_goes_on_all_the_same(run, whole, tmp_path):
+    path = tmp_path / "w"
+    with pytest.raises(loop.Preempted, match="after step 0"):
+        loop.train(run, Workdir(path), stop=lambda step: True)
+    assert 0 < statement(path)["steps_done"] < STEPS  # of the first block: too much, not too little
+    loop.train(run, Workdir(path))
+    assert_same_weights(path, whole)
+    assert statement(path) == statement(whole)
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing below `BaseException` is caught."""
 
@@ -146,7 +156,7 @@ def test_a_full_disk_ends_the_run_and_the_one_before_goes_on(run, whole, tmp_pat
                 limits.enter_context(files_no_longer_than(3500))
             return False
 
-        with pytest.raises(Unwritable, match="checkpoint 3 is whole"):
+        with pytest.raises(Unwritable, match="checkpoint 3 is intact"):
             loop.train(run._replace(config=config), Workdir(path), stop=fill_the_disk)
     assert checkpoint_steps(path) == [3]
     loop.train(run, Workdir(path))
@@ -221,7 +231,7 @@ def test_other_data_under_the_same_name_are_refused_before_any_checkpoint(run, t
     with pytest.raises(loop.Preempted):
         loop.train(run, path, stop=lambda step: step == 1)
     shutil.rmtree(path.path / "checkpoints")
-    with pytest.raises(OtherRun, match=r"the workdir is of another run: run\.data: "):
+    with pytest.raises(OtherRun, match=r"the workdir belongs to another run: run\.data: "):
         loop.train(OTHERS["data"](run), path)
     loop.train(run, path)
 

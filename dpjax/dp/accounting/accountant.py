@@ -1,8 +1,8 @@
-"""Privacy accounting: epsilon and delta of events, and calibration of one quantity from the rest.
+"""Privacy accounting: epsilon and delta of events, and the noise that keeps a budget.
 
 A thin layer over `dp_accounting`. It fixes one convention of the noise multiplier (`events`),
-refuses impossible inputs by name, and finds parameters that provably fit the budget: whatever a
-`calibrate_*` function returns was evaluated by the very accountant that was asked for.
+refuses impossible inputs by name, and finds the noise that keeps a budget: what
+`calibrate_noise_multiplier` returns was evaluated by the very accountant that was asked for.
 Results are cached on disk (`cache`).
 """
 
@@ -12,31 +12,30 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Required, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, TypeAlias
 
 import dp_accounting as dpa
 from dp_accounting import pld, rdp
+from scipy import optimize
 
 from dpjax.dp.accounting.cache import cached
 from dpjax.dp.accounting.events import (
     count,
     doubled,
     fixed_size,
-    fraction,
     full_batch,
     map_leaves,
+    neighbors,
     num_sampled,
     poisson,
     positive,
     truncated_poisson,
     untruncated,
 )
-from dpjax.dp.accounting.root import falling_root, largest_integer
 
 __all__ = [
-    "ACCOUNTANTS", "RELATIONS", "BudgetArgs", "Events", "calibrate_batch_size", "calibrate_epochs",
-    "calibrate_noise_multiplier", "calibrate_sampling_prob", "calibrate_steps", "check_budget",
-    "delta", "epsilon", "fixed_size", "full_batch", "poisson", "truncated_poisson",
+    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget", "delta",
+    "epsilon", "falling_root", "fixed_size", "full_batch", "poisson", "truncated_poisson",
 ]  # fmt: skip
 
 Events: TypeAlias = "dpa.DpEvent | Sequence[dpa.DpEvent]"
@@ -55,17 +54,6 @@ _ORDERS = (
     *range(64, 120, 8),
     *_ROUGH_ORDERS[-4:],
 )
-
-
-class BudgetArgs(TypedDict, total=False):
-    """The keywords of every `calibrate_*`; meanings and defaults as in `epsilon`."""
-
-    epsilon: Required[float]
-    delta: Required[float]
-    accountant: str
-    relation: str
-    num_examples: int | None
-    grid: float | None
 
 
 def epsilon(
@@ -130,78 +118,92 @@ def check_budget(epsilon: float, delta: float, num_examples: int | None = None) 
 
 
 def calibrate_noise_multiplier(
-    make_event: Callable[[float], Events], *, tol: float = 1e-4, **budget: Unpack[BudgetArgs]
+    make_event: Callable[[float], Events],
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: str = "pld",
+    relation: str = "add_or_remove_one",
+    num_examples: int | None = None,
+    grid: float | None = None,
+    tol: float = 1e-4,
 ) -> float:
-    """Smallest noise multiplier within the budget, up to a relative `tol`; never below it.
+    """Returns the smallest noise multiplier within the budget, up to a relative `tol`.
 
     Args:
-      make_event: noise multiplier -> event(s), epsilon falling as it grows.
-      tol: relative; the result r keeps the budget and r * (1 - tol) does not.
-      **budget: epsilon, delta; accountant, relation, num_examples, grid as in `epsilon`.
-    Raises:
-      ValueError: impossible budget, or no noise reaches it.
-    Example:
-      >>> from dpjax.dp import accounting
-      >>> sigma = accounting.calibrate_noise_multiplier(
-      ...     lambda s: accounting.full_batch(s, 8), epsilon=1.0, delta=1e-5)
-      >>> round(sigma, 2)
-      10.55
-    """
-    limit, tol = _Budget.checked(**budget), positive("tol", tol)
-    event_at = lambda x: _compose(make_event(math.exp(x)))  # noqa: E731
-    solve = lambda: math.exp(_solve(event_at, limit, tol))  # noqa: E731
-    return _calibrated("noise_multiplier", make_event, (0.7, 1.0, 31.4), limit, solve, tol)
+        make_event: maps a noise multiplier to event(s) whose epsilon falls as it grows.
+        epsilon: budget in nats, > 0.
+        delta: in (0, 1), and below 1 / num_examples where that is given.
+        accountant: as in `epsilon`.
+        relation: as in `epsilon`.
+        num_examples: N, if known.
+        grid: as in `epsilon`.
+        tol: relative width of the search.
 
+    Returns:
+        r > 0, cached on disk.
 
-def calibrate_sampling_prob(
-    make_event: Callable[[float], Events], *, tol: float = 1e-4, **budget: Unpack[BudgetArgs]
-) -> float:
-    """Largest sampling probability within the budget (1.0 if that fits), up to a relative `tol`."""
-    limit, tol = _Budget.checked(**budget), positive("tol", tol)
-    event_at = lambda x: _compose(make_event(math.exp(-x)))  # noqa: E731
-    solve = lambda: math.exp(-_solve(event_at, limit, tol, start=4.6, floor=0.0))  # noqa: E731
-    return _calibrated("sampling_prob", make_event, (0.001, 0.1, 1.0), limit, solve, tol)
-
-
-def calibrate_steps(
-    make_event: Callable[[int], Events],
-    *,
-    maximum: int = 10_000_000,
-    **budget: Unpack[BudgetArgs],
-) -> int:
-    """Largest number of steps in 1..maximum within the budget; `make_event` maps steps to event(s).
+    Guarantees:
+        By the accountant that was asked for, r keeps the budget and r * (1 - tol) does not.
 
     Raises:
-      ValueError: impossible budget, or not even 1 step fits.
+        ValueError: impossible budget, or no noise reaches it.
+
+    >>> from dpjax.dp import accounting
+    >>> sigma = accounting.calibrate_noise_multiplier(
+    ...     lambda s: accounting.full_batch(s, 8), epsilon=1.0, delta=1e-5)
+    >>> round(sigma, 2)
+    10.55
     """
-    limit, top = _Budget.checked(**budget), count("maximum", maximum)
-    solve = lambda: _largest(lambda n: _compose(make_event(n)), limit, top)  # noqa: E731
-    probes = sorted({1, min(2, top), min(7, top), top})
-    return int(_calibrated("integer", make_event, probes, limit, solve, top))
+    budget = _Budget.checked(
+        epsilon=epsilon, delta=delta, accountant=accountant, relation=relation,
+        num_examples=num_examples, grid=grid,
+    )  # fmt: skip
+    tol = positive("tol", tol)
+
+    def event_at(sigma: float) -> dpa.DpEvent:
+        return _compose(make_event(sigma))
+
+    def solve() -> float:
+        return _solve(event_at, budget, tol)
+
+    # The function itself cannot be a key: it is known by its events at three points.
+    probes = [event_at(sigma) for sigma in (0.7, 1.0, 31.4)]
+    sigma = cached(("noise_multiplier", *budget, tol, probes), solve)
+    within = budget.spent(event_at(sigma)) <= budget.epsilon
+    return sigma if within else solve()  # not within: another function with the same three events
 
 
-def calibrate_batch_size(make_event: Callable[[int], Events], **budget: Unpack[BudgetArgs]) -> int:
-    """Largest expected batch size in 1..num_examples within the budget; else as `calibrate_steps`.
+def falling_root(
+    gap: Callable[[float], float], low: float, high: float, *, tol: float, limit: float = 30.0
+) -> float | None:
+    """Returns where a falling function crosses zero, from the side on which it is negative.
 
-    `make_event` decides what stays fixed as B grows: steps, or epochs (T = round(E N / B)). In the
-    latter case rounding makes epsilon slightly uneven in B; the result still keeps the budget.
+    Args:
+        gap: falling, finite and slow; the straighter it is, the fewer evaluations.
+        low: guess of a point below the root.
+        high: guess of a point above it.
+        tol: width of the bracket.
+        limit: neither side is searched beyond it.
+
+    Returns:
+        x with gap(x) <= 0 < gap(x - tol); -limit where even gap(-limit) <= 0, and None where
+        gap(limit) > 0.
     """
-    if budget.get("num_examples") is None:
-        raise ValueError("num_examples=None must be given: it bounds the batch size.")
-    return calibrate_steps(make_event, maximum=budget["num_examples"] or 0, **budget)
-
-
-def calibrate_epochs(
-    noise_multiplier: float, *, batch_size: int, **budget: Unpack[BudgetArgs]
-) -> float:
-    """Epochs E = T B / N of the longest Poisson-sampled run within the budget, with q = B / N.
-
-    The budget needs num_examples, N. Raises as `calibrate_steps`, for a field out of range too.
-    """
-    total = count("num_examples", budget.get("num_examples") or 0)
-    prob = fraction("batch_size / num_examples", count("batch_size", batch_size) / total)
-    steps = calibrate_steps(lambda n: poisson(noise_multiplier, prob, n), **budget)
-    return steps * batch_size / total
+    gap, width = functools.cache(gap), high - low
+    while gap(high) > 0:
+        if high >= limit:
+            return None
+        low, high, width = high, min(high + width, limit), 2 * width
+    while gap(low) <= 0:
+        if low <= -limit:
+            return low
+        low, high, width = max(low - width, -limit), low, 2 * width
+    # The root is within 0.45 tol of what brentq returns, on either side.
+    x = float(optimize.brentq(gap, low, high, xtol=0.45 * tol)) + 0.5 * tol
+    while gap(x) > 0:  # where rounding makes the function uneven
+        x += 0.5 * tol
+    return x
 
 
 class _Budget(NamedTuple):
@@ -226,17 +228,16 @@ class _Budget(NamedTuple):
         """Epsilon of `event` at this delta (or its delta at `at_epsilon`), through the cache."""
 
         def compute() -> float:
-            made = self._accounted(event)
-            if at_epsilon is None:
-                value = made.get_epsilon(self.delta)
-            else:
-                value = made.get_delta(at_epsilon)
-            if math.isnan(value):
+            values = [
+                made.get_epsilon(self.delta) if at_epsilon is None else made.get_delta(at_epsilon)
+                for made in map(self._accounted, neighbors(event))
+            ]
+            if any(map(math.isnan, values)):
                 raise ValueError(f"accountant={self.accountant!r} returned NaN for {event!r}.")
-            return float(value)
+            return float(max(values))
 
         at = ("delta", at_epsilon) if at_epsilon is not None else ("epsilon", self.delta)
-        return cached([*at, *self[2:], repr(event)], compute)
+        return cached((*at, *self[2:], event), compute)
 
     def _accounted(self, event: dpa.DpEvent) -> dpa.PrivacyAccountant:
         relation = RELATIONS[self.relation]
@@ -284,63 +285,32 @@ def _grid(event: dpa.DpEvent, delta: float) -> float:
     return max(1e-5, min(wanted, 1e-3 * max(1.0, rough / 100)))
 
 
-def _solve(
-    event_at: Callable[[float], dpa.DpEvent],
-    budget: _Budget,
-    tol: float,
-    *,
-    start: float = 0.0,
-    floor: float = -30.0,
-) -> float:
-    """Smallest x >= floor, up to tol, with event_at(x) within the budget; epsilon falls with x.
+def _solve(event_at: Callable[[float], dpa.DpEvent], budget: _Budget, tol: float) -> float:
+    """Searches over logarithms, where epsilon is an almost straight function of sigma.
 
-    A rough RDP search first: it keeps the accountant itself away from parameters at which it is
-    slow, and leaves it three to five evaluations. Only the accountant itself decides.
+    A quick RDP search comes first: it keeps the accountant itself away from noise so small that it
+    is slow, and leaves it six or seven evaluations (`dp_accounting.calibrate_dp_mechanism` takes
+    eight to fifteen). Only the accountant itself decides.
     """
 
-    def gap(spent: Callable[[dpa.DpEvent], float], x: float) -> float:
-        value = spent(event_at(x))
-        return math.log(value / budget.epsilon) if value > 0 else -math.inf
+    def gap(spent: Callable[[dpa.DpEvent], float], log_sigma: float) -> float:
+        ratio = spent(event_at(math.exp(log_sigma))) / budget.epsilon
+        return max(-50.0, min(50.0, math.log(ratio))) if ratio > 0 else -50.0
 
     rough = functools.partial(gap, lambda event: _rough(event, budget.delta))
-    found = falling_root(rough, start, slope=-1.0, tol=0.01, floor=floor)
-    start, slope = found or (start, -1.0)
-    found = falling_root(functools.partial(gap, budget.spent), start, slope, tol=tol, floor=floor)
+    exact = functools.partial(gap, budget.spent)
+    near = falling_root(rough, -1.0, 1.0, tol=0.01) or 0.0
+    root = falling_root(exact, near - 0.15, near, tol=tol)
     flat = False
-    if found and budget.accountant == "rdp" and found[0] > floor:
+    if root is not None and budget.accountant == "rdp" and root > -30.0:
         # Far below its reach RDP stays on one value until the noise is absurd.
-        flat = gap(budget.spent, found[0] - 1.4) < gap(budget.spent, found[0] - 0.7) + 5e-4
-    if found is None or flat:
+        flat = exact(root - 1.4) < exact(root - 0.7) + 5e-4
+    if root is None or flat:
         raise ValueError(
             f"epsilon={budget.epsilon} at delta={budget.delta} is out of reach of "
             f"accountant={budget.accountant!r} here."
         )
-    return found[0]
-
-
-def _largest(event_at: Callable[[int], dpa.DpEvent], budget: _Budget, top: int) -> int:
-    fits = lambda n: budget.spent(event_at(n)) <= budget.epsilon  # noqa: E731
-    if not fits(1):
-        raise ValueError(f"epsilon={budget.epsilon} at delta={budget.delta} does not allow even 1.")
-    rounded = lambda x: max(1, min(top, round(math.exp(-x))))  # noqa: E731
-    near = _solve(lambda x: event_at(rounded(x)), budget, 0.003, start=-4.6, floor=-math.log(top))
-    return largest_integer(fits, guess=rounded(near), top=top)
-
-
-def _calibrated(
-    kind: str,
-    make_event: Callable[[Any], Events],
-    probes: Sequence[float],
-    budget: _Budget,
-    solve: Callable[[], float],
-    extra: float,
-) -> float:
-    """solve() through the cache, where `make_event` is known by its events at the probes."""
-    events = [repr(_compose(make_event(p))) for p in probes]
-    value = cached([kind, *budget, extra, events], solve)
-    value = int(value) if kind == "integer" else value
-    within = budget.spent(_compose(make_event(value))) <= budget.epsilon
-    return value if within else solve()  # not within: another make_event, alike at the probes
+    return math.exp(root)
 
 
 def _known(field: str, name: str, known: Sequence[str]) -> None:

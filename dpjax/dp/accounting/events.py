@@ -18,8 +18,8 @@ from collections.abc import Callable
 import dp_accounting as dpa
 
 __all__ = [
-    "count", "doubled", "fixed_size", "fraction", "full_batch", "map_leaves", "num_sampled",
-    "poisson", "positive", "truncated_poisson", "untruncated",
+    "count", "doubled", "fixed_size", "fraction", "full_batch", "map_leaves", "neighbors",
+    "num_sampled", "poisson", "positive", "truncated_poisson", "untruncated",
 ]  # fmt: skip
 
 
@@ -90,6 +90,9 @@ def truncated_poisson(
 
     Only for accountant="pld". A newcomer may displace another example, so truncation well above
     the expected size costs more than `poisson`; far below it, fewer are sampled, and it costs less.
+    dp_accounting's `dataset_size` is that of the larger of the two neighbors. The larger one has
+    N + 1 examples where one is added and N where one is removed; either may be the more expensive,
+    so the event holds N + 1 and `accounting.epsilon` takes the maximum (`neighbors`).
 
     Args:
       noise_multiplier: noise standard deviation / C (see the module), > 0.
@@ -101,7 +104,7 @@ def truncated_poisson(
       ValueError: a field is out of range.
     """
     event = dpa.TruncatedSubsampledGaussianDpEvent(
-        dataset_size=count("num_examples", num_examples),
+        dataset_size=count("num_examples", num_examples) + 1,
         sampling_probability=fraction("sampling_prob", sampling_prob),
         truncated_batch_size=count("max_batch_size", max_batch_size),
         noise_multiplier=positive("noise_multiplier", noise_multiplier),
@@ -119,6 +122,28 @@ def map_leaves(event: dpa.DpEvent, leaf: Callable[[dpa.DpEvent], dpa.DpEvent]) -
         inner = map_leaves(event.event, leaf)
         return dpa.dp_event.RepeatAndSelectDpEvent(inner, event.mean, event.shape)
     return leaf(event)
+
+
+def neighbors(event: dpa.DpEvent) -> tuple[dpa.DpEvent, ...]:
+    """Returns the events of adding and of removing an example, the worse of which is `event`.
+
+    Only truncation tells them apart, whose law depends on the number of examples.
+    """
+    truncated = []
+
+    def smaller(leaf: dpa.DpEvent) -> dpa.DpEvent:
+        if not isinstance(leaf, dpa.TruncatedSubsampledGaussianDpEvent):
+            return leaf
+        truncated.append(leaf)
+        return dpa.TruncatedSubsampledGaussianDpEvent(
+            leaf.dataset_size - 1,
+            leaf.sampling_probability,
+            leaf.truncated_batch_size,
+            leaf.noise_multiplier,
+        )
+
+    removed = map_leaves(event, smaller)
+    return (event, removed) if truncated else (event,)
 
 
 def doubled(event: dpa.DpEvent) -> dpa.DpEvent:

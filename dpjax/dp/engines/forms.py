@@ -1,9 +1,25 @@
 """Brings the sites of a weight (see `sites`) to one canonical form.
 
 Inputs are x `[n, B, T, d]` and output cotangents g `[n, B, T, p]`, such that example i's gradient
-is x_i^T g_i, `[B, d, p]`. T counts tokens (positions of a convolution, calls of a shared layer); B
-counts independent products (groups of a convolution, batch axes, scanned layers). A row lookup is
-the same with x one-hot; it is recorded as row numbers `[n, 1, T, 1]` and never formed.
+is x_i^T g_i, `[B, d, p]`. T counts tokens: whatever the weight is applied to several times within
+one example, and the gradient therefore sums over. B counts independent products side by side, whose
+gradients are different parts of the leaf.
+
+| site | T | B | d, p |
+|---|---|---|---|
+| dense layer on `[tokens, d]` | tokens | 1 | features in, out |
+| `einsum("etd,edp->etp")` (experts) | t | e | d, p |
+| convolution | output positions | groups | kernel positions x channels in, channels out |
+| lookup `table[rows]` | rows looked up | 1 | rows of the table (never formed), row length |
+| inside a scan, weight shared by the turns | x turns | | |
+| inside a scan, weight a slice of a stack | | x turns | |
+
+A row lookup is a product with one-hot rows; it is recorded as row numbers `[n, 1, T, 1]`.
+
+Each kind has three functions: `form` gives the sizes, `canonical` reorders the recorded arrays, and
+`restore` takes a canonical gradient `[B, d, p]` back to the shape of the weight. The order in which
+`canonical` merges axes into B, d and p and the order in which `restore` splits them are the same
+order, and that is all there is to check.
 """
 
 from __future__ import annotations
@@ -62,7 +78,9 @@ def _recorded(site: Site) -> int:
     return math.prod(site.lengths) * sizes
 
 
-# dot_general
+# dot_general: contracts axes of lhs with axes of rhs, side by side over batch axes. The output has
+# the batch axes first, then the free axes of lhs, then those of rhs. The weight may be either side.
+# B: batch axes; T: the input's free axes; d: contracted axes, p: the weight's free axes.
 
 
 class _DotAxes(NamedTuple):
@@ -134,7 +152,9 @@ def _dot_restore(site: Site, w: jax.Array) -> jax.Array:
     return w.reshape(_sizes(site.shape, order)).transpose(np.argsort(order))
 
 
-# conv_general_dilated
+# conv_general_dilated: at every output position the kernel meets one patch of the input, so that
+# with patches for tokens a convolution is a dense layer. Kernel positions and input channels are d.
+# Channels of group k of the input meet output channels of group k alone: groups are B.
 
 
 def _conv_form(site: Site) -> Form:
@@ -187,12 +207,14 @@ def _patches(site: Site, x: jax.Array) -> jax.Array:
     padding = [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"])]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
     m, channels = x.shape[0], x.shape[-1]
-    if kernel == tuple(p["window_strides"]) and set(p["rhs_dilation"]) <= {1}:  # they tile x
+    if kernel == tuple(p["window_strides"]) and set(p["rhs_dilation"]) <= {1}:
+        # Patches that tile x, as a ViT's do, are x in another order: no copy for each position.
         x = x[(slice(None), *(slice(o * k) for o, k in zip(out, kernel)))]
         x = x.reshape(m, *itertools.chain(*zip(out, kernel)), channels)
         spatial = range(1, x.ndim - 1)
         x = x.transpose(0, *spatial[::2], *spatial[1::2], x.ndim - 1)
         return x.reshape(m, *out, math.prod(kernel), channels)
+    # Position k of the kernel sees, for all output positions at once, a strided slice of the input.
     steps = list(zip(out, p["window_strides"], p["rhs_dilation"]))
     slices = []
     for offset in itertools.product(*map(range, kernel)):
@@ -258,7 +280,8 @@ def conv_sum(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
     return gradient
 
 
-# gather of rows
+# gather of rows: T lookups. d counts rows only for `restore`; nothing of that size is formed for an
+# example.
 
 
 def _embed_form(site: Site) -> Form:

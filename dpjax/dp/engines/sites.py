@@ -1,14 +1,19 @@
 """Finds where trainable parameters meet the example in a loss function's jaxpr.
 
-A *site* is an equation in which a view of one parameter leaf is multiplied with a value that
-depends on the example: `dot_general`, `conv_general_dilated` or a row lookup by `gather`. The
-gradient of such a leaf is a sum of products of the site's input and the cotangent of the site's
-output, so both are all that per-example norms and weighted sums need. A convolution whose kernel
-is some other function of parameters alone (weight standardisation) is a *derived* site, if it is
-computed in float32 and at most converted at the end: a derivative in fewer bits would round the sum
-over the examples, which then moves by more than the bound. A leaf with any other use is *direct*:
-it is differentiated as it is. Because the transform reads jaxprs, it serves any model library and
-plain functions alike.
+Ghost clipping rests on one fact: where a weight enters as `y = x @ w`, its gradient is `x^T g`,
+with g the cotangent of y. Norms and weighted sums of such gradients follow from x and g, which one
+backward pass over the batch gives for all examples. This module looks for all such equations in
+the jaxpr of the loss of ONE example, whatever library wrote it:
+
+- A *view* is a leaf that was reshaped, transposed, converted or scaled by a constant: a gradient of
+  the view is one of the leaf up to order and scale, so both have the same norm.
+- A *site* is an equation that multiplies a view with a value that depends on the example:
+  `dot_general`, `conv_general_dilated`, or a row lookup by `gather` (a product with one-hot rows).
+- A *derived* site is a convolution whose kernel is another function of parameters alone, such as
+  weight standardization. The function's derivative takes the kernel's gradient to the leaves. It
+  has to be computed in float32, and may be converted at the end: a derivative in fewer bits rounds
+  gradients to those bits, and a sum of many such gradients would move by more than the bound.
+- A leaf with any other use is *direct*: it is differentiated example by example, as it is.
 """
 
 from __future__ import annotations
@@ -123,12 +128,12 @@ class _Info(NamedTuple):
     example: bool = False
     leaves: frozenset[int] = frozenset()
     view: View | None = None
-    whole: bool = True  # whether it and all it was made of have 32 bits or more
+    full: bool = True  # whether it, and all that it was computed from, has 32 bits or more
 
 
 @dataclasses.dataclass
 class _Walk:
-    """The findings of one walk over a jaxpr."""
+    """What one walk over a jaxpr found: sites by position, and direct leaves with the reason."""
 
     sites: dict[Key, Site] = dataclasses.field(default_factory=dict)
     direct: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -158,20 +163,24 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
         raise TypeError(f"loss_fn must return one scalar, got {shape}.")
     leaves = jax.tree.leaves(params)
     infos = [
-        _Info(
-            False, frozenset([i]), View(i, tuple(leaf.shape), limit=_limit(leaf)), _is_whole(leaf)
-        )
+        _Info(False, frozenset([i]), View(i, tuple(leaf.shape), limit=_limit(leaf)), _is_full(leaf))
         for i, leaf in enumerate(leaves)
     ]
     infos += [_Info(True)] * (len(closed.jaxpr.invars) - len(leaves))
     walk = _Walk()
     (loss,) = _walk(closed.jaxpr, infos, (), (), walk)
+    # A leaf that reaches the loss without meeting the example has no equation to tap.
     walk.give_up(loss.leaves, "the loss depends on it without the example")
     return Traced(closed, _group(walk), walk.direct)
 
 
 def _group(walk: _Walk) -> tuple[tuple[Site, ...], ...]:
-    """Groups the sites by weight; a leaf of several different weights becomes direct."""
+    """Groups the sites by weight; a leaf of several different weights becomes direct.
+
+    The gradients of two uses have to be added before they are squared: |a + b|^2 has a cross term.
+    Uses of one weight in one layout add in the canonical form (their tokens are joined). Uses of
+    one leaf as two weights, say once transposed, would need a cross term of their own.
+    """
     weights: dict[int, set[Any]] = {}
     groups: dict[Any, list[Site]] = {}
     for site in walk.sites.values():
@@ -193,9 +202,10 @@ def _walk(
 ) -> list[_Info]:
     """Propagates `infos` through `jaxpr`, adding to `walk` the sites and the direct leaves."""
     env: dict[Any, _Info] = dict(zip(jaxpr.invars, infos))
-    narrowed: set[Any] = set()  # conversions of values of 32 bits
+    narrowed: set[Any] = set()  # conversions of values of 32 bits, which derived weights may end in
 
     def read(atom: Any) -> _Info:
+        # Constants of the jaxpr are in no environment: they know neither example nor leaf.
         return _Info() if isinstance(atom, core.Literal) else env.get(atom, _Info())
 
     for i, eqn in enumerate(jaxpr.eqns):
@@ -205,14 +215,17 @@ def _walk(
         if inner is not None:
             outs = _walk(inner[0], args, key, lengths, walk)
         elif not any(a.example for a in args):
-            whole = all(a.whole for a in args) and not _is_closed(eqn)
-            whole = whole and all(_is_whole(v.aval) for v in eqn.outvars)
-            outs = [_Info(False, _leaves(args), _follow(eqn, args), whole)] * len(eqn.outvars)
-            if eqn.primitive is P.convert_element_type_p and args[0].whole:
+            # A function of parameters alone: a view, perhaps, or part of a derived weight.
+            full = all(a.full for a in args) and not _is_closed(eqn)
+            full = full and all(_is_full(v.aval) for v in eqn.outvars)
+            outs = [_Info(False, _leaves(args), _follow(eqn, args), full)] * len(eqn.outvars)
+            if eqn.primitive is P.convert_element_type_p and args[0].full:
                 narrowed.add(eqn.outvars[0])
         elif eqn.primitive is P.scan_p:
             outs = _walk_scan(eqn, args, key, lengths, walk)
         else:
+            # Past this equation the leaf is part of a value that depends on the example: whatever
+            # uses that value is no use of the leaf.
             outs = [_Info(True)] * len(eqn.outvars)
             site = _site(eqn, args, key, lengths, narrowed)
             if site is not None:
@@ -224,7 +237,10 @@ def _walk(
 
 
 def _is_closed(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation has an inside (a loop, a custom derivative) that nobody looks into."""
+    """Whether an equation has an inside (a loop, a custom derivative) that the walk skips.
+
+    What it computes inside may have fewer bits than its inputs and outputs show.
+    """
     parts = jax.tree.leaves(list(eqn.params.values()))
     return any(isinstance(p, (core.Jaxpr, core.ClosedJaxpr)) for p in parts)
 
@@ -234,7 +250,7 @@ def _is_float(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_full(value: Any) -> bool:
     return not _is_float(value) or jnp.finfo(value.dtype).bits >= 32
 
 
@@ -281,18 +297,20 @@ def _walk_scan(
     consts = [enter(a, False) for a in args[:num_consts]]
     xs = [enter(a, True) for a in args[num_consts + num_carry :]]
     initial = args[num_consts : num_consts + num_carry]
-    for a in initial:
+    for a in initial:  # the carry changes from turn to turn: no view of one leaf
         walk.give_up(a.leaves, "used by the carry of scan")
     carry = [_Info(a.example) for a in initial]
     inside = (*lengths, eqn.params["length"])
-    while True:  # a carry may come to depend on the example after some iterations
+    # A carry may come to depend on the example after some turns. Dependence only grows, so this
+    # ends; the walk that counts is the one made once it has.
+    while True:
         outs = _walk(body, consts + carry + xs, key, inside, _Walk())
         after = [_Info(a.example or b.example) for a, b in zip(carry, outs)]
         if after == carry:
             break
         carry = after
     outs = _walk(body, consts + carry + xs, key, inside, walk)
-    for out in outs:
+    for out in outs:  # a leaf that leaves the scan, stacked or carried, is no longer followed
         walk.give_up(out.leaves, "used by the output of scan")
     return [_Info(True)] * len(outs)
 
@@ -311,9 +329,10 @@ def _follow(eqn: core.JaxprEqn, args: list[_Info]) -> View | None:
     source: Any = eqn.invars[position].aval
     if not _is_float(out):
         return None
+    # Inside a scan the equation sees a slice, the view knows the stack: leading axes are kept.
     stack = view.shape[: len(view.shape) - source.ndim]
     shape = (*stack, *out.shape)
-    if primitive in (P.copy_p, P.name_p):
+    if primitive in (P.copy_p, P.name_p):  # `name` marks values for remat policies
         return view
     if primitive is P.convert_element_type_p:
         return view._replace(limit=min(view.limit, _limit(out)))
@@ -322,6 +341,7 @@ def _follow(eqn: core.JaxprEqn, args: list[_Info]) -> View | None:
         return view._replace(shape=shape, steps=(*view.steps, (view.shape, perm)))
     reshapes = primitive in (P.squeeze_p, P.broadcast_in_dim_p)
     reshapes |= primitive is P.reshape_p and params["dimensions"] is None
+    # A broadcast that repeats numbers is no reshape: its gradient is a sum over the copies.
     if reshapes and math.prod(shape) == math.prod(view.shape):
         return view._replace(shape=shape, steps=(*view.steps, (view.shape, None)))
     if primitive is P.mul_p or (primitive is P.div_p and position == 0):
@@ -368,9 +388,9 @@ def _site(
         kind = "embed"
         dims = params["dimension_numbers"]
         rows = tuple(dims.collapsed_slice_dims) == (0,) == tuple(dims.start_index_map)
-        whole = tuple(params["slice_sizes"]) == (1, *aval.shape[1:])
+        entire = tuple(params["slice_sizes"]) == (1, *aval.shape[1:])
         known = params["mode"] in _GATHER_MODES
-        if operand != 0 or not rows or not whole or dims.operand_batching_dims or any(scanned):
+        if operand != 0 or not rows or not entire or dims.operand_batching_dims or any(scanned):
             return None
         if not known:
             return None
@@ -383,7 +403,7 @@ def _site(
     if view is not None:
         shape = view.shape
         weight_id = kind, layout, view._replace(scanned=(True,) * sum(scanned), limit=math.inf)
-    elif kind == "conv" and not lengths and (args[operand].whole or weight in narrowed):
+    elif kind == "conv" and not lengths and (args[operand].full or weight in narrowed):
         shape, weight_id = tuple(aval.shape), (kind, layout, key[:-1], weight)
     else:  # differentiating such a weight per example costs no more than a derived site
         return None
