@@ -376,11 +376,13 @@ def _scan(
     """
     *weights, x, rows = args
     stacked = [w.shape[0] for w, role in zip(weights, roles) if role in ("xs", "indexed")]
-    length = min([length, *stacked]) if stacked else length
+    length = min(stacked, default=length)
     if roles[-1] == "xs":
         x = _fit(x, (length, max(x.size // length, 1)))
     values = [*weights, x]
-    xs = [v[:length] for v, role in zip(values, roles) if role == "xs"]
+    xs = [
+        v if v.shape[0] == length else v[:length] for v, role in zip(values, roles) if role == "xs"
+    ]
     carried = ("carry", "decay", "fed")
     carry = [v for v, role in zip(values, roles) if role in carried]
 
@@ -590,8 +592,8 @@ def _draw_conv(rng: np.random.Generator, shape: tuple[int, ...], style: _Style) 
 
 def _draw_lookup(rng: np.random.Generator, shape: tuple[int, ...], style: _Style) -> dict[str, Any]:
     return {
-        "how": _pick(rng, {"at": 4, "take": 2, "raw": 1, "scalar": 1, "vmap": 1, "dynamic": 1,
-                           "one_hot": 1, "along": 1}),
+        "how": _pick(rng, {"at": 6, "take": 2, "raw": 1, "scalar": 1, "vmap": 0.7,
+                           "dynamic": 0.7, "one_hot": 0.7, "along": 0.3}),
         "mode": _pick(rng, (None, None, "clip", "fill", "wrap", "promise_in_bounds")),
         "axis": 0 if _chance(rng, 0.7) else int(rng.integers(len(shape))),
         "shape": _pick(rng, ((), (1,), (3,), (5,), (2, 3))),
@@ -612,52 +614,64 @@ DRAW = {
 }  # fmt: skip
 
 
-def _draw_weight(
+def _draw_view(
     rng: np.random.Generator, shape: tuple[int, ...], style: _Style
 ) -> tuple[str, dict[str, Any]]:
-    """A function of one weight, or of two."""
+    """The same numbers in another order, or each of them scaled or rounded."""
     n = len(shape)
     dtype = _pick(rng, ("bfloat16", "float16")) if style.half else "float32"
-    moderate: tuple[float, ...] = (0.5, -1.0, 2.0, 3.0, 1 / 3)
+    factors: tuple[float, ...] = (0.5, -1.0, 2.0, 3.0, 1 / 3)
     if style.extreme:
-        moderate += (0.0, 1e18, 1e-23)
+        factors += (0.0, 1e18, 1e-23)
+    drawn: dict[str, dict[str, Any]] = {
+        "transpose": {"order": _permutation(rng, n)},
+        "reshape": {"shape": tuple(shape[i] for i in _permutation(rng, n))},
+        "flatten_some": {},
+        "expand": {"axis": int(rng.integers(n + 1))},
+        "squeeze": {},
+        "scale": {"by": _pick(rng, factors)},
+        "divide": {"by": _pick(rng, factors)},
+        "negate": {},
+        "cast": {"dtype": dtype},
+        "there_and_back": {"dtype": dtype},
+        "barrier": {},
+        "jitted": {},
+    }
+    rarer = {"barrier": 0.4, "negate": 0.4}
+    op = _pick(rng, {op: rarer.get(op, 1.0) for op in drawn})
+    return op, drawn[op]
+
+
+def _draw_function(
+    rng: np.random.Generator, shape: tuple[int, ...], style: _Style
+) -> tuple[str, dict[str, Any]]:
+    """Another function of one weight, or of two."""
+    n = len(shape)
     axis = int(rng.integers(n)) if n else 0
     stop = shape[axis] if n else 0
-    start, step = int(rng.integers(0, max(stop, 1))), _pick(rng, (1, 1, 2, -1))
-    return _pick(
-        rng,
-        [
-            ("transpose", {"order": _permutation(rng, n)}),
-            ("transpose", {"order": _permutation(rng, n)}),
-            ("reshape", {"shape": tuple(shape[i] for i in _permutation(rng, n))}),
-            ("flatten_some", {}),
-            ("expand", {"axis": int(rng.integers(n + 1))}),
-            ("squeeze", {}),
-            ("scale", {"by": _pick(rng, moderate)}),
-            ("divide", {"by": _pick(rng, moderate)}),
-            ("negate", {}),
-            ("cast", {"dtype": dtype}),
-            ("there_and_back", {"dtype": dtype}),
-            ("slice", {"axis": axis, "start": start, "stop": stop, "step": step}),
-            ("center", {"axes": _some(rng, max(n, 1))}),
-            ("standardize", {"axes": _some(rng, max(n, 1))}),
-            ("standardize", {"axes": _some(rng, max(n, 1))}),
-            ("weight_norm", {"axes": _some(rng, max(n, 1))}),
-            ("half_stopped", {}),
-            ("stopped_mask", {}),
-            ("mask", {"keep": _pick(rng, (0.5, 0.9))}),
-            ("exp", {}),
-            ("tanh", {}),
-            ("softmax", {}),
-            ("barrier", {}),
-            ("jitted", {}),
-            ("concatenate", {"axis": axis}),
-            ("matmul", {}),
-            ("lora", {}),
-            ("add", {}),
-            ("product", {}),
-        ],
-    )  # fmt: skip
+    axes = _some(rng, max(n, 1))
+    drawn: dict[str, dict[str, Any]] = {
+        "slice": {
+            "axis": axis, "start": int(rng.integers(max(stop, 1))), "stop": stop,
+            "step": _pick(rng, (1, 1, 2, -1)),
+        },
+        "center": {"axes": axes},
+        "standardize": {"axes": axes},
+        "weight_norm": {"axes": axes},
+        "half_stopped": {},
+        "stopped_mask": {},
+        "mask": {"keep": _pick(rng, (0.5, 0.9))},
+        "exp": {},
+        "tanh": {},
+        "softmax": {},
+        "concatenate": {"axis": axis},
+        "matmul": {},
+        "lora": {},
+        "add": {},
+        "product": {},
+    }  # fmt: skip
+    op = _pick(rng, ["center", "standardize", *drawn])
+    return op, drawn[op]
 
 
 class _Builder:
@@ -668,6 +682,7 @@ class _Builder:
         self.inputs = len(weights) + 2
         self.steps: list[Step] = []
         self.weights = dict(enumerate(weights))
+        self.shared = list(self.weights)
         self.x, self.rows = len(weights), len(weights) + 1
         self.data = [self.x]
 
@@ -676,13 +691,12 @@ class _Builder:
         return self.inputs + len(self.steps) - 1
 
     def pick_weight(self) -> int:
-        # The last ones more often: weights are shared among uses.
-        known = list(self.weights)
-        return _pick(self.rng, known[-2:] if _chance(self.rng, 0.6) else known)
+        """A weight that is shared among uses, or rarely any other."""
+        return _pick(self.rng, self.shared if _chance(self.rng, 0.95) else list(self.weights))
 
-    def derive(self, w: int) -> int:
+    def derive(self, w: int, draw: Any) -> int:
         """A view or a function of a weight; the weight itself if what was drawn does not fit."""
-        op, options = _draw_weight(self.rng, self.weights[w].shape, self.style)
+        op, options = draw(self.rng, self.weights[w].shape, self.style)
         args = (w, self.pick_weight()) if op in PAIRED else (w,)
         try:
             out = jax.eval_shape(
@@ -699,7 +713,7 @@ class _Builder:
     def draw_use(self, w: int) -> tuple[str, dict[str, Any]] | None:
         """A product or another use that fits the weight."""
         shape = self.weights[w].shape
-        kinds = {"dot": 5, "lookup": 2, "elementwise": 1} if shape else {"elementwise": 1}
+        kinds = {"dot": 5, "lookup": 2, "elementwise": 0.2} if shape else {"elementwise": 1}
         if 3 <= len(shape) <= 5:
             kinds["conv"] = 40 if self.style.twins else 7
         op = _pick(self.rng, kinds)
@@ -723,8 +737,8 @@ class _Builder:
         for _ in range(8):
             other = DRAW[op](self.rng, self.weights[w].shape, self.style)
             keys = dict.fromkeys(sorted(options), 1.0)
-            if op == "conv":
-                keys["specs"] = 12.0
+            keys |= {"specs": 12.0} if op == "conv" else {}
+            keys |= {"roles": 0.3} if op == "dot" else {}
             key = _pick(self.rng, keys)
             changed = {**options, key: other[key]}
             if key == "specs":  # the layout of one operand only, most often the weight
@@ -741,16 +755,16 @@ class _Builder:
         rng = self.rng
         args = (w, self.pick_weight()) if _chance(rng, 0.25) else (w,)
         shapes = [self.weights[i] for i in args]
-        kind = _pick(rng, {"call": 4, "scan": 5, "vmap": 2, "cond": 1})
+        kind = _pick(rng, {"call": 4, "scan": 5, "vmap": 1.5, "cond": 0.7})
         length = _pick(rng, (1, 2, 3))
         roles: list[str] = []
         axes: list[int | None] = []
         inside = []
         for k, weight in enumerate(shapes):
             free = not (k == 0 and inner)  # what is used inside must have its shape there
-            role = _pick(rng, {"const": 4, "xs": 3, "carry": 1, "decay": 0.5, "fed": 0.5,
-                               "indexed": 1})  # fmt: skip
-            role = role if weight.ndim and free else _pick(rng, {"const": 6, "carry": 1})
+            role = _pick(rng, {"const": 5, "xs": 4, "carry": 0.6, "decay": 0.4, "fed": 0.3,
+                               "indexed": 0.7})  # fmt: skip
+            role = role if weight.ndim and free else _pick(rng, {"const": 9, "carry": 1})
             axis = int(rng.integers(weight.ndim)) if weight.ndim and free else None
             axis = None if _chance(rng, 0.4) else axis
             roles.append(role)
@@ -770,7 +784,7 @@ class _Builder:
 
         options: dict[str, Any]
         if kind == "call":
-            how = _pick(rng, {"jit": 3, "remat": 3, "remat_dots": 1, "custom_vjp": 1,
+            how = _pick(rng, {"jit": 3, "remat": 3, "remat_dots": 1, "custom_vjp": 0.7,
                               "gradient": 1})  # fmt: skip
             options = {"how": how, "times": _pick(rng, {1: 3, 2: 1}), "block": block()}
         elif kind == "scan":
@@ -800,8 +814,8 @@ class _Builder:
             x = self.use(0, x, *inner)
         for _ in range(_pick(rng, {0: 1, 1: 2}) if inner else _pick(rng, {1: 3, 2: 1})):
             w = self.pick_weight()
-            if _chance(rng, 0.35):
-                w = self.derive(w)
+            if _chance(rng, 0.15):
+                w = self.derive(w, _pick(rng, (_draw_view, _draw_function)))
             if depth > 0 and _chance(rng, 0.3):
                 x = self.context(w, x, depth, None)
             elif use := self.draw_use(w):
@@ -820,26 +834,35 @@ def generate(seed: int) -> Program:
         half=_chance(rng, 0.12), complex=_chance(rng, 0.06), extreme=_chance(rng, 0.1),
         twins=_chance(rng, 0.3),
     )  # fmt: skip
-    palette = _pick(rng, ((2,), (3,), (2, 3), (2, 4), (1, 2, 3), (2, 3, 4)))
+    # Axes of equal size fit each other's place. Where kernels are large, gradients are not kept.
+    palettes: tuple[tuple[int, ...], ...] = ((2,), (3,), (4,))
+    if not style.twins:
+        palettes = (*palettes[:2], (2, 3), (2, 4), (1, 2, 3), (2, 3, 4))
+    palette = _pick(rng, palettes)
     params = []
+    ranks = {3: 1, 4: 2} if style.twins else {0: 0.2, 1: 0.8, 2: 3, 3: 3, 4: 3, 5: 1}
     for _ in range(_pick(rng, {1: 4, 2: 3, 3: 1})):
-        ranks = {3: 3, 4: 3, 5: 1} if style.twins else {0: 0.2, 1: 0.8, 2: 3, 3: 3, 4: 3, 5: 1}
         rank = _pick(rng, ranks)
         dtype = _pick(rng, ("float32", "bfloat16", "float16")) if style.half else "float32"
         params.append(Array(tuple(_pick(rng, palette) for _ in range(rank)), dtype))
     weights = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params]
     b = _Builder(weights, rng, style)
     terms: list[tuple[int, tuple[float, str, str]]] = []
+    for w in list(b.shared):  # most often, all uses of a parameter are uses of one view of it
+        draw = _draw_function if _chance(rng, 0.8 if style.twins else 0.15) else _draw_view
+        for _ in range(_pick(rng, {1: 3, 2: 1} if style.twins else {0: 3, 1: 2, 2: 1})):
+            w = b.derive(w, draw)
+        b.shared.append(w)
+    b.shared = b.shared[len(params) :]
     for _ in range(_pick(rng, {1: 3, 2: 3, 3: 1})):
         w = b.pick_weight()
-        for _ in range(_pick(rng, {1: 3, 2: 2} if style.twins else {0: 3, 1: 4, 2: 1})):
-            w = b.derive(w)
         x = _pick(rng, b.data)
         if _chance(rng, 0.3):
             x = b.shape_data(x)
         if _chance(rng, 0.1) and len(b.data) > 1:
             x = b.add(_pick(rng, list(MIXES)), (x, _pick(rng, b.data)))
-        how = "sum" if _chance(rng, 0.3) else _pick(rng, list(READOUTS))
+        linear = _chance(rng, 0.6 if style.twins else 0.3)
+        how = "sum" if linear else _pick(rng, list(READOUTS))
         term = (
             _pick(rng, (1.0, 1.0, 0.5, -1.0)), how, _pick(rng, {"cos": 4, "ones": 3, "data": 2})
         )  # fmt: skip
@@ -852,17 +875,17 @@ def generate(seed: int) -> Program:
             y = b.use(w, x, *use)
             if _chance(rng, 0.9 if style.twins else 0.4):  # a twin, most often opposed
                 other = use if _chance(rng, 0.25) else (use[0], b.vary(w, *use))
-                v = b.derive(w) if _chance(rng, 0.2) else w
+                v = b.derive(w, _draw_view) if _chance(rng, 0.15) else w
                 if v != w and not b.fits(*other, v):
                     v = w
                 twin = b.context(v, x, 2, other) if _chance(rng, 0.3) else b.use(v, x, *other)
                 sign = -1.0 if _chance(rng, 0.7) else 1.0
                 terms.append((twin, (sign * term[0], *term[1:])))
-        if _chance(rng, 0.4):
+        if _chance(rng, 0.1 if style.twins else 0.4):
             y = b.shape_data(y)
         b.data.append(y)
         terms.append((y, term))
-    if _chance(rng, 0.05):
+    if _chance(rng, 0.03):
         terms.append((b.add("penalty", (b.pick_weight(),)), (1.0, "sum", "ones")))
     if not terms:
         terms.append((b.add("elementwise", (0, b.x), how="multiply", lead=()), (1.0, "sum", "cos")))
