@@ -576,7 +576,7 @@ def _draw_conv(rng: np.random.Generator, shape: tuple[int, ...], style: _Style) 
     return {
         "specs": specs,
         "batch": _pick(rng, {1: 4, 2: 1}),
-        "sizes": spatial(lambda: _pick(rng, (2, 2, 3, 4) if n < 5 else (1, 2, 2))),
+        "sizes": spatial(lambda: _pick(rng, {2: 6, 3: 2, 4: 1} if n < 5 else {1: 1, 2: 2})),
         "strides": spatial(lambda: 1 if plain else _pick(rng, {1: 3, 2: 1})),
         "padding": spatial(
             lambda: (1, 1) if plain else (_pick(rng, (-1, 0, 1, 2)), _pick(rng, (-1, 0, 0, 1, 2)))
