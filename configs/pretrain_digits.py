@@ -1,7 +1,7 @@
 """Public pretraining of the quickstart's ViT on the UCI digits: no privacy, none needed.
 
     python -m dpjax.train --config=configs/pretrain_digits.py --workdir=/tmp/dpjax-pretrain
-    cp /tmp/dpjax-pretrain/weights.safetensors dpjax/models/vit_mini_digits.safetensors
+    cp /tmp/dpjax-pretrain/weights.safetensors dpjax/models/weights/vit_mini_digits.safetensors
 
 The second line is how the shipped file was made. About two minutes on 2 CPU cores.
 """

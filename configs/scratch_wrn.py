@@ -1,6 +1,6 @@
 """CIFAR-10 from scratch: WRN-16-4 with group norm and weight standardisation (arXiv 2204.13650).
 
-    python -m dpjax.data.prepare cifar10 --source=cifar-10-python.tar.gz --data_dir=DATA
+    python -m dpjax.commands.prepare cifar10 --source=cifar-10-python.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/scratch_wrn.py --workdir=DIR --config.data.data_dir=DATA
 
 Sixteen augmented views of every example are averaged before clipping, batch size 4,096, flat

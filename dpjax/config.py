@@ -1,4 +1,4 @@
-"""Every field of a run, with its default and its meaning. Values only; `loop.py` makes objects.
+"""Every field of a run, with its default and its meaning. Values only; `build` makes objects.
 
 A config file is a module with `get_config(arg=None)` that starts from `default()` and sets values:
 
@@ -10,7 +10,6 @@ A config file is a module with `get_config(arg=None)` that starts from `default(
 
 from __future__ import annotations
 
-import difflib
 import os
 import runpy
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
+
+from dpjax.files import nearest
 
 __all__ = ["default", "differences", "load", "unknown_field"]
 
@@ -102,8 +103,8 @@ def default() -> ConfigDict:
                     "steps": 10,  # noised signs of the derivative, each halving the range
                 },
             },
-            # Expected (logical) batch size B; "auto": the choice of `dpjax.planner`, which looks
-            # at N, epochs, epsilon and delta alone.
+            # Expected (logical) batch size B; "auto": the choice of `dpjax.build.planner`, which
+            # looks at N, epochs, epsilon and delta alone.
             "batch_size": FieldReference(256, field_type=object),
             # B by fraction of the epochs, instead of `batch_size`, such as ((0.0, 256),
             # (0.5, 1024)). Sigma is the same throughout, so that the whole meets the budget.
@@ -170,9 +171,9 @@ def unknown_field(config: ConfigDict, path: str) -> str | None:
         if not isinstance(node, ConfigDict):
             return f"{above} has no fields (it is {node!r}), got {path!r}."
         if name not in node:
-            near = difflib.get_close_matches(name, list(node), n=1, cutoff=0.5)
+            near = nearest(name, node)
             hint = f"its fields are {', '.join(node)}." if node else "set it in the config file."
-            hint = f"did you mean {near[0]!r}?" if near else hint
+            hint = f"did you mean {near!r}?" if near else hint
             return f"{above} has no field {name!r}: {hint}"
         node, above = node[name], f"{above}.{name}"
     return None

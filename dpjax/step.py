@@ -19,13 +19,12 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from dpjax import dp, metrics
-from dpjax.averaging import moving_average
-from dpjax.finetune import join
 from dpjax.models import Params
-from dpjax.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
+from dpjax.models.finetune import join
+from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
-           "eval_step", "make_steps"]  # fmt: skip
+__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
+           "eval_step", "make_steps", "moving_average"]  # fmt: skip
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `index` [n] int32, `mask` [n] bool (False is padding)."""
@@ -279,6 +278,22 @@ def _overlay(tree: Any, before: Any, chosen: Callable[[str], bool] = lambda name
         return known.get(name, leaf) if chosen(name) else leaf
 
     return jax.tree_util.tree_map_with_path(leaf_of, tree)
+
+
+def moving_average(average: Any, params: Any, decay: jax.typing.ArrayLike, step: jax.Array) -> Any:
+    """Returns the exponential moving average after one more iterate.
+
+    Args:
+        average: the average so far, float32.
+        params: the new iterate.
+        decay: in [0, 1); early on (1 + t) / (10 + t) if that is smaller, so that the start is soon
+            forgotten.
+        step: t, the number of iterates before this one.
+
+    Source: De et al. 2022, arXiv 2204.13650.
+    """
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
 
 
 def _next_bound(hyper: Hyper, state: TrainState, below: jax.Array) -> jax.Array:

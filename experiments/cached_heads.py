@@ -1,6 +1,6 @@
 """Runs of a study that train a head alone, on features computed once: minutes become seconds.
 
-The files a run leaves are those of `dpjax.loop`, and so is the head, up to rounding (see
+The files a run leaves are those of `dpjax.training.loop`, and so is the head, up to rounding (see
 `dpjax.heads`); only checkpoints are missing, and `weights.safetensors` holds the head alone.
 """
 
@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax import budget, build, describe, dp, features, heads, metrics, names, results
+from dpjax import build, dp, heads, metrics, models
+from dpjax.build import describe
 from dpjax.config import default, differences
 from dpjax.models import InputSpec
-from dpjax.storage import Workdir
+from dpjax.runtime import Workdir
+from dpjax.training import results
 
 __all__ = ["Job", "fits", "groups", "train_group"]
 
@@ -50,7 +52,7 @@ def fits(config: ConfigDict) -> bool:
     """Whether a run is one that `dpjax.heads` trains: a head, and nothing that needs the images."""
     if config.finetune != "head" or config.dp is None or config.private_seed is None:
         return False
-    if not isinstance(names.model(config.model, 1).input, InputSpec):
+    if not isinstance(build.model.model(config.model, 1).input, InputSpec):
         return False
     changed = [text.split(":")[0].removeprefix("config.") for text in _changes(config)]
     return all(name in _KNOWN or name.startswith(_KNOWN_TREES) for name in changed)
@@ -94,7 +96,7 @@ def train_group(
         workdir.write("privacy.md", dp.ledger.to_markdown(facts))
     first = runs[0]
     train, test = (
-        features.compute_features(first.model, first.params, d) for d in (first.train, first.test)
+        heads.compute_features(first.model, first.params, d) for d in (first.train, first.test)
     )
     head = first.params[first.model.head]
     trained = heads.train_heads(
@@ -129,11 +131,11 @@ def _build(config: ConfigDict) -> build.Run:
         shared.dp = None
     shared.batch_size = 1
     opened = _opened(json.dumps(shared.to_dict(), sort_keys=True))
-    tuning = names.finetuning_set(config.finetune)(opened.model)
-    sizes, plan = budget.batch_sizes(config, len(opened.train))
-    phases = budget.phases(config, tuning, sizes, len(opened.train))
+    tuning = build.model.finetuning_set(config.finetune)(opened.model)
+    sizes, plan = build.schedules.batch_sizes(config, len(opened.train))
+    phases = build.schedules.phases(config, tuning, sizes, len(opened.train))
     return opened._replace(
-        batch_plan=plan, phases=phases, ledger=budget.ledger(config, phases, None)
+        batch_plan=plan, phases=phases, ledger=build.privacy.ledger(config, phases, None)
     )
 
 
@@ -146,7 +148,7 @@ def _run(job: Job, built: build.Run) -> build.Run:
     rate, bound = job.config.optimizer.learning_rate, job.config.dp.bound
     return built._replace(
         config=job.config,
-        rule=names.clip_rule(job.config.dp),
+        rule=build.privacy.clip_rule(job.config.dp),
         phases=tuple(p._replace(learning_rate=rate, bound=bound) for p in built.phases),
     )
 
@@ -165,7 +167,7 @@ def _write(
     workdir: Workdir,
     head: Any,
     facts: dict[str, np.ndarray],
-    test: features.FeatureSet,
+    test: heads.FeatureSet,
     measure: Callable[[build.Run, Any, Any], Any] | None,
 ) -> None:
     (leaves,) = head.values()
@@ -183,7 +185,7 @@ def _write(
     begin = results.prefix(run)
     last = {f"{begin}{name}": value for name, value in found.items()}
     workdir.append_metrics(steps, last | {"epsilon": workdir.read("privacy.json")["epsilon"]})
-    workdir.save_weights(head)
+    models.save_weights(head, workdir.path / "weights.safetensors")
     if measure is not None:
         workdir.write("measured.json", measure(run, run.params, {**run.params, **head}))
     workdir.write("eval.json", {**found, "reliability": metrics.reliability(sums)._asdict()})

@@ -1,14 +1,15 @@
 """Runs a study: its theory, every point that is missing, and its report.
 
-    python -m experiments.run_study --config=experiments/calibration.py:laptop --workdir=DIR
-    python -m dpjax.report DIR
+    python -m experiments.run_study --config=experiments/calibration/study.py:laptop --workdir=DIR
+    python -m dpjax.commands.report DIR
 
 The first line is resumable: finished points are kept, cut ones go on, failed ones are tried anew.
 The second rebuilds tables and figures from the files alone. Points run one after the other in this
-process, through `dpjax.loop`, or, where only a head trains, together on cached features (see
-`experiments.cached_heads`). An array job runs point k with
+process, through `dpjax.training.loop`, or, where only a head trains, together on cached features
+(see `experiments.cached_heads`). An array job runs point k with
 
-    python -m dpjax.train --config=experiments/calibration.py:paper --workdir=DIR --sweep_index=k
+    python -m dpjax.train --config=experiments/calibration/study.py:paper --workdir=DIR \\
+        --sweep_index=k
 
 and the first line then does the rest. A study may define, besides `get_config`, `sweep` and
 `report`: `measure(run, initial, final)`, JSON values found from the weights before and after
@@ -30,7 +31,10 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dpjax import build, compilation, config, dp, hosts, loop, models, storage, sweep
+from dpjax import build, config, dp, models
+from dpjax.runtime import Workdir, compilation, hosts
+from dpjax.search import sweep
+from dpjax.training import loop
 from experiments import cached_heads, study
 
 __all__ = ["main", "plan"]
@@ -98,7 +102,7 @@ def main(argv: Sequence[str], *, stop: Callable[[int], bool] = lambda step: Fals
 
 def _theory(theory: Any, size: str | None, workdir: Path) -> None:
     if theory is not None and not (workdir / "theory.json").is_file():
-        storage.Workdir(workdir).write("theory.json", theory(size))
+        Workdir(workdir).write("theory.json", theory(size))
 
 
 def _run_all(jobs: Sequence[cached_heads.Job], measure: Any, stop: Callable[[int], bool]) -> bool:
@@ -132,7 +136,7 @@ def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int
         try:
             run = build.build(settings)
             if not (path / "eval.json").is_file():
-                loop.train(run, storage.Workdir(path), stop=stop)
+                loop.train(run, Workdir(path), stop=stop)
         except loop.TrainingFailed as error:
             failed.write_text(f"exit 3: {error}")
             return True  # a rate that diverges is a result
@@ -143,7 +147,7 @@ def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int
         initial = models.flatten(run.merge(run.params))
         final = {**initial, **models.read_tensors(path / "weights.safetensors")}
         found = measure(run, models.unflatten(initial), models.unflatten(final))
-        storage.Workdir(path).write("measured.json", found)
+        Workdir(path).write("measured.json", found)
     return True
 
 

@@ -3,7 +3,7 @@
 A study is a file with `get_config(arg)`, `sweep(arg)`, which yields flat overrides, and
 `report(workdir)`, which rebuilds all tables and figures from the files of the runs. `arg` is its
 size: "smoke" (seconds, for the tests), "laptop" (real data, 2 cores) or "paper" (accelerators).
-`experiments.run_study` runs one; `python -m dpjax.report WORKDIR` calls its `report` again.
+`experiments.run_study` runs one; `python -m dpjax.commands.report WORKDIR` calls `report` again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from scipy import stats
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from dpjax import names, sweep
+from dpjax import files
+from dpjax.search import sweep
 
 __all__ = [
     "SIZES", "Figure", "Metric", "Result", "Row", "Table", "check_budgets", "field", "heatmap",
@@ -78,7 +79,7 @@ class Figure(NamedTuple):
 def size(arg: str | None) -> str:
     """Returns the size that a config's argument names; "laptop" if there is none."""
     chosen = arg or "laptop"
-    names.choose("arg", chosen, dict.fromkeys(SIZES))
+    files.choose("arg", chosen, dict.fromkeys(SIZES))
     return chosen
 
 

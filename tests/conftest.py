@@ -4,7 +4,9 @@ import atexit
 import collections
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 # Programs are compiled without LLVM's optimisations, which saves a tenth to a third of the time.
 # Flags that are set already come last and win.
@@ -25,6 +27,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import hypothesis
 import jax
 
+# Test files import one another by name, from whichever folder.
+sys.path[:0] = [str(path) for path in Path(__file__).parent.iterdir() if path.is_dir()]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 # The same examples in every run: a red suite means a change, never the luck of a draw.

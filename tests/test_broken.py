@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpjax import dp, sharding
-from dpjax.dp import audit
+from dpjax import dp
+from dpjax.dp import lower_bound
 from dpjax.dp.noise import GaussianState, gaussian_noise
+from dpjax.runtime import sharding
 from dpjax.step import Hyper, Totals, make_steps
 
 NUM, BATCH, STEPS, CHUNK, WIDTH = 200, 100, 4, 64, 2000
@@ -246,7 +247,7 @@ def an_audit_finds_no_contradiction(trainer):
             summed(trainer, np.full(NUM, 1e4), drawn), len(drawn), state
         )
         moved += np.asarray(movement["a"])[:NUM]
-    bound = audit.one_run(moved, coins, delta=1e-5)
+    bound = lower_bound.one_run(moved, coins, delta=1e-5)
     return bound.epsilon <= MECHANISM.epsilon(1e-5)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import test_broken
 
-from dpjax.data import prepare
+from dpjax.commands import prepare
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "dpjax" / "guide"
@@ -54,7 +54,7 @@ def test_commands_exist(path):
 
 def test_the_map_names_every_module():
     text = TEXTS[0].read_text().split("## Where things are")[1].split("\n## ")[0]
-    named = set(re.findall(r"(\w+)(?:\.py|/ )", text))
+    named = set(re.findall(r"(\w+)(?:\.py|/\s)", text))
     modules = {p.stem for p in (ROOT / "dpjax").iterdir() if p.suffix == ".py" or p.is_dir()}
     assert {m for m in modules if not m.startswith("__")} - named == set()
 
@@ -92,7 +92,7 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
         else:
             run(code)
     (first, flags), (second, more) = commands(text)
-    assert (first, second) == ("dpjax.data.prepare", "dpjax.train")
+    assert (first, second) == ("dpjax.commands.prepare", "dpjax.train")
     assert (tmp_path / "in_memory" / "privacy.json").is_file()
     # Under a split name of their own, the evaluations are not of the private data.
     assert "eval/nll" in (tmp_path / "in_memory" / "metrics.jsonl").read_text()

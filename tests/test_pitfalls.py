@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 import test_broken
-import test_rng
+import test_seeds
 import test_train
 
-from dpjax import rng
+from dpjax.dp import seeds
 
 TESTS = Path(__file__).parent
 CAUGHT = "test_broken.py::test_broken_trainers_are_caught"
@@ -39,8 +39,8 @@ PITFALLS = {
             "test_numerics.py::test_steps_leaves_and_neighbours_are_independent",
             "test_train.py::test_cut_run_resumes_bit_for_bit",
             "test_preemption.py::test_phases_resume_bit_for_bit_and_share_no_draw",
-            "test_rng.py::test_streams_differ",
-            "test_audit.py::test_no_seed_of_the_run_is_used_again",
+            "test_seeds.py::test_streams_differ",
+            "test_attack.py::test_no_seed_of_the_run_is_used_again",
         ],
         [
             f"{CAUGHT}[one key for all steps]",
@@ -52,14 +52,14 @@ PITFALLS = {
         [
             "test_train.py::test_release_mode_takes_os_entropy_and_hides_it",
             "test_ledger.py::test_statement_has_what_others_rely_on",
-            "test_rng.py::test_entropy",
+            "test_seeds.py::test_entropy",
         ],
         ["test_pitfalls.py::test_a_constant_seed_is_seen"],
     ),
     "noise in bfloat16": (
         [
             "test_noise.py::test_noise_is_float32_for_bfloat16_parameters",
-            "test_per_example.py::test_sums_are_float32_in_a_bfloat16_model",
+            "test_clipped_sum.py::test_sums_are_float32_in_a_bfloat16_model",
         ],
         ["test_numerics.py::test_drift_would_show_in_half_precision"],
     ),
@@ -69,12 +69,12 @@ PITFALLS = {
     ),
     "a norm that is measured smaller than it is": (
         [
-            "test_site_products.py::test_cancelling_gradients_are_not_measured_too_small",
-            "test_site_products.py::test_underflowing_gradients_are_not_measured_too_small",
-            "test_site_products.py::test_products_are_those_of_exact_arithmetic",
+            "test_products.py::test_cancelling_gradients_are_not_measured_too_small",
+            "test_products.py::test_underflowing_gradients_are_not_measured_too_small",
+            "test_products.py::test_products_are_those_of_exact_arithmetic",
         ],
         [
-            "test_site_products.py::test_a_norm_without_its_margin_is_seen",
+            "test_products.py::test_a_norm_without_its_margin_is_seen",
             "test_bookkeeping.py::test_battery_catches_a_wrong_rule",
         ],
     ),
@@ -89,11 +89,11 @@ PITFALLS = {
     "an example that changes another one's augmentation, or the part it is in": (
         [
             "test_train.py::test_removing_an_example_moves_an_augmented_sum_by_at_most_the_bound",
-            "test_data_selection.py::test_where_an_example_goes_depends_on_itself_alone",
+            "test_subsets.py::test_where_an_example_goes_depends_on_itself_alone",
         ],
         [
             "test_train.py::test_augmentation_by_position_is_seen",
-            "test_data_selection.py::test_a_choice_that_depends_on_others_is_seen",
+            "test_subsets.py::test_a_choice_that_depends_on_others_is_seen",
         ],
     ),
     "division by realised, padded or private size": (
@@ -138,25 +138,25 @@ PITFALLS = {
     ),
     "NaN example poisons the sum": (
         [
-            "test_per_example.py::test_a_poisoned_example_leaves_the_others_bit_for_bit",
+            "test_clipped_sum.py::test_a_poisoned_example_leaves_the_others_bit_for_bit",
             "test_bookkeeping.py::test_poisoned_example_leaves_the_others_unchanged",
             "test_fuzz.py::test_chunks_masks_and_broken_pixels_add_up",
         ],
-        ["test_per_example.py::test_masking_by_multiplication_is_seen"],
+        ["test_clipped_sum.py::test_masking_by_multiplication_is_seen"],
     ),
     "frozen layers eat the clipping budget": (
         [
-            "test_per_example.py::test_frozen_leaves_do_not_enter_the_norm",
+            "test_clipped_sum.py::test_frozen_leaves_do_not_enter_the_norm",
             "test_bookkeeping.py::test_frozen_parameters_cost_nothing",
         ],
         [f"{CAUGHT}[frozen layers in the norm]"],
     ),
     "BatchNorm under vmap": (
         [
-            "test_models_validate.py::test_batch_norm_in_training_mode_is_refused_behind_a_zero_head",
-            "test_models_validate.py::test_any_coupling_is_refused",
+            "test_validate.py::test_batch_norm_in_training_mode_is_refused_behind_a_zero_head",
+            "test_validate.py::test_any_coupling_is_refused",
         ],
-        ["test_models_validate.py::test_batch_norm_in_inference_mode_passes"],
+        ["test_validate.py::test_batch_norm_in_inference_mode_passes"],
     ),
     "search, early stopping, logged losses uncharged": (
         [
@@ -174,7 +174,11 @@ PITFALLS = {
 
 @functools.cache
 def names_in(file):
-    tree = ast.parse((TESTS / file).read_text())
+    """Functions of a test file in whichever folder; None if there is no such file."""
+    path = next(TESTS.rglob(file), None)
+    if path is None:
+        return None
+    tree = ast.parse(path.read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
@@ -182,7 +186,7 @@ def missing(name):
     """What of "file::test[case]" does not exist; None if all of it does."""
     file, _, test = name.partition("::")
     test, _, case = test.partition("[")
-    if not (TESTS / file).is_file():
+    if names_in(file) is None:
         return f"no file {file}"
     if test not in names_in(file):
         return f"no test {test} in {file}"
@@ -234,9 +238,9 @@ def test_the_key_reuse_check_is_on():
 
 
 def test_a_constant_seed_is_seen(monkeypatch):
-    monkeypatch.setattr(rng.secrets, "randbits", lambda bits: 7)
+    monkeypatch.setattr(seeds.secrets, "randbits", lambda bits: 7)
     with pytest.raises(AssertionError):
-        test_rng.test_entropy()
+        test_seeds.test_entropy()
 
 
 def test_a_private_fact_without_its_label_is_seen(tmp_path):

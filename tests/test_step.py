@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_sharding import collectives
 
-from dpjax import compilation, dp, sharding
-from dpjax.averaging import moving_average
+from dpjax import dp
 from dpjax.dp.noise import standard_normal
-from dpjax.step import Hyper, at_bound, carry_over, make_steps
+from dpjax.runtime import compilation, sharding
+from dpjax.step import Hyper, at_bound, carry_over, make_steps, moving_average
 
 SIZE = 16
 
@@ -294,3 +294,17 @@ def test_moments_go_on_and_counters_start_anew():
         assert (got.step, got.bound) == (2, jnp.float32(0.3))
         assert np.all(got.average["head"]["kernel"] == 7)
         np.testing.assert_array_equal(got.average["body"]["kernel"], parameters()["body"]["kernel"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
+def test_the_moving_average_is_that_of_its_definition(decay):
+    iterates = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    average = {"w": jnp.zeros(3)}
+    want = np.zeros(3)
+    for step, iterate in enumerate(iterates):
+        average = moving_average(average, {"w": iterate}, decay, jnp.int32(step))
+        weight = min(decay, (1 + step) / (10 + step))
+        want = weight * want + (1 - weight) * iterate
+    np.testing.assert_allclose(average["w"], want, atol=1e-5)
+    if decay == 0:
+        np.testing.assert_array_equal(average["w"], iterates[-1])

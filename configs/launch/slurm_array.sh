@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One point of a sweep per task, in DIR/000, DIR/001, ...; here twelve points, four at a time:
 #   sbatch --array=0-11%4 configs/launch/slurm_array.sh --config=STUDY --workdir=DIR
-# The table, at any time: python -m dpjax.sweep --config=STUDY --workdir=DIR --table_only
+# The table, at any time: python -m dpjax.commands.sweep --config=STUDY --workdir=DIR --table_only
 #SBATCH --job-name=dpjax-sweep
 #SBATCH --ntasks=1
 #SBATCH --gpus=1

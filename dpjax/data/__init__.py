@@ -1,29 +1,36 @@
 """Data sets in random access, their preparation, and the path from disk to the step."""
 
-from dpjax.data.dataset import Dataset, from_arrays
-from dpjax.data.datasets import load, load_text
+from dpjax.data import prepare
+from dpjax.data.dataset import Dataset, Source, distinct_rows, from_arrays, splits_overlap
+from dpjax.data.directory import open_directory
 from dpjax.data.images import ImageSpec
-from dpjax.data.pipeline import Prefetcher, chunks, prefetch
+from dpjax.data.load import load, load_text
+from dpjax.data.prefetch import Prefetcher, chunks, prefetch
+from dpjax.data.prepare import prepare as prepare_archive
 from dpjax.data.preprocess import chain, preprocess, random_crop, random_flip, random_shift
-from dpjax.data.selection import holdout, random_share, subset
-from dpjax.data.sources import prepare as prepare_archive
+from dpjax.data.subsets import holdout, random_share, subset
 
 __all__ = [
     "Dataset",
     "ImageSpec",
     "Prefetcher",
+    "Source",
     "chain",
     "chunks",
+    "distinct_rows",
     "from_arrays",
     "holdout",
     "load",
     "load_text",
+    "open_directory",
     "prefetch",
+    "prepare",
     "prepare_archive",
     "preprocess",
     "random_crop",
     "random_flip",
     "random_share",
     "random_shift",
+    "splits_overlap",
     "subset",
 ]

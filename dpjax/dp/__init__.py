@@ -20,7 +20,15 @@ or a ready optimiser, and take the numbers from a `Mechanism`:
 ...     params = optax.apply_updates(params, updates)
 """
 
-from dpjax.dp import accounting, bookkeeping, sampling
+from dpjax.dp import (
+    accounting,
+    least_squares,
+    linear_head,
+    lower_bound,
+    repeat_and_select,
+    sampling,
+    seeds,
+)
 from dpjax.dp.adaptive import QuantileBound, quantile_bound
 from dpjax.dp.clipping import (
     ClippedSum,
@@ -33,20 +41,30 @@ from dpjax.dp.clipping import (
     global_,
     one_group,
     per_layer,
+    rule,
 )
-from dpjax.dp.ledger import BudgetExceeded, Ledger, Phase, statement, to_markdown
+from dpjax.dp.engines import (
+    METHODS,
+    EngineMismatch,
+    bookkeeping,
+    check_engine,
+    clipped_sum,
+)
+from dpjax.dp.ledger import SEED_POLICIES, BudgetExceeded, Ledger, Phase, statement, to_markdown
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
-from dpjax.dp.per_example import clipped_sum
 from dpjax.dp.sampling import PADDING, chunks
 from dpjax.dp.temperature import fit_temperature
 
 __all__ = [
+    "METHODS",
     "PADDING",
+    "SEED_POLICIES",
     "BudgetExceeded",
     "ClipRule",
     "ClippedSum",
+    "EngineMismatch",
     "Ledger",
     "Mechanism",
     "PerExample",
@@ -62,6 +80,7 @@ __all__ = [
     "by_prefix",
     "calibrated",
     "calibrated_phases",
+    "check_engine",
     "chunks",
     "clipped_sum",
     "fit_temperature",
@@ -69,12 +88,18 @@ __all__ = [
     "gaussian",
     "global_",
     "lamb",
+    "least_squares",
+    "linear_head",
+    "lower_bound",
     "num_steps",
     "one_group",
     "per_layer",
     "quantile_bound",
+    "repeat_and_select",
+    "rule",
     "sampling",
     "scale_by_adam_corrected",
+    "seeds",
     "sgd",
     "statement",
     "to_markdown",

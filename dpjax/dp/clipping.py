@@ -1,9 +1,10 @@
 """Clipping rules: from the gradient norms of one example to its scale factors.
 
-A rule never touches a gradient. It names groups of leaves, maps ONE example's group norms to one
-factor per group, and promises `factor * norm <= bound` for every group, whatever the norm. The
-L2 sensitivity of a sum of gradients scaled this way, under adding or removing one example, is
-therefore `sqrt(sum(bounds**2))`. Every engine (vmap, book-keeping) shares the rules.
+A rule never touches a gradient. It names groups of leaves and holds a function from ONE example's
+group norms to one factor per group. `ClipRule.factors` calls the function and limits what it
+returns, so that `factor * norm <= bound` holds for every group, every norm and every function,
+a user's included. The L2 sensitivity of a sum of gradients scaled this way, under adding or
+removing one example, is therefore `sqrt(sum(bounds**2))`. Every engine shares the rules.
 
 Bounds are arrays: a jitted function that takes a rule as an argument does not recompile when the
 bound changes.
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "SMALLEST_NORM",
     "ClipRule",
     "ClippedSum",
     "PerExample",
@@ -32,20 +34,26 @@ __all__ = [
     "global_",
     "one_group",
     "per_layer",
+    "rule",
 ]
 
 PyTree = Any
 Grouping = Callable[[PyTree], tuple[int, ...]]
 
-# A float32 factor is the rounded quotient bound/norm, and the norm itself is a rounded sum of
-# squares, so factor * norm can exceed the bound by a few units in the last place. Shrinking every
-# factor by this much keeps the promise in exact arithmetic; it changes updates by 2e-6 relative.
+# A float32 factor is a rounded quotient of a rounded norm, and what it multiplies is rounded once
+# more. The norm is the root of a sum of squares: XLA reduces in trees, so that the sum is off by
+# less than 50 units in the last place for any number of entries, and the norm by half of that.
+# Shrinking every factor by 32 units keeps the promise in exact arithmetic; it changes updates by
+# 2e-6 relative. Engines that measure a norm in another way add their own margin to it.
 _ROUNDING = 1.0 - 2.0**-19
 
 # Entries below 1e-19 have squares that underflow, so a norm can be measured too small by up to
 # 1e-19 * sqrt(parameters). No gradient is scaled up as if its norm were below this value, which
 # keeps the part that was not measured below 1e-5 of the bound for up to 1e10 parameters.
-_SMALLEST_NORM = 1e-9
+SMALLEST_NORM = 1e-9
+
+# Above it squares of norms, and quotients of bounds and norms, leave the range of float32.
+_LARGEST_BOUND = 1e15
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +79,10 @@ class ClippedSum:
         value = jax.tree.map(jnp.add, self.value, other.value)
         return ClippedSum(value, jnp.maximum(self.sensitivity, other.sensitivity))
 
+    def __radd__(self, other: object) -> ClippedSum:
+        """Lets `sum(chunks)` start from its 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
 
 class PerExample(NamedTuple):
     """Facts about each example of a batch. NOT private: log them as `nonprivate/...` only.
@@ -90,32 +102,32 @@ class PerExample(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("threshold", "gamma"),
-    meta_fields=("grouping", "kind", "normalised"),
+    data_fields=("threshold", "parameters"),
+    meta_fields=("function", "grouping", "normalised"),
 )
 @dataclasses.dataclass(frozen=True)
 class ClipRule:
     """How one example's gradient is scaled, from its group norms alone.
 
-    Build one with `flat`, `per_layer`, `automatic` or `global_`.
+    Build one with `flat`, `per_layer`, `automatic`, `global_`, or `rule` for a function of yours.
 
     Attributes:
         threshold: clip bound C, scalar or `[groups]`, in units of gradient norm. Traced.
-        gamma: stability constant of AUTO-S, 0 elsewhere. Traced.
+        parameters: further arguments of `function`, by name. Traced.
+        function: `(norms, thresholds, **parameters) -> factors`, all `[groups]` float32.
         grouping: maps a tree to the group index of each of its leaves, in `jax.tree.leaves` order.
-        kind: "flat", "automatic" or "global"; per-layer clipping is "flat" over several groups.
         normalised: factors are divided by the bound, so that the sensitivity is 1 whatever C is
             and the learning rate does not depend on C (arXiv 2204.13650, section 3.2).
 
     Guarantees:
-        `factors(norms) * norms <= bounds(len(norms))` for all norms, in every group; all factors
-        are 0 if any norm is not finite.
+        `factors(norms) * norms <= bounds(len(norms))` for all norms, in every group, whatever
+        `function` returns; all factors are 0 if any norm is not finite.
     """
 
     threshold: Any
-    gamma: Any
+    parameters: dict[str, Any]
+    function: Callable[..., jax.Array]
     grouping: Grouping
-    kind: str
     normalised: bool
 
     def groups(self, tree: PyTree) -> tuple[int, ...]:
@@ -171,19 +183,18 @@ class ClipRule:
         """
         norms = norms.astype(jnp.float32)
         thresholds = self.thresholds(norms.shape[0])
-        bounds = self.bounds(norms.shape[0])
         finite = jnp.isfinite(norms)
-        safe = jnp.where(finite & (norms > 0), norms, 1.0)
-        if self.kind == "flat":
-            factors = jnp.where(norms > thresholds, bounds / safe, bounds / thresholds)
-        elif self.kind == "automatic":
-            factors = jnp.where(norms > 0, bounds / (safe + self.gamma), 0.0)
-        elif self.kind == "global":
-            factors = jnp.where(norms <= thresholds, bounds / thresholds, 0.0)
-        else:
-            raise ValueError(f"kind={self.kind!r} must be 'flat', 'automatic' or 'global'.")
-        factors = jnp.minimum(factors, bounds / _SMALLEST_NORM)
-        return jnp.where(jnp.all(finite, keepdims=True), factors * _ROUNDING, 0.0)
+        safe = jnp.where(finite, norms, 1.0)
+        wanted = self.function(safe, thresholds, **self.parameters)
+        wanted = jnp.broadcast_to(jnp.asarray(wanted, jnp.float32), norms.shape)
+        # The function may return anything. NaN and negative numbers become 0, and nothing exceeds
+        # the factor that brings the norm to its bound.
+        largest = thresholds / jnp.maximum(safe, SMALLEST_NORM)
+        factors = jnp.where(wanted > 0, jnp.minimum(wanted, largest), 0.0)
+        if self.normalised:
+            factors = factors / jnp.linalg.norm(thresholds, keepdims=True)
+        usable = jnp.all(finite & jnp.isfinite(factors), keepdims=True)
+        return jnp.where(usable, factors * _ROUNDING, 0.0)
 
 
 def one_group(tree: PyTree) -> tuple[int, ...]:
@@ -238,6 +249,55 @@ def _by_prefix(depth: int) -> Grouping:
     return by_prefix
 
 
+def rule(
+    function: Callable[..., jax.Array],
+    bound: jax.typing.ArrayLike,
+    *,
+    grouping: Grouping = one_group,
+    normalised: bool = False,
+    **parameters: Any,
+) -> ClipRule:
+    """Makes a clipping rule of any function from norms to factors.
+
+    Args:
+        function: `(norms, thresholds, **parameters) -> factors` for ONE example, `[groups]`
+            float32 each, in jax.numpy. A factor that would leave a norm above its threshold is
+            lowered until it does not.
+        bound: clip bound C > 0, shared as C/sqrt(groups), or one bound per group `[groups]`.
+        grouping: `one_group`, `by_leaf`, `by_prefix(depth)` or any function from a tree to groups.
+        normalised: divide all factors by sqrt(sum(bounds**2)), for sensitivity 1.
+        **parameters: passed to `function`; numbers and arrays, traced in jit.
+
+    Returns:
+        The rule, of sensitivity sqrt(sum(bounds**2)), or 1 if `normalised`.
+
+    Raises:
+        ValueError: the bound is not positive and finite.
+        TypeError: `function` cannot be called.
+
+    >>> soft = rule(lambda n, c: c * jax.numpy.tanh(n / c) / n, 2.0)  # SoftAdaClip, 2510.01447
+    >>> soft.factors(jax.numpy.array([4.0])).round(3)
+    Array([0.482], dtype=float32)
+    """
+    if not callable(function):
+        raise TypeError(f"function={function!r} must be a function from norms to factors.")
+    _check_positive("bound", bound)
+    return ClipRule(bound, parameters, function, grouping, normalised)
+
+
+def _flat(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
+    return jnp.where(norms > thresholds, thresholds / jnp.maximum(norms, SMALLEST_NORM), 1.0)
+
+
+def _automatic(norms: jax.Array, thresholds: jax.Array, gamma: jax.Array) -> jax.Array:
+    total = norms + gamma
+    return jnp.where(norms > 0, thresholds / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def _keep_or_drop(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
+    return jnp.where(norms <= thresholds, 1.0, 0.0)
+
+
 def flat(bound: jax.typing.ArrayLike, *, normalised: bool = False) -> ClipRule:
     """Clips the norm of the whole gradient: factor min(1, C/|g|).
 
@@ -254,7 +314,7 @@ def flat(bound: jax.typing.ArrayLike, *, normalised: bool = False) -> ClipRule:
     Array([0.5], dtype=float32)
     """
     _check_positive("bound", bound, scalar=True)
-    return ClipRule(bound, 0.0, one_group, "flat", normalised)
+    return ClipRule(bound, {}, _flat, one_group, normalised)
 
 
 def per_layer(
@@ -276,7 +336,7 @@ def per_layer(
     Source: McMahan et al. 2018, arXiv 1710.06963; Bu et al., arXiv 2106.07830, layerwise clipping.
     """
     _check_positive("bounds", bounds)
-    return ClipRule(bounds, 0.0, grouping, "flat", normalised)
+    return ClipRule(bounds, {}, _flat, grouping, normalised)
 
 
 def automatic(
@@ -301,7 +361,7 @@ def automatic(
     """
     _check_positive("bound", bound)
     _check_positive("gamma", gamma, scalar=True, zero=True)
-    return ClipRule(bound, gamma, grouping, "automatic", normalised)
+    return ClipRule(bound, {"gamma": gamma}, _automatic, grouping, normalised)
 
 
 def global_(
@@ -320,7 +380,7 @@ def global_(
     Source: Bu et al., arXiv 2106.07830, global clipping: factor 1{|g| <= R}.
     """
     _check_positive("bound", bound)
-    return ClipRule(bound, 0.0, grouping, "global", normalised)
+    return ClipRule(bound, {}, _keep_or_drop, grouping, normalised)
 
 
 def _check_positive(
@@ -337,5 +397,11 @@ def _check_positive(
     for v in numbers.astype(np.float64).ravel().tolist():
         if not math.isfinite(v) or v < 0 or (v == 0 and not zero):
             raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")
-        if not zero and v < _SMALLEST_NORM:
-            raise ValueError(f"{name}={value} must be >= {_SMALLEST_NORM}: see _SMALLEST_NORM.")
+        if not zero and v < SMALLEST_NORM:
+            raise ValueError(
+                f"{name}={value} must be >= {SMALLEST_NORM}, the smallest norm measured."
+            )
+        if v > _LARGEST_BOUND:
+            raise ValueError(
+                f"{name}={value} must be <= {_LARGEST_BOUND:g}: squares overflow above."
+            )

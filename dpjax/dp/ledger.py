@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,12 @@ class Ledger:
 
     def _check_steps(self) -> None:
         for phase in self.phases:
-            if not 0 <= phase.steps_done <= phase.mechanism.steps:
+            if not _is_count(phase.steps_done):
+                raise ValueError(
+                    f"steps_done={phase.steps_done!r} of phase {phase.name!r} must be a whole "
+                    "number >= 0."
+                )
+            if phase.steps_done > phase.mechanism.steps:
                 raise BudgetExceeded(
                     f"phase {phase.name!r} would execute step {phase.steps_done} of "
                     f"{phase.mechanism.steps}: the privacy budget is spent."
@@ -102,9 +108,20 @@ class Ledger:
     def charge(self, phase: int, steps: int = 1) -> Ledger:
         """Returns the ledger after `steps` more steps of a phase, to be called BEFORE they run.
 
+        Args:
+            phase: its position in `phases`, from 0.
+            steps: how many, >= 0.
+
         Raises:
             BudgetExceeded: the phase has fewer steps left.
+            ValueError: an argument that is not a whole number, or is out of range.
         """
+        if not _is_count(phase) or phase >= len(self.phases):
+            raise ValueError(
+                f"phase={phase!r} must be a whole number in 0..{len(self.phases) - 1}."
+            )
+        if not _is_count(steps):
+            raise ValueError(f"steps={steps!r} must be a whole number >= 0.")
         charged = list(self.phases)
         done = charged[phase].steps_done + steps
         charged[phase] = dataclasses.replace(charged[phase], steps_done=done)
@@ -144,6 +161,11 @@ class Ledger:
     def spent_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) for an example of each part of the data."""
         return _spent_by_part(self.phases, self.delta)
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and value >= 0
 
 
 def _spent_by_part(phases: Sequence[Phase], delta: float) -> dict[str, float]:
@@ -187,7 +209,15 @@ def statement(
         that ended early, what was planned; `epsilon_of_steps_done` is that of the executed steps.
         Where all phases agree, `noise_multiplier` and the like are numbers, else lists in phase
         order.
+
+    Raises:
+        ValueError: no step was charged, or an unknown seed policy.
     """
+    if not ledger.steps_done:
+        raise ValueError(
+            f"0 of {ledger.steps_planned} steps are charged: there is nothing to state. `charge` "
+            "returns a new ledger; keep it, as in `ledger = ledger.charge(0)`."
+        )
     if seed_policy not in SEED_POLICIES:
         raise ValueError(f"seed_policy={seed_policy!r} must be one of {sorted(SEED_POLICIES)}.")
     mechanisms = [p.mechanism for p in ledger.phases]
@@ -255,7 +285,7 @@ _RELATIONS = {
 
 def _ended_early(facts: dict[str, Any]) -> list[str]:
     done, planned = facts["steps_done"], facts["steps_planned"]
-    if not 0 < done < planned:
+    if done == planned:
         return []
     return [
         f"The run has executed {done} of {planned} steps. The claim is that of the plan, which "

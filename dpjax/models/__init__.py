@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dpjax.models.bit import RESNETS, ResNetConfig, resnet_v2
-from dpjax.models.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
-from dpjax.models.fetch import WEIGHTS, locate
+from dpjax.models import finetune
 from dpjax.models.model import (
     InputSpec,
     Model,
@@ -15,14 +13,36 @@ from dpjax.models.model import (
     from_linen,
     unflatten,
 )
-from dpjax.models.small_resnet import resnet8
-from dpjax.models.text import TEXT_SIZES, TextConfig, text_encoder
-from dpjax.models.text_tokens import tokenizer
+from dpjax.models.nets import (
+    LITE0,
+    RESNETS,
+    SIZES,
+    TEXT_SIZES,
+    WRN_16_4,
+    EfficientNetConfig,
+    MBConvStage,
+    ResNetConfig,
+    TextConfig,
+    ViTConfig,
+    WideResNetConfig,
+    efficientnet_lite,
+    resnet8,
+    resnet_v2,
+    text_encoder,
+    to_timm,
+    vision_transformer,
+    wide_resnet,
+)
+from dpjax.models.tokens import tokenizer
 from dpjax.models.validate import check_examples_independent, probe
-from dpjax.models.vit import SIZES, ViTConfig, vision_transformer
-from dpjax.models.vit_weights import to_timm
-from dpjax.models.weights import load_plain, load_weights, read_tensors, save_weights
-from dpjax.models.wrn import WRN_16_4, WideResNetConfig, wide_resnet
+from dpjax.models.weights import (
+    WEIGHTS,
+    load_plain,
+    load_weights,
+    locate,
+    read_tensors,
+    save_weights,
+)
 
 __all__ = [
     "LITE0",
@@ -44,6 +64,7 @@ __all__ = [
     "check_examples_independent",
     "dense_head",
     "efficientnet_lite",
+    "finetune",
     "flatten",
     "from_linen",
     "load_plain",

@@ -1,0 +1,268 @@
+"""Attacks a run's own guarantee.
+
+The config's run is executed again with canaries among its examples, each in or out by a coin, and
+an attacker guesses the coins from what was trained. Too many right guesses refute the claimed
+epsilon: the audit reports the largest epsilon that they refute, a lower bound on the true one
+(`dpjax.dp.lower_bound`). A bound below the claim is no proof of it, for the attack may be weak.
+
+What is bounded: (epsilon, delta) under adding or removing one example, of a run with the config's
+sampler, sampling probability, steps, noise and clipping, on the config's examples and the canaries.
+Its event does not depend on the number of examples, so its claim is the config's, and is computed
+from the ledger of the audited run. The attacker sees the parameters at the start and at the end,
+not those in between, and knows every canary:
+
+- "mislabelled": a held-out input with a wrong label. Score: how much its loss fell.
+- "random": random pixels or tokens with a random label. Score: how much its loss fell.
+- "gradient": an example whose gradient is along a coordinate of its own, an extra parameter that
+  nothing else moves, and far beyond the clip bound. Score: how far that coordinate moved. It is the
+  strongest: a worst case that no data set need hold, but that the guarantee covers.
+
+With one run every canary has a coin of its own (arXiv 2305.08846); with several there is a single
+canary, in every second run (arXiv 2101.04535). Seeds are never those of the run that is released:
+equal noise under other examples would give the examples away. `audit.json` and `audit.png` are made
+from runs on the private examples: releasing them costs the claimed epsilon once more for each run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+from dpjax import dp, files
+from dpjax.audit.canaries import CANARIES, make
+from dpjax.build import Phase, Run
+from dpjax.dp import lower_bound, seeds
+from dpjax.models import Params, finetune
+from dpjax.runtime import Workdir, hosts, sharding
+from dpjax.step import TrainState, at_bound
+from dpjax.training import capacity, feed, phases
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+_NOT_CHARGED = "the audit's line in this statement"
+
+__all__ = ["attach", "audit", "check", "line", "refuted", "write"]
+
+
+def audit(
+    run: Run,
+    *,
+    canaries: str = "gradient",
+    count: int = 500,
+    runs: int = 1,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Audits a run; writes nothing.
+
+    Args:
+        run: from `build.build`, private, of the sampler "poisson" or "full_batch".
+        canaries: one of `CANARIES`.
+        count: canaries of a single run.
+        runs: 1, or an even number >= 4 of runs with one canary in every second one.
+        confidence: of the bound, in (0, 1).
+
+    Returns:
+        JSON values: `bound` (lower bound on epsilon), `confidence`, `claimed_epsilon` and `delta`
+        of the audited run, what was done, and the scores.
+
+    Guarantees:
+        If the claim holds, `bound > claimed_epsilon` with probability at most 1 - confidence.
+
+    Raises:
+        ValueError: an argument or a run that cannot be audited, naming field and value.
+    """
+    ledger = check(run, canaries=canaries, count=count, runs=runs, confidence=confidence)
+    single = runs == 1
+    game = make(run, canaries, count if single else 1)
+    coins = _coins(run, count) if single else np.arange(runs)[:, None] % 2 == 1
+    private_seeds = _private_seeds(run, runs)
+    scores = []
+    with tqdm(
+        total=runs * sum(phase.steps for phase in run.phases), desc="audit", unit="step",
+        file=sys.stderr, dynamic_ncols=True, disable=jax.process_index() > 0,
+    ) as bar:  # fmt: skip
+        for seed, included in zip(private_seeds, coins.reshape(runs, -1), strict=True):
+            played = game.run._replace(train=game.data(included))
+            params, ledger = _train(played, seed, bar)
+            scores.append(game.scores(params))
+    # A score that is not finite, of a run that diverged, tells nothing: all such ones are equal.
+    found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    if single:
+        bound: Any = lower_bound.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)
+    else:
+        inside = coins[:, 0]
+        bound = lower_bound.many_runs(
+            found[inside, 0], found[~inside, 0], delta=ledger.delta, confidence=confidence
+        )
+    return {
+        "bound": bound.epsilon,
+        "confidence": confidence,
+        "claimed_epsilon": ledger.spent(),
+        "delta": ledger.delta,
+        "neighboring_relation": ledger.phases[0].mechanism.relation,
+        "canaries": canaries,
+        "count": count if single else 1,
+        "runs": runs,
+        "attacker_sees": "the first and the last parameters, and every canary",
+        "guesses": bound._asdict(),
+        "steps_done": ledger.steps_done,
+        "num_examples_without_canaries": len(run.train),
+        "scores_in": found[coins.reshape(found.shape)],
+        "scores_out": found[~coins.reshape(found.shape)],
+    }
+
+
+def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:
+    """Refuses what `audit` cannot do, before anything runs; returns the run's ledger."""
+    files.choose("canaries", canaries, dict.fromkeys(CANARIES))
+    if count < 1:
+        raise ValueError(f"count={count} must be >= 1.")
+    if runs != 1 and (runs < 4 or runs % 2):
+        raise ValueError(f"runs={runs} must be 1, or an even number >= 4.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must be in (0, 1).")
+    if run.ledger is None:
+        raise ValueError("dp=None: a run without privacy claims nothing to audit.")
+    if canaries == "mislabelled" and runs == 1 and count > len(run.test):
+        raise ValueError(f"count={count} must be <= the {len(run.test)} held-out examples.")
+    if canaries == "mislabelled" and run.train.num_classes < 2:
+        raise ValueError("canaries='mislabelled' needs two classes or more.")
+    for phase in run.ledger.phases:
+        if phase.mechanism.sampler not in ("poisson", "full_batch"):
+            raise ValueError(
+                f"dp.sampler={phase.mechanism.sampler!r}: audits are for 'poisson' and "
+                "'full_batch', which claim something about adding or removing an example."
+            )
+    return run.ledger
+
+
+def refuted(report: dict[str, Any]) -> bool:
+    """Whether an audit contradicts the claim."""
+    return report["bound"] > report["claimed_epsilon"]
+
+
+def line(report: dict[str, Any]) -> str:
+    """Returns the result of an audit in one sentence, for `privacy.md`."""
+    how = f"{report['runs']} runs" if report["runs"] > 1 else f"one run of {report['count']:,}"
+    return (
+        f"audit: epsilon is at least {report['bound']:.3g} at confidence "
+        f"{100 * report['confidence']:g} % ({report['canaries']} canaries, {how}); claimed "
+        f"{report['claimed_epsilon']:.4g}. "
+        + ("THE CLAIM IS REFUTED." if refuted(report) else "No contradiction, which is no proof.")
+    )
+
+
+def write(report: dict[str, Any], workdir: Path) -> None:
+    """Writes `audit.json` and the distributions of the scores, `audit.png`."""
+    place = Workdir(workdir)
+    place.write("audit.json", report)
+    if not place.writes:
+        return
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    inside, outside = np.asarray(report["scores_in"]), np.asarray(report["scores_out"])
+    edges = np.histogram_bin_edges(np.concatenate([inside, outside]), bins=40).tolist()
+    axes.hist(outside, edges, alpha=0.6, color="C0", label=f"out ({outside.size})")
+    axes.hist(inside, edges, alpha=0.6, color="C3", label=f"in ({inside.size})")
+    axes.set(
+        xlabel="score", ylabel="canaries" if report["runs"] == 1 else "runs",
+        title=f"{report['canaries']} canaries (not private): epsilon at least "
+        f"{report['bound']:.3g}, claimed {report['claimed_epsilon']:.4g}",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(workdir / "audit.png", dpi=120)
+    plt.close(figure)
+
+
+def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
+    """Audits a finished run as its config says, unless that was done; its statement tells.
+
+    Returns:
+        The audit's result, as `audit.json` has it.
+    """
+    wanted = dict(run.config.audit)
+    if wanted["runs"] > 1:
+        wanted["count"] = 1
+    known = workdir.read("audit.json") if workdir.exists("audit.json") else {}
+    if any(known.get(name) != value for name, value in wanted.items()):
+        write(audit(run, **run.config.audit), workdir.path)
+    hosts.gather(None)  # one host wrote it
+    report = workdir.read("audit.json")
+    facts = {**workdir.read("privacy.json"), "audit": line(report)}
+    facts["not_charged"] = [
+        *(item for item in facts["not_charged"] if not item.startswith(_NOT_CHARGED)),
+        f"{_NOT_CHARGED}, audit.json and audit.png: made from further runs on the private data "
+        f"({wanted['runs']} for each audit), each of which costs the claimed epsilon once more",
+    ]
+    workdir.write("privacy.json", facts)
+    workdir.write("privacy.md", dp.to_markdown(facts))
+    return report
+
+
+def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
+    """Executes a run with the functions of the train loop, and charges it; keeps no files."""
+    ledger, params, layout = run.ledger, run.params, run.layout
+    if ledger is None:
+        raise ValueError("dp=None: a run without privacy has no ledger.")
+    run = run._replace(phases=tuple(_of_size(phase, len(run.train)) for phase in run.phases))
+    size = capacity.physical_batch(run, private_seed)
+    state: TrainState | None = None
+    first = 0
+    for index, phase in enumerate(run.phases):
+        ledger = ledger.charge(index, phase.steps)
+        steps, hyper = phases.prepare(run, index, private_seed)
+        trainable, frozen = finetune.split(params, phase.trainable)
+        frozen = sharding.place(frozen, layout.whole(frozen))
+        state = phases.first_state(run, index, steps, hyper, trainable, state)
+        span = range(first, first + phase.steps)
+        first = span.stop
+        chunks = feed.chunks(
+            run, phase, layout, seed=seeds.sampler_seed(private_seed), size=size, steps=span
+        )
+        for step in span:
+            whole, totals = steps.begin(state)
+            now, number = at_bound(hyper, state), jnp.asarray(step, jnp.int32)
+            for chunk in chunks:
+                batch = sharding.to_mesh(chunk.batch, layout.mesh)
+                totals = steps.accumulate(totals, whole, frozen, batch, number, now)
+                if chunk.last:
+                    break
+            state, _ = steps.update(state, totals, hyper)
+            bar.update()
+        params = finetune.join(layout.gather(state.trainable), frozen)
+    return params, ledger
+
+
+def _of_size(phase: Phase, num_examples: int) -> Phase:
+    """The phase with its sampler over `num_examples`, at the same probability."""
+    if phase.mechanism is None:
+        return phase
+    mechanism = dataclasses.replace(phase.mechanism, num_examples=num_examples)
+    return phase._replace(mechanism=mechanism)
+
+
+def _coins(run: Run, count: int) -> np.ndarray:
+    """A fair coin per canary, from the same source as the noise."""
+    return np.random.default_rng(_fresh(run, "coins")).random(count) < 0.5
+
+
+def _private_seeds(run: Run, count: int) -> list[int]:
+    return [_fresh(run, f"run {number}") for number in range(count)]
+
+
+def _fresh(run: Run, use: str) -> int:
+    """A private seed from the operating system; where the run's is fixed, one derived from it."""
+    fixed = run.config.private_seed
+    if fixed is None:
+        return int(hosts.first(seeds.draw_private_seed()))
+    text = f"dpjax audit {fixed} {use}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")

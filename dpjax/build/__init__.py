@@ -1,0 +1,20 @@
+"""A config becomes a run: one module for each of its sections, and `build` for the whole."""
+
+from dpjax.build import data, describe, loss, model, optimizer, planner, privacy, schedules
+from dpjax.build.build import build
+from dpjax.build.run import Phase, Run, Temperature
+
+__all__ = [
+    "Phase",
+    "Run",
+    "Temperature",
+    "build",
+    "data",
+    "describe",
+    "loss",
+    "model",
+    "optimizer",
+    "planner",
+    "privacy",
+    "schedules",
+]

@@ -1,0 +1,95 @@
+"""A config becomes a run.
+
+`build` does everything that can fail on a user's mistake, and writes nothing but caches, so that
+a mistake costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ml_collections import ConfigDict
+
+from dpjax.build import data, loss, model, privacy, schedules
+from dpjax.build.run import Run
+from dpjax.data import Dataset
+from dpjax.dp import METHODS
+from dpjax.files import choose
+from dpjax.models import check_examples_independent, finetune, probe
+from dpjax.runtime import sharding
+
+__all__ = ["build"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None) -> Run:
+    """Makes every object of a run and checks that they fit.
+
+    Args:
+        config: from `dpjax.config.default`.
+        datasets: training data and held-out data in place of those that `config.data` names.
+
+    Returns:
+        The run, ready for `loop.train`.
+
+    Raises:
+        ValueError: naming the field and its value, or what is missing where.
+    """
+    _check_values(config)
+    adaptive = privacy.adaptive_bound(config.dp) if config.dp is not None else None
+    rule = None
+    for _, bound in reversed(schedules.bounds(config)):  # the first one stays
+        rule = privacy.clip_rule(config.dp, bound) if config.dp is not None else None
+    train, test = data.opened(config) if datasets is None else data.given(config, datasets)
+    train, temperature = privacy.temperature(config, train)
+    sizes, plan = schedules.batch_sizes(config, len(train))
+    tuning = model.finetuning_set(config.finetune)(model.model(config.model, train.num_classes))
+    params = model.initial(tuning.model, config)
+    apply, loss_fn = loss.functions(tuning.model, config.data, train.shape)
+    check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
+    finetune.split(params, tuning.trainable)  # raises if nothing trains
+    phases = schedules.phases(config, tuning, sizes, len(train))
+    return Run(
+        config=config,
+        train=train,
+        test=test,
+        model=tuning.model,
+        params=params,
+        merge=tuning.merge,
+        apply=apply,
+        loss_fn=loss_fn,
+        rule=rule,
+        adaptive=adaptive,
+        temperature=temperature,
+        batch_plan=plan,
+        phases=phases,
+        ledger=privacy.ledger(config, phases, temperature),
+        layout=sharding.layout(config.sharding),
+    )
+
+
+def _check_values(config: ConfigDict) -> None:
+    for field in ("log_every", "checkpoint_every", "epochs",
+                  "keep_checkpoints", "microbatch", "eval_every"):  # fmt: skip
+        value = config[field]
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{field}={value} must be > 0.")
+    if not 0 <= config.lp.fraction <= 1:
+        raise ValueError(f"lp.fraction={config.lp.fraction} must be in [0, 1].")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"ema={config.ema} must be in [0, 1).")
+    size = config.physical_batch
+    if size != "auto" and not (isinstance(size, int) and size > 0):
+        raise ValueError(f"physical_batch={size!r} must be 'auto' or a whole number > 0.")
+    if config.keep_best < 0:
+        raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
+    if config.dp is not None:
+        choose("dp.method", config.dp.method, dict.fromkeys(METHODS))
+    if config.model.dtype not in _DTYPES:
+        raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
+    rate = config.optimizer.learning_rate
+    if not 0 < rate < math.inf:
+        raise ValueError(f"optimizer.learning_rate={rate} must be > 0 and finite.")
+    if config.private_seed is not None and not 0 <= config.private_seed < 2**128:
+        raise ValueError(f"private_seed={config.private_seed} must be in [0, 2**128).")

@@ -1,0 +1,233 @@
+"""A run in words: its plan, its privacy statement, and what must not change when it is resumed."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpjax import dp
+from dpjax.build.model import model_title
+from dpjax.build.run import Phase, Run
+from dpjax.dp import seeds
+from dpjax.models import Params, finetune
+
+__all__ = ["describe", "identity", "ledger_after", "statement"]
+
+
+def describe(run: Run) -> str:
+    """Returns the plan of a run as aligned text, one fact a line."""
+    config, phase = run.config, run.phases[-1]
+    trainable, frozen = finetune.split(run.params, phase.trainable)
+    rows: dict[str, Any] = {
+        "data set": f"{run.train.name}, split {run.train.split} (held out: {run.test.split})",
+        "examples N": f"{len(run.train):,} (held out {len(run.test):,})",
+        "classes": run.train.num_classes,
+        "model": f"{model_title(config.model)}, weights {config.model.weights}",
+        "parameters": f"{finetune.count(trainable):,} trainable ({config.finetune}), "
+        f"{finetune.count(frozen):,} frozen",
+        "steps T": f"{sum(p.steps for p in run.phases):,} ({config.epochs:g} epochs"
+        + "".join(f", {p.name} {p.steps:,}" for p in run.phases if len(run.phases) > 1)
+        + ")",
+        "batch": f"{_each(run, lambda p: f'{p.batch_size:,}')} expected, "
+        f"{config.physical_batch} physical",
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
+    }
+    if run.batch_plan is not None:
+        rows["batch chosen"] = f"by the planner, from public facts. {run.batch_plan.reason}"
+    if config.ema:
+        rows["average"] = f"of the parameters, decay {config.ema:g}; evaluated as eval/ema"
+    mechanism = phase.mechanism
+    if mechanism is None:
+        rows["privacy"] = "NONE: dp=None trains without privacy"
+    else:
+        rows |= {
+            "budget": f"epsilon {config.dp.epsilon:g}, delta {config.dp.delta:g}",
+            "neighbouring": mechanism.relation,
+            "sampler": _each(run, lambda p: p.mechanism.sampler if p.mechanism else "")
+            + f", q = {_each(run, lambda p: f'{p.batch_size / len(run.train):.6g}')}",
+            "accountant": mechanism.accountant,
+            "noise sigma": _each(
+                run, lambda p: f"{p.mechanism.noise_multiplier:.4f}" if p.mechanism else ""
+            ),
+            "sigma sqrt(T)": f"{_cumulative_noise(run):.2f}",
+            "clipping": _clipping(run),
+            "clipping engine": _engine(run, trainable, frozen),
+            "seed": "OS entropy" if config.private_seed is None else dp.SEED_POLICIES["fixed"],
+        }
+        if run.temperature is not None:
+            rows["temperature"] = (
+                f"fitted on {len(run.temperature.data):,} examples that do not train, "
+                f"sigma {run.temperature.mechanism.noise_multiplier:.4f}, within the same budget"
+            )
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _each(run: Run, fact: Callable[[Phase], str]) -> str:
+    """A fact of every phase, where it differs from the phase before."""
+    facts = [fact(phase) for phase in run.phases]
+    return " then ".join(now for now, before in zip(facts, ["", *facts]) if now != before)
+
+
+def _clipping(run: Run) -> str:
+    """The clipping rule in words."""
+    config, mechanism = run.config.dp, run.phases[0].mechanism
+    words = f"{config.clipping}, bound {_each(run, lambda p: f'{p.bound:g}')}"
+    if run.adaptive is not None and mechanism is not None:
+        counts = _each(run, lambda p: f"{p.mechanism.count_noise:g}" if p.mechanism else "")
+        words += (
+            f" at first, then following the {run.adaptive.quantile:g} quantile of the norms, never "
+            f"below {run.adaptive.lower_bound:g} (its count query, of noise {counts}, is accounted)"
+        )
+    return words + (", normalised to sensitivity 1" if config.normalised else ", not normalised")
+
+
+def _cumulative_noise(run: Run) -> float:
+    """sigma sqrt(T) over all phases."""
+    squares = [p.mechanism.cumulative_noise**2 for p in run.phases if p.mechanism is not None]
+    return math.sqrt(sum(squares))
+
+
+def _engine(run: Run, trainable: Params, frozen: Params) -> str:
+    """Says once which engine clips, and how many leaves take which route through it."""
+    one = run.train.get(np.array([0]))
+    example = {name: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for name, v in one.items()}
+    example["key"] = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
+        return run.loss_fn(finetune.join(params, frozen), example)
+
+    if run.config.dp.method == "vmap":
+        return "vmap, as asked"
+    routes = collections.Counter(r.route for r in dp.bookkeeping.plan(loss, trainable, example))
+    return "bookkeeping, leaves by route: " + ", ".join(
+        f"{route} {count}" for route, count in routes.most_common()
+    )
+
+
+def ledger_after(run: Run, steps: int) -> dp.Ledger:
+    """Returns the ledger of a run that has executed `steps` steps, phase after phase.
+
+    What is beyond the last phase was spent on fitting the temperature.
+
+    Raises:
+        dp.BudgetExceeded: the budget does not cover them.
+    """
+    ledger = run.ledger
+    if ledger is None:
+        raise ValueError("a run without privacy has no ledger.")
+    for index, phase in enumerate(run.phases):
+        ledger = ledger.charge(index, min(steps, phase.steps))
+        steps -= min(steps, phase.steps)
+    if run.temperature is not None:
+        ledger = ledger.charge(len(run.phases), steps)
+    return ledger
+
+
+def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
+    """Returns the privacy statement of a run whose executed steps are in `ledger`."""
+    config, private_evaluation = run.config, run.evaluates_on_private_data
+    return dp.statement(
+        ledger,
+        clipping=_clipping(run),
+        seed_policy="os_entropy" if config.private_seed is None else "fixed",
+        released=[
+            "the trained parameters in weights.safetensors and in every checkpoint",
+            "the number of executed steps"
+            + ("" if private_evaluation else ", and every evaluation on public held-out data"),
+            *(["the average of the parameters, in weights_ema.safetensors"] if config.ema else []),
+            *(
+                ["the clip bound of every step, clip_bound in metrics.jsonl"]
+                if run.adaptive is not None
+                else []
+            ),
+            *(
+                ["the temperature in eval.json, fitted on a part of the data of its own"]
+                if run.temperature is not None
+                else []
+            ),
+        ],
+        not_charged=[
+            "rows named nonprivate/... in metrics.jsonl: losses, norms and sizes of private "
+            "batches",
+            "the choice of hyperparameters, if private data was used to make it",
+            "the number of training examples, which is taken as public",
+            *(
+                [
+                    "the evaluations, and which checkpoints keep_best keeps by them: they are made "
+                    "on a part of the private training split"
+                ]
+                if private_evaluation
+                else []
+            ),
+            *(
+                [
+                    f"the choice of the training data, {run.train.split!r} with data.subset="
+                    f"{config.data.subset}, which depends on more than each example by itself: "
+                    "the guarantee is about the examples that were chosen"
+                ]
+                if config.data.subset is not None or "[" in run.train.split
+                else []
+            ),
+            *(
+                [
+                    f"the weights that the run starts from, {config.model.weights}, which are "
+                    "taken as public: if they were trained on this data, what that cost comes "
+                    "on top"
+                ]
+                if config.model.weights is not None
+                else []
+            ),
+            "private_seed.json: whoever reads it can undo the noise. Keep it as secret as the data"
+            if config.private_seed is None
+            else "the private seed, which stands in config.json: its readers can undo the noise",
+        ],
+    )
+
+
+def identity(run: Run, private_seed: int) -> dict[str, Any]:
+    """Returns what a checkpoint of this run may only be continued with, as JSON values."""
+    facts: dict[str, Any] = {
+        "seed": run.config.seed,
+        # Keyed: the plain digest would tell whether somebody's guess of the data is right.
+        "data": seeds.digest(private_seed, run.train.digest),
+        "num_examples": len(run.train),
+        "phases": {
+            f"{index}_{phase.name}": {
+                "steps": phase.steps,
+                "batch_size": phase.batch_size,
+                "bound": phase.bound,
+                "training": phase.training,
+                "keep_optimizer": phase.keep_optimizer,
+                **(dataclasses.asdict(phase.mechanism) if phase.mechanism is not None else {}),
+            }
+            for index, phase in enumerate(run.phases)
+        },
+        "ema": run.config.ema,
+    }
+    if run.temperature is not None:
+        facts["temperature"] = {
+            **dataclasses.asdict(run.temperature.mechanism),
+            "bound": run.temperature.bound,
+            "data": seeds.digest(private_seed, run.temperature.data.digest),
+        }
+    if run.rule is not None and run.ledger is not None:
+        facts |= {
+            "epsilon": run.ledger.epsilon,
+            "delta": run.ledger.delta,
+            "private_seed": seeds.digest(private_seed),
+            "clipping": {
+                "function": f"{run.rule.function.__module__}:{run.rule.function.__qualname__}",
+                "grouping": run.rule.grouping.__name__,
+                "adaptive": None if run.adaptive is None else run.adaptive._asdict(),
+                "parameters": jax.tree.map(float, run.rule.parameters),
+                "normalised": run.rule.normalised,
+            },
+        }
+    return facts

@@ -1,0 +1,96 @@
+"""`config.model` and `config.finetune` become a model, its first parameters and what trains."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dpjax import models
+from dpjax.dp import seeds
+from dpjax.files import choose
+from dpjax.models import Model, Params, finetune
+
+__all__ = ["finetuning_set", "initial", "model", "model_title", "size"]
+
+_MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
+    "vit": (models.vision_transformer, models.SIZES),
+    "resnet_v2": (models.resnet_v2, models.RESNETS),
+    "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
+    "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
+    "resnet8": (models.resnet8, None),
+    "text_encoder": (models.text_encoder, models.TEXT_SIZES),
+}
+
+
+def model_title(config: ConfigDict) -> str:
+    """Returns family and size, where there is one, of `config.model`."""
+    _, sizes = _family(config.name)
+    return config.name if sizes is None else f"{config.name} {config.size}"
+
+
+def model(config: ConfigDict, num_classes: int) -> Model:
+    """Makes the model of `config.model`."""
+    make, sizes = _family(config.name)
+    arguments = [num_classes]
+    if sizes is not None:
+        arguments.insert(0, size("model.options", sizes, config))
+    made: Model = make(*arguments, head_init=config.head_init, dtype=config.dtype)
+    return made
+
+
+def _family(name: str) -> tuple[Callable[..., Model], Any]:
+    """A family of ours and its sizes, or a function "module:function" of the user's."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        family: tuple[Callable[..., Model], Any] = choose("model.name", name, _MODELS)
+        return family
+    try:
+        return getattr(importlib.import_module(module), function), None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model.name={name!r} cannot be imported: {error}.") from error
+
+
+def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:
+    """Makes the shape that `config.size` names, with the fields in `config.options` replaced."""
+    shape = choose("model.size", config.size, sizes)
+    for name in config.options:
+        choose(f"{field} field", name, shape.__dataclass_fields__)
+    return type(shape)(**{**vars(shape), **config.options})
+
+
+def initial(net: Model, config: ConfigDict) -> Params:
+    """Returns the parameters at the start: random, or read from `config.model.weights`."""
+    params = net.init(seeds.public_key(config.seed, "init"))
+    if config.model.weights is None:
+        return params
+    return net.load(params, models.locate(config.model.weights), head=config.model.keep_head)
+
+
+def finetuning_set(text: str) -> finetune.FineTuningSet:
+    """Makes a fine-tuning set from text such as "film", "blocks:last:2" or "bias+regex:cls"."""
+    sets = []
+    for part in text.split("+"):
+        name, *rest = part.split(":")
+        make = choose(
+            "finetune",
+            name,
+            {
+                "full": lambda: finetune.full(),
+                "head": lambda: finetune.head(),
+                "film": lambda: finetune.film(),
+                "bias": lambda: finetune.bias(),
+                "blocks": lambda end, count: finetune.blocks(**{end: int(count)}),
+                "lora": lambda rank="8", *targets: finetune.lora(
+                    rank=int(rank), **({"targets": ":".join(targets)} if targets else {})
+                ),
+                "regex": lambda *pattern: finetune.regex(":".join(pattern)),
+            },
+        )
+        try:
+            sets.append(make(*rest))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"finetune={part!r} is not understood: {error}.") from error
+    return finetune.combine(sets)

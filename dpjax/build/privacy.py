@@ -1,0 +1,121 @@
+"""`config.dp` becomes the clipping rule, the mechanism of every phase and the ledger."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from dpjax import data, dp
+from dpjax.build.run import Phase, Temperature
+from dpjax.data import Dataset
+from dpjax.files import choose
+
+__all__ = ["adaptive_bound", "clip_rule", "ledger", "temperature", "with_noise"]
+
+
+def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
+    """Makes the clipping rule of `config.dp`, at its bound or at another."""
+    make = choose(
+        "dp.clipping",
+        config.clipping,
+        {
+            "flat": dp.flat,
+            "per_layer": dp.per_layer,
+            "automatic": functools.partial(dp.automatic, gamma=config.gamma),
+            "global": dp.global_,
+        },
+    )
+    try:
+        rule: dp.ClipRule = make(
+            config.bound if bound is None else bound, normalised=config.normalised
+        )
+    except ValueError as error:
+        raise ValueError(f"dp.{error}") from error
+    return rule
+
+
+def adaptive_bound(config: ConfigDict) -> dp.QuantileBound | None:
+    """Makes the rule by which the bound of `config.dp` follows a quantile; None: it does not."""
+    adaptive = config.adaptive
+    if adaptive.quantile is None:
+        return None
+    if config.clipping != "flat":
+        raise ValueError(f"dp.adaptive.quantile needs dp.clipping='flat', got {config.clipping!r}.")
+    if config.bound_schedule:
+        raise ValueError("dp.adaptive.quantile and dp.bound_schedule exclude each other.")
+    try:
+        made = dp.quantile_bound(
+            adaptive.quantile, rate=adaptive.rate, lower_bound=adaptive.lower_bound
+        )
+    except ValueError as error:
+        raise ValueError(f"dp.adaptive.{error}") from error
+    if config.bound < adaptive.lower_bound:
+        raise ValueError(
+            f"dp.bound={config.bound} must be >= dp.adaptive.lower_bound={adaptive.lower_bound}."
+        )
+    return made
+
+
+def temperature(config: ConfigDict, train: Dataset) -> tuple[Dataset, Temperature | None]:
+    """Splits off the examples that a temperature is fitted on, if one is; they do not train."""
+    if config.dp is None or not config.dp.temperature.share:
+        return train, None
+    chosen = config.dp.temperature
+    if config.dp.sampler == "fixed_size":
+        raise ValueError(
+            f"dp.temperature.share={chosen.share} needs a guarantee for adding or removing an "
+            "example, but dp.sampler='fixed_size' is accounted for replacing one."
+        )
+    if not 0 < chosen.bound < math.inf:
+        raise ValueError(f"dp.temperature.bound={chosen.bound} must be > 0 and finite.")
+    try:
+        rest, share = data.random_share(train, chosen.share, seed=config.seed)
+        mechanism = dp.calibrated(
+            epsilon=config.dp.epsilon,
+            delta=config.dp.delta,
+            num_examples=len(share),
+            batch_size=len(share),
+            steps=chosen.steps,
+        )
+    except ValueError as error:
+        raise ValueError(f"dp.temperature: {error}") from error
+    return rest, Temperature(share, mechanism, chosen.bound)
+
+
+def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> tuple[Phase, ...]:
+    """Gives every phase a mechanism, so that their composition meets the one budget."""
+    if not 0 < config.lp.noise_ratio < math.inf:
+        raise ValueError(f"lp.noise_ratio={config.lp.noise_ratio} must be > 0 and finite.")
+    sizes = [phase.batch_size for phase in made]
+    adaptive, counts = config.dp.adaptive, None
+    if adaptive.quantile is not None:
+        given = adaptive.count_noise
+        counts = [size / 20 if given is None else given for size in sizes]
+    last = made[-1].training
+    mechanisms = dp.calibrated_phases(
+        epsilon=config.dp.epsilon,
+        delta=config.dp.delta,
+        num_examples=num_examples,
+        batch_size=sizes,
+        steps=[phase.steps for phase in made],
+        noise_ratios=[1.0 if p.training == last else config.lp.noise_ratio for p in made],
+        sampler=config.dp.sampler,
+        max_batch_size=config.dp.max_batch_size,
+        count_noises=counts,
+    )
+    return tuple(p._replace(mechanism=m) for p, m in zip(made, mechanisms, strict=True))
+
+
+def ledger(
+    config: ConfigDict, made: tuple[Phase, ...], fitted: Temperature | None
+) -> dp.Ledger | None:
+    """Returns the empty ledger of a run; None without privacy."""
+    if config.dp is None:
+        return None
+    paid = [dp.Phase(p.name, p.mechanism) for p in made if p.mechanism is not None]
+    if fitted is not None:
+        paid.append(dp.Phase("temperature", fitted.mechanism, part="temperature"))
+    return dp.Ledger(tuple(paid), epsilon=config.dp.epsilon, delta=config.dp.delta)

@@ -1,0 +1,106 @@
+"""What a config becomes: a `Run` of phases, as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from dpjax import dp
+from dpjax.build.planner import Plan
+from dpjax.data import Dataset, splits_overlap
+from dpjax.models import Model, Params
+from dpjax.runtime.sharding import Layout
+from dpjax.step import Hyper, LossFn
+
+__all__ = ["Phase", "Run", "Temperature"]
+
+
+class Phase(NamedTuple):
+    """One stretch of training: what trains, for how long, under which mechanism.
+
+    Attributes:
+        name: "linear-probe" or "train"; with its number, where a training has several phases.
+        training: number of the training that it belongs to. The phases of one training are stages
+            of a schedule: what is in the train state goes on as if they were one.
+        trainable: predicate on parameter paths.
+        steps: number of updates.
+        batch_size: expected batch size B.
+        bound: clip bound C; where it adapts, that of the run's first step.
+        mechanism: None without privacy.
+        optimizer: makes the transform from traced values; one object for all of a training.
+        learning_rate: base learning rate.
+        keep_optimizer: whether optimiser state of leaves that the training before trained goes on.
+    """
+
+    name: str
+    training: int
+    trainable: Callable[[str], bool]
+    steps: int
+    batch_size: int
+    bound: float
+    mechanism: dp.Mechanism | None
+    optimizer: Callable[[Hyper], optax.GradientTransformation]
+    learning_rate: float
+    keep_optimizer: bool = False
+
+
+class Temperature(NamedTuple):
+    """How the softmax temperature is fitted after training.
+
+    Attributes:
+        data: examples that no phase reads.
+        mechanism: of full batches of them.
+        bound: on an example's derivative.
+    """
+
+    data: Dataset
+    mechanism: dp.Mechanism
+    bound: float
+
+
+class Run(NamedTuple):
+    """A run as objects; see `build`.
+
+    Attributes:
+        config: the resolved config, for the record.
+        train: training data, private unless `ledger` is None.
+        test: held-out data.
+        model: the model that runs.
+        params: all parameters at the start.
+        merge: turns trained parameters into plain weights.
+        apply: `(params, uint8 inputs [batch, ...]) -> logits`.
+        loss_fn: `(params, example) -> loss` of one example.
+        rule: clipping rule, at the first phase's bound; None without privacy.
+        adaptive: how the bound follows a quantile; None if it does not.
+        temperature: None if no temperature is fitted.
+        batch_plan: why the batch size is what it is, if the config left it to the planner.
+        phases: what is executed, in order.
+        ledger: nothing executed yet; None without privacy.
+        layout: where parameters, optimiser state and batches live.
+    """
+
+    config: ConfigDict
+    train: Dataset
+    test: Dataset
+    model: Model
+    params: Params
+    merge: Callable[[Params], Params]
+    apply: Callable[[Params, jax.Array], jax.Array]
+    loss_fn: LossFn
+    rule: dp.ClipRule | None
+    adaptive: dp.QuantileBound | None
+    temperature: Temperature | None
+    batch_plan: Plan | None
+    phases: tuple[Phase, ...]
+    ledger: dp.Ledger | None
+    layout: Layout
+
+    @property
+    def evaluates_on_private_data(self) -> bool:
+        """Whether the held-out data may be of the training split: its metrics are not private."""
+        train, test = self.train, self.test
+        return train.name == test.name and splits_overlap(train.split, test.split)

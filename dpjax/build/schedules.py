@@ -1,0 +1,207 @@
+"""Batch size and clip bound over the epochs, and the phases into which they cut a run.
+
+A schedule is a tuple of (fraction of the epochs at which a value begins, value). A step reads B
+examples on average, so a stage that covers a share f of the epochs E at batch size B has about
+f E N / B steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpjax.build import planner
+from dpjax.build.optimizer import optimizer
+from dpjax.build.privacy import with_noise
+from dpjax.build.run import Phase
+from dpjax.models import finetune
+
+__all__ = ["Schedule", "Stage", "batch_sizes", "bounds", "phases", "stages", "values"]
+
+Schedule = Sequence[tuple[float, Any]]
+
+
+class Stage(NamedTuple):
+    """A stretch of constant batch size and clip bound.
+
+    Attributes:
+        begin: fraction of the epochs at which it begins.
+        steps: number of steps, at least 1.
+        batch_size: expected batch size B.
+        bound: clip bound C.
+    """
+
+    begin: float
+    steps: int
+    batch_size: int
+    bound: float
+
+
+def values(field: str, schedule: Any) -> Schedule:
+    """Checks a schedule and returns it.
+
+    Raises:
+        ValueError: it is not one, naming the field.
+    """
+    try:
+        pairs = tuple((float(begin), value) for begin, value in schedule)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{field}={schedule!r} must hold pairs (fraction of the epochs, value)."
+        ) from error
+    begins = [begin for begin, _ in pairs]
+    rising = all(a < b for a, b in itertools.pairwise(begins))
+    if not pairs or begins[0] != 0 or not rising or not begins[-1] < 1:
+        raise ValueError(f"{field}={schedule!r} must begin at 0.0 and rise within [0, 1).")
+    for _, value in pairs:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise ValueError(f"{field}={schedule!r} must have values > 0.")
+    return pairs
+
+
+def stages(
+    *,
+    num_examples: int,
+    epochs: float,
+    batch_sizes: Schedule,
+    bounds: Schedule,
+    cuts: Sequence[float] = (),
+) -> tuple[Stage, ...]:
+    """Cuts a run wherever its batch size or its bound changes, and at `cuts`.
+
+    Args:
+        num_examples: N.
+        epochs: E, over all stages.
+        batch_sizes: schedule of B.
+        bounds: schedule of C.
+        cuts: further fractions of the epochs at which a stage ends.
+
+    Returns:
+        The stages that have a step, in order. Ends are rounded to whole steps, not lengths, so the
+        number of steps is that of the whole run: with a constant B, T = round(E N / B), at least 1.
+
+    Raises:
+        ValueError: a value of a schedule would not see a single step.
+
+    >>> [s.steps for s in stages(num_examples=1000, epochs=10, batch_sizes=((0.0, 50), (0.5, 100)),
+    ...                          bounds=((0.0, 1.0),))]
+    [100, 50]
+    """
+
+    def at(schedule: Schedule, fraction: float) -> Any:
+        return [value for begin, value in schedule if begin <= fraction][-1]
+
+    begins = sorted({begin for begin, _ in [*batch_sizes, *bounds]} | {c for c in cuts if c < 1})
+    made: list[Stage] = []
+    passed, end = 0.0, 0
+    for begin, until in zip(begins, [*begins[1:], 1.0]):
+        size = at(batch_sizes, begin)
+        passed += (until - begin) * epochs * num_examples / size
+        start, end = end, round(passed)
+        if until == 1.0:
+            end = max(end, 1)
+        if end > start:
+            made.append(Stage(begin, end - start, size, at(bounds, begin)))
+    for field, schedule in (("batch_size_schedule", batch_sizes), ("dp.bound_schedule", bounds)):
+        for (begin, value), until in zip(schedule, [*[b for b, _ in schedule[1:]], 1.0]):
+            if not any(begin <= stage.begin < until for stage in made):
+                raise ValueError(
+                    f"{field}={tuple(schedule)}: {value} would not see a single step, from "
+                    f"{begin:g} to {until:g} of {epochs:g} epochs."
+                )
+    return tuple(made)
+
+
+def bounds(config: ConfigDict) -> Schedule:
+    """Returns the schedule of the clip bound; without privacy there is none, and it is 1."""
+    return ((0.0, 1.0),) if config.dp is None else _schedule("dp.bound", config.dp)
+
+
+def batch_sizes(config: ConfigDict, num_examples: int) -> tuple[Schedule, planner.Plan | None]:
+    """Returns the schedule of B, and the plan it comes from if the config says "auto"."""
+    plan, sizes = None, _schedule("batch_size", config)
+    if config.batch_size == "auto":
+        if config.batch_size_schedule:
+            raise ValueError("batch_size='auto' and batch_size_schedule exclude each other.")
+        if config.dp is None:
+            raise ValueError("batch_size='auto' plans for a privacy budget, but dp=None has none.")
+        if config.dp.sampler != "poisson":
+            raise ValueError(
+                f"batch_size='auto' plans for dp.sampler='poisson', got {config.dp.sampler!r}."
+            )
+        plan = planner.plan(num_examples, config.epochs, config.dp.epsilon, config.dp.delta)
+        sizes = ((0.0, plan.batch_size),)
+    for _, size in sizes:
+        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not whole or not 1 <= size <= num_examples:
+            raise ValueError(
+                f"batch_size={size!r} must be 'auto' or a whole number in 1..{num_examples}, the "
+                "training examples."
+            )
+    return sizes, plan
+
+
+def _schedule(field: str, config: ConfigDict) -> Schedule:
+    name = field.split(".")[-1]
+    if not config[f"{name}_schedule"]:
+        return ((0.0, config[name]),)
+    return values(f"{field}_schedule", config[f"{name}_schedule"])
+
+
+def phases(
+    config: ConfigDict, tuning: finetune.FineTuning, sizes: Schedule, num_examples: int
+) -> tuple[Phase, ...]:
+    """Returns the phases of a run; those of a private one compose to no more than its budget.
+
+    Args:
+        config: of the run.
+        tuning: what trains after linear probing.
+        sizes: the schedule of the batch size.
+        num_examples: N.
+    """
+    cut = stages(
+        num_examples=num_examples,
+        epochs=config.epochs,
+        batch_sizes=sizes,
+        bounds=bounds(config),
+        cuts=[config.lp.fraction],
+    )
+    rate = config.lp.learning_rate or config.optimizer.learning_rate
+    if not 0 < rate < math.inf:
+        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
+    probing = [stage for stage in cut if stage.begin < config.lp.fraction]
+    in_head = finetune.head()(tuning.model).trainable
+    keep = config.lp.keep_optimizer
+    planned = [
+        ("linear-probe", in_head, probing, rate, False),
+        ("train", tuning.trainable, cut[len(probing) :], config.optimizer.learning_rate, keep),
+    ]
+    made: list[Phase] = []
+    for name, trainable, mine, base, keeps in planned:
+        if not mine:
+            continue
+        total = sum(stage.steps for stage in mine)
+        factory = optimizer(config.optimizer, total, private=config.dp is not None)
+        training = made[-1].training + 1 if made else 0
+        made += [
+            Phase(
+                name=name if len(mine) == 1 else f"{name} {number}",
+                training=training,
+                trainable=trainable,
+                steps=stage.steps,
+                batch_size=stage.batch_size,
+                bound=stage.bound,
+                mechanism=None,
+                optimizer=factory,
+                learning_rate=base,
+                keep_optimizer=keeps,
+            )
+            for number, stage in enumerate(mine, start=1)
+        ]
+    return tuple(made) if config.dp is None else with_noise(config, made, num_examples)

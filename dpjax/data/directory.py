@@ -1,0 +1,204 @@
+"""Opening prepared TFDS directories: which files, which features, which split. No network."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+
+from dpjax.files import cache_dir, did_you_mean
+
+__all__ = [
+    "check_split",
+    "data_dir_or_default",
+    "find_directory",
+    "find_feature",
+    "open_directory",
+]
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+_SPLIT = re.compile(r"\s*(?P<name>[\w-]+)\s*(\[.*\])?\s*")
+
+
+def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
+    """`data_dir`, or $DPJAX_DATA_DIR, or $DPJAX_CACHE_DIR/data, or ~/.cache/dpjax/data."""
+    chosen = data_dir or os.environ.get("DPJAX_DATA_DIR")
+    if not chosen:
+        return cache_dir("data")
+    return Path(chosen).expanduser()
+
+
+def split_name(name: str) -> tuple[str, str | None, str | None]:
+    """(name, config, version) of "name/config:1.0.0"."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"dataset={name!r} must read name, name/config or name/config:1.0.0.")
+    return match["name"], match["config"], match["version"]
+
+
+def find_directory(name: str, data_dir: Path) -> Path | None:
+    """The prepared directory of a data set, or None if nothing of it is there.
+
+    Args:
+      name: "name", "name/config" or either with ":1.0.0"; the newest version otherwise.
+      data_dir: where TFDS data sets lie.
+
+    Raises:
+      ValueError: if a preparation was left half-written, a version or config is not there, or
+        several configs are and none was named.
+    """
+    base, config, version = split_name(name)
+    root = data_dir / base / config if config else data_dir / base
+    if not root.is_dir():
+        return None
+    found = sorted(
+        (path for path in root.iterdir() if _VERSION.fullmatch(path.name) and path.is_dir()),
+        key=lambda path: tuple(int(part) for part in path.name.split(".")),
+    )
+    if version:
+        listed = [path.name for path in found]
+        if found and version not in listed:
+            raise ValueError(f"dataset={name!r}: version {version} is not among {listed}.")
+        found = [path for path in found if path.name == version]
+    if found:
+        return found[-1]
+    configs = sorted(
+        path.name for path in root.iterdir() if path.is_dir() and any(path.glob("*.*.*/"))
+    )
+    if configs and not config:
+        raise ValueError(f"dataset={name!r} must name one of its configs: {configs}.")
+    if any(root.glob("*incomplete*")):
+        raise ValueError(
+            f"dataset={name!r} is half-written in {root}: its preparation was interrupted, or is "
+            "still running. Prepare it again."
+        )
+    return None
+
+
+def open_directory(directory: Path) -> Any:
+    """Opens a prepared directory as a TFDS builder, after checking that it is whole.
+
+    Args:
+      directory: data_dir/name[/config]/version.
+
+    Returns:
+      A read-only TFDS builder with random access.
+
+    Raises:
+      ValueError: if a file is missing, cut short or of a format without random access.
+    """
+    for required in ("dataset_info.json", "features.json"):
+        if not (directory / required).is_file():
+            raise ValueError(_half_written(directory, f"{required} is missing"))
+    try:
+        builder = tfds.builder_from_directory(directory)
+        splits = dict(builder.info.splits)
+    except Exception as error:  # a cut JSON file raises many types
+        raise ValueError(_half_written(directory, f"its description: {error}")) from error
+    file_format = builder.info.file_format
+    file_format = getattr(file_format, "value", file_format)
+    if file_format not in ("array_record", "parquet"):
+        raise ValueError(
+            f"file_format={file_format!r} of {directory} has no random access; prepare the data "
+            "set again with file_format='array_record'."
+        )
+    if not splits:
+        raise ValueError(_half_written(directory, "it has no splits"))
+    for split in splits.values():
+        for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+            _check_shard(directory, Path(path), length, file_format)
+    return builder
+
+
+def check_split(builder: Any, split: str) -> None:
+    """Refuses a split expression that names no split, is empty or overlaps itself.
+
+    Args:
+      builder: an opened TFDS builder.
+      split: TFDS slicing syntax, e.g. "train", "train[:80%]", "train+validation".
+
+    Raises:
+      ValueError: naming the known splits. An overlap is refused because an example read twice
+        would count twice against its own privacy.
+    """
+    known = sorted(builder.info.splits)
+    for part in split.split("+"):
+        match = _SPLIT.fullmatch(part)
+        if match is None or match["name"] not in known:
+            wrong = match["name"] if match else part
+            raise ValueError(
+                f"split={split!r}: {wrong!r} must be one of {known}.{did_you_mean(wrong, known)}"
+            )
+    split = "".join(split.split())
+    try:
+        pieces = builder.info.splits[split].file_instructions
+    except Exception as error:
+        raise ValueError(f"split={split!r} cannot be read as a slice: {error}") from error
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for piece in pieces:
+        spans.setdefault(str(piece.filename), []).append((piece.skip, piece.skip + piece.take))
+    for intervals in spans.values():
+        intervals.sort()
+        for (_, end), (start, _) in itertools.pairwise(intervals):
+            if start < end:
+                raise ValueError(f"split={split!r} must not hold an example twice.")
+    if sum(end - start for intervals in spans.values() for start, end in intervals) == 0:
+        raise ValueError(f"split={split!r} holds no examples.")
+
+
+def find_feature(builder: Any, kind: type, key: str | None, field: str) -> str:
+    """The one feature of a kind, or the supervised one if there are several.
+
+    Args:
+      builder: an opened TFDS builder.
+      kind: tfds.features.Image, ClassLabel or Text.
+      key: the feature asked for; None finds it.
+      field: what to call it in errors, e.g. "label_key".
+
+    Raises:
+      ValueError: if the feature asked for is not there or of another kind, or none or several fit.
+    """
+    features = builder.info.features
+    fitting = sorted(name for name, feature in features.items() if isinstance(feature, kind))
+    if key is not None:
+        if key not in fitting:
+            raise ValueError(
+                f"{field}={key!r} must be one of {fitting}, the {kind.__name__} features of "
+                f"{builder.info.name!r}.{did_you_mean(key, fitting)}"
+            )
+        return key
+    supervised = [name for name in builder.info.supervised_keys or () if name in fitting]
+    candidates = supervised or fitting
+    if len(candidates) != 1:
+        raise ValueError(
+            f"{field}=None must name one {kind.__name__} feature of {builder.info.name!r}; it has "
+            f"{fitting}."
+        )
+    return candidates[0]
+
+
+def _check_shard(directory: Path, path: Path, length: int, file_format: str) -> None:
+    if not path.is_file():
+        raise ValueError(_half_written(directory, f"{path.name} is missing"))
+    if file_format != "array_record":
+        return
+    try:
+        with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
+            found = reader.num_records()
+    except Exception as error:
+        raise ValueError(_half_written(directory, f"{path.name} is damaged: {error}")) from error
+    if found != length:
+        raise ValueError(
+            _half_written(directory, f"{path.name} holds {found} of {length} examples")
+        )
+
+
+def _half_written(directory: Path, what: str) -> str:
+    return f"data in {directory} is half-written: {what}. Delete it and prepare it again."

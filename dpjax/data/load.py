@@ -1,0 +1,135 @@
+"""`load`: a data set by name. Every mistake a user can make is answered here, before training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dpjax.data.dataset import Dataset
+from dpjax.data.directory import (
+    data_dir_or_default,
+    find_directory,
+    open_directory,
+    split_name,
+)
+from dpjax.data.images import ImageSpec
+from dpjax.data.prepare import EMBEDDED, SOURCES, prepare_builder
+from dpjax.data.records import images_dataset, text_dataset
+from dpjax.files import did_you_mean
+
+__all__ = ["load", "load_text"]
+
+_MEMORY_LIMIT = 2 * 2**30
+
+
+def load(
+    name: str,
+    *,
+    split: str = "train",
+    data_dir: str | os.PathLike[str] | None = None,
+    spec: ImageSpec | None = None,
+    memory_limit: int = _MEMORY_LIMIT,
+    download: bool = False,
+) -> Dataset:
+    """Opens an image-classification data set.
+
+    Args:
+      name: "digits" and "mnist5k" are prepared on first use. Any other TFDS data set must have been
+        prepared in `data_dir` with file_format array_record (or parquet); "name/config:1.0.0" picks
+        a config and a version.
+      split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
+      data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
+      spec: size, channels and features; default: as stored.
+      memory_limit: bytes of decoded pixels up to which a split is held in memory.
+      download: lets TFDS download and prepare what is not there. Most TFDS builders then need
+        TensorFlow. Otherwise the network is never touched.
+
+    Returns:
+      The data set, checked: splits, features, channels, label range, images.
+
+    Raises:
+      ValueError: naming the argument and its value.
+    """
+    builder = _open(name, data_dir, download)
+    return images_dataset(builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit)
+
+
+def load_text(
+    name: str,
+    *,
+    split: str = "train",
+    data_dir: str | os.PathLike[str] | None = None,
+    tokenize: Callable[[list[str]], np.ndarray],
+) -> Dataset:
+    """Opens a text-classification data set and tokenises it.
+
+    Args:
+      name: e.g. "newsgroups20", prepared in `data_dir`.
+      split: TFDS slicing syntax.
+      data_dir: as for `load`.
+      tokenize: texts [n] to int32 tokens [n, L]; 0 should be its padding token, because padding
+        examples are zeros.
+
+    Returns:
+      The data set; inputs are int32 [L].
+
+    Raises:
+      ValueError: as `load`, and if `tokenize` returns something else.
+    """
+    return text_dataset(_open(name, data_dir, False), name, split, tokenize=tokenize)
+
+
+def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) -> Any:
+    root = data_dir_or_default(data_dir)
+    if name in EMBEDDED:
+        return open_directory(prepare_builder(EMBEDDED[name], root))
+    _check_name(name, root)
+    directory = find_directory(name, root)
+    if directory is None and download:
+        directory = _download(name, root)
+    if directory is None:
+        raise ValueError(_not_prepared(name, root))
+    return open_directory(directory)
+
+
+def _check_name(name: str, root: Path) -> None:
+    base = split_name(name)[0]
+    there = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    known = {*EMBEDDED, *SOURCES, *tfds.list_builders(with_community_datasets=False)}
+    if base not in known and base not in there:
+        here = sorted({*EMBEDDED, *SOURCES, *(item for item in there if item.isidentifier())})
+        # TFDS registers hundreds of names, so ours and what is there are looked at first.
+        hint = did_you_mean(base, here, cutoff=0.75) or did_you_mean(base, {*known, *here})
+        raise ValueError(f"dataset={name!r} is unknown.{hint} Known without TFDS: {here}.")
+
+
+def _not_prepared(name: str, root: Path) -> str:
+    base = split_name(name)[0]
+    missing = "" if root.is_dir() else " (which does not exist)"
+    message = f"dataset={name!r} is not prepared in data_dir={str(root)!r}{missing}. "
+    if base in SOURCES:
+        return message + (
+            f"Run: python -m dpjax.commands.prepare {base} --source=FILE --data_dir={root} with "
+            f"FILE one of: {SOURCES[base].files}."
+        )
+    return message + (
+        "Prepare it with TFDS on a machine with a network, "
+        f"tfds build {base} --file_format=array_record --data_dir={root}, or pass download=True."
+    )
+
+
+def _download(name: str, root: Path) -> Path | None:
+    builder = tfds.builder(name, data_dir=root, file_format="array_record")
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(
+            f"dataset={name!r} cannot be prepared here, its TFDS builder needs {error.name}. "
+            + _not_prepared(name, root)
+        ) from error
+    return Path(builder.data_path)

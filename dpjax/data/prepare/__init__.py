@@ -1,0 +1,12 @@
+"""Published archives, folders of images and packages' own images become TFDS data sets."""
+
+from dpjax.data.prepare.atomic import prepare_builder
+from dpjax.data.prepare.builders import EMBEDDED
+from dpjax.data.prepare.sources import SOURCES, prepare
+
+__all__ = [
+    "EMBEDDED",
+    "SOURCES",
+    "prepare",
+    "prepare_builder",
+]

@@ -1,0 +1,71 @@
+"""10,568 sentences from film reviews with the sentiment that a crowd gave them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpjax.data.prepare.archives import iter_members
+from dpjax.data.prepare.builders import Text, text_builder
+from dpjax.data.subsets import stratified_indices
+
+__all__ = ["builder_class"]
+
+_FILE = "movieReviewSnippets_GroundTruth.txt"
+_INNER = "hutto_ICWSM_2014.tar.gz"
+_TEST_SHARE, _SPLIT_SEED = 0.2, 20240
+
+
+def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
+    """The TFDS builder "movie_reviews" of the source archive of vaderSentiment 3.3.2 (MIT).
+
+    Features: `text` (one sentence), `label` (0 negative, 1 positive: the sign of the mean of 20
+    ratings; the 37 with a mean of zero are left out) and `id`. Splits: a fifth of each class is
+    the test split, drawn with a fixed seed. Source: Hutto and Gilbert, ICWSM 2014.
+
+    Args:
+        source: vaderSentiment-3.3.2.tar.gz, or a directory with its ground truth file.
+        expected: sentences per split; None skips the check.
+
+    Raises:
+        ValueError: if the source cannot be read or holds something else.
+    """
+    sentences = _sentences(source)
+    labels = np.array([sentence.label for sentence in sentences])
+    test = stratified_indices(labels, _TEST_SHARE, seed=_SPLIT_SEED)
+    splits = {"train": np.setdiff1d(np.arange(len(labels)), test), "test": test}
+    counts = {split: len(rows) for split, rows in splits.items()}
+    if expected is not None and counts != expected:
+        raise ValueError(f"it holds {counts} sentences, not {expected}.")
+
+    return text_builder(
+        "movie_reviews",
+        "Sentences from film reviews, negative or positive.",
+        ("negative", "positive"),
+        {split: [sentences[row] for row in rows] for split, rows in splits.items()},
+    )
+
+
+def _sentences(source: Path) -> list[Text]:
+    """What has a sign, in the order of the file."""
+    found = b""
+    for path, content in iter_members(source, lambda p: p.name in (_FILE, _INNER)):
+        found = content if path.name == _FILE else _from_inner(content)
+    if not found:
+        raise ValueError(f"it holds neither {_FILE} nor {_INNER}.")
+    sentences = []
+    for line in found.decode("latin-1").splitlines():
+        key, mean, text = line.split("\t", 2)
+        if float(mean) != 0:
+            sentences.append(Text(key, text.strip(), int(float(mean) > 0)))
+    return sentences
+
+
+def _from_inner(content: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        member = archive.extractfile(f"{_INNER.removesuffix('.tar.gz')}/{_FILE}")
+        return member.read() if member else b""

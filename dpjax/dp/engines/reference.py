@@ -1,0 +1,126 @@
+"""The reference engine: per-example gradients by vmap, which every other engine is held to.
+
+`one_by_one` is for the examples that a batched program leaves in doubt. The book-keeping engine
+doubts an example where it cannot prove that the norm it measured bounds what it would add to the
+sum. Both engines doubt examples whose norms are not finite in a model with convolutions: XLA may
+turn the batched gradient of a grouped convolution into a dense one with a mask of zeros, so that
+one example's NaN or overflow (0 * NaN) reaches the norms of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives as P
+
+from dpjax.dp.clipping import ClipRule, PerExample
+
+__all__ = ["has_convolutions", "microbatch_sum", "one_by_one"]
+
+PyTree = Any
+LossFn = Callable[[PyTree, PyTree], jax.Array]
+
+
+def microbatch_sum(
+    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+) -> tuple[PyTree, PerExample]:
+    """Sums the clipped per-example gradients of one microbatch; see `clipped_sum`.
+
+    Guarantees:
+        What is measured is what is summed: the norm is that of the very array that the factor
+        multiplies, so a contribution exceeds its bound by rounding alone, which `ClipRule.factors`
+        allows for.
+    """
+    total, facts = _batched(loss_fn, rule, params, batch, mask)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    if mask.shape[0] == 1 or not has_convolutions(jax.make_jaxpr(loss_fn)(params, example).jaxpr):
+        return total, facts
+    doubtful = mask & jnp.isfinite(facts.loss) & ~jnp.all(jnp.isfinite(facts.norms), 1)
+    return one_by_one(loss_fn, rule, params, batch, doubtful, total, facts)
+
+
+def has_convolutions(jaxpr: core.Jaxpr) -> bool:
+    """Whether a convolution occurs in a jaxpr or in what it calls."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is P.conv_general_dilated_p:
+            return True
+        for part in jax.tree.leaves(list(eqn.params.values())):
+            inner = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
+            if isinstance(inner, core.Jaxpr) and has_convolutions(inner):
+                return True
+    return False
+
+
+def one_by_one(
+    loss_fn: LossFn,
+    rule: ClipRule,
+    params: PyTree,
+    batch: PyTree,
+    doubtful: jax.Array,
+    total: PyTree,
+    facts: PerExample,
+) -> tuple[PyTree, PerExample]:
+    """Adds doubtful examples to a sum that leaves them out, each in a program of its own.
+
+    Args:
+        loss_fn: `(params, example) -> loss` of ONE example.
+        rule: the clipping rule.
+        params: trainable parameters.
+        batch: pytree of `[n, ...]`.
+        doubtful: `[n]` bool; none in an ordinary batch, which then costs nothing.
+        total: the sum over the other examples.
+        facts: of all examples, to be corrected for the doubtful ones.
+
+    Returns:
+        The sum over all examples, and their facts.
+    """
+    order = jnp.argsort(~doubtful)
+
+    def add(i: jax.Array, state: tuple[PyTree, PerExample]) -> tuple[PyTree, PerExample]:
+        total, facts = state
+        row = order[i]
+        example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), batch)
+        part, one = _batched(loss_fn, rule, params, example, jnp.ones(1, bool))
+        facts = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0), facts, one
+        )
+        return jax.tree.map(jnp.add, total, part), facts
+
+    return jax.lax.fori_loop(0, jnp.sum(doubtful), add, (total, facts))
+
+
+def _batched(
+    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+) -> tuple[PyTree, PerExample]:
+    groups, num_groups = rule.groups(params), rule.num_groups(params)
+    loss, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(params, batch)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    # Without the barrier XLA may compute a gradient twice, once fused into its norm and once into
+    # the sum, with two roundings; where a gradient cancels, the two differ by more than the bound.
+    leaves = jax.lax.optimization_barrier(leaves)
+    loss = loss.astype(jnp.float32)
+    squares = [jnp.zeros(mask.shape, jnp.float32) for _ in range(num_groups)]
+    for group, g in zip(groups, leaves):
+        squares[group] += jnp.sum(jnp.square(g), tuple(range(1, g.ndim)))
+    norms = jnp.sqrt(jnp.stack(squares, 1)) if squares else jnp.zeros((*mask.shape, 0))
+    use = mask & jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms), 1)
+    factors = jnp.where(use[:, None], jax.vmap(rule.factors)(norms), 0.0)
+
+    def clipped(group: int, g: jax.Array) -> jax.Array:
+        shape = (-1, *[1] * (g.ndim - 1))
+        # where, not multiplication: 0 * NaN is NaN.
+        kept = jnp.where(use.reshape(shape), g, 0.0)
+        return jnp.sum(kept * factors[:, group].reshape(shape), 0)
+
+    total = jax.tree.unflatten(treedef, [clipped(i, g) for i, g in zip(groups, leaves)])
+    facts = PerExample(
+        loss=jnp.where(mask, loss, 0.0),
+        norms=jnp.where(mask[:, None], norms, 0.0),
+        factors=factors,
+        real=mask,
+    )
+    return total, facts

@@ -1,0 +1,73 @@
+"""Files that are written whole or not at all, cache directories, and the nearest known name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_dir", "caching", "choose", "did_you_mean", "nearest", "replacing"]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, secret: bool = False) -> Iterator[Path]:
+    """Yields an empty file to write, which takes the place of `path` if the block ends well.
+
+    Args:
+        path: the file to replace; its directory exists.
+        secret: only the owner may read it.
+
+    Guarantees:
+        A reader sees the old file or the whole new one, also after a crash. Several processes may
+        write the same file: the last one wins.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    os.close(os.open(temporary, flags, 0o600 if secret else 0o644))
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a crash could keep the new name and lose the content
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def cache_dir(name: str) -> Path:
+    """Returns `$DPJAX_CACHE_DIR/name`; `~/.cache/dpjax/name` if that is empty or not set."""
+    return Path(os.environ.get("DPJAX_CACHE_DIR") or "~/.cache/dpjax").expanduser() / name
+
+
+def caching() -> bool:
+    """Whether results may be kept on disk: not if DPJAX_CACHE_DIR is set to nothing."""
+    return os.environ.get("DPJAX_CACHE_DIR") != ""
+
+
+def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """Returns the known name most like `name`; None if none reaches the cutoff in [0, 1]."""
+    close = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Returns " Did you mean 'adam'?" for the known name most like `name`, or nothing."""
+    near = nearest(name, known, cutoff=cutoff)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
+def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
+    """Returns the entry of a table that the field of a config names.
+
+    Raises:
+        ValueError: there is no such entry; lists the names and says which is nearest.
+    """
+    if name in table:
+        return table[name]
+    hint = did_you_mean(name, table)
+    raise ValueError(f"{field}={name!r} must be one of {', '.join(sorted(table))}.{hint}")

@@ -1,0 +1,31 @@
+"""Heads on a frozen backbone: features computed once, and many heads trained on them together."""
+
+from dpjax.heads.cache import as_dataset, compute_features
+from dpjax.heads.features import FeatureSet, average, concatenate, normalise
+from dpjax.heads.train import (
+    Heads,
+    Optimizer,
+    Point,
+    batch_indices,
+    batches_of,
+    evaluate,
+    initial_head,
+    train_heads,
+)
+
+__all__ = [
+    "FeatureSet",
+    "Heads",
+    "Optimizer",
+    "Point",
+    "as_dataset",
+    "average",
+    "batch_indices",
+    "batches_of",
+    "compute_features",
+    "concatenate",
+    "evaluate",
+    "initial_head",
+    "normalise",
+    "train_heads",
+]

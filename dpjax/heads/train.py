@@ -1,0 +1,350 @@
+"""Linear heads on cached features: a whole training run is one compiled scan over its steps.
+
+The head that comes out is the one `loop.train` would train with the same seeds, for the batches,
+the noise, the optimiser and the clipping rules are the same objects; only the features are not
+computed again. Learning rate, clip bound, noise multiplier and seeds are traced, so a grid over
+them is batched and compiles once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpjax import dp, metrics
+from dpjax.dp import linear_head, seeds
+from dpjax.heads.cache import FeatureSet
+from dpjax.models import Params
+from dpjax.step import Hyper, TrainState, moving_average
+
+__all__ = [
+    "Heads",
+    "Optimizer",
+    "Point",
+    "batch_indices",
+    "batches_of",
+    "evaluate",
+    "initial_head",
+    "train_heads",
+]
+
+_CAPACITY_UNIT = 64  # batches are padded to a multiple of this
+_EVAL_ROWS = 8192
+
+Optimizer = Callable[[Hyper], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a grid.
+
+    Attributes:
+        learning_rate: base learning rate.
+        private_seed: decides batches and noise, see `rng`.
+        rule: clipping rule; None without privacy.
+        mechanism: None without privacy. In one grid, all have the same N, sampler, q and T.
+    """
+
+    learning_rate: float
+    private_seed: int
+    rule: dp.ClipRule | None = None
+    mechanism: dp.Mechanism | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={self.learning_rate} must be > 0 and finite.")
+        if (self.rule is None) != (self.mechanism is None):
+            raise ValueError("rule and mechanism must both be given, or both be None.")
+        if self.mechanism is not None and self.mechanism.count_noise is not None:
+            raise ValueError(
+                f"mechanism.count_noise={self.mechanism.count_noise} must be None: the bound of a "
+                "head does not adapt."
+            )
+
+
+class Heads(NamedTuple):
+    """Trained heads, in the order of the points.
+
+    Attributes:
+        params: last iterates, `{head: {"kernel": [points, width, classes], "bias": ...}}`.
+        average: exponential moving averages of the iterates, the same tree; free post-processing.
+        facts: `[points, steps]` each, NOT private: loss (mean over the batch), clipped (fraction),
+            count (batch size).
+    """
+
+    params: Params
+    average: Params
+    facts: dict[str, np.ndarray]
+
+
+def initial_head(width: int, num_classes: int, *, name: str = "head") -> Params:
+    """A head of zeros: `{name: {"kernel": [width, classes], "bias": [classes]}}`."""
+    kernel, bias = jnp.zeros((width, num_classes)), jnp.zeros((num_classes,))
+    return {name: {"kernel": kernel, "bias": bias}}
+
+
+def batch_indices(
+    draw: Callable[[int], np.ndarray], steps: int, *, capacity: int = 0
+) -> np.ndarray:
+    """Draws the batches of all steps ahead.
+
+    Args:
+        draw: maps a step to the indices of its batch, see `batches_of`.
+        steps: number of steps.
+        capacity: least number of columns; it grows to the largest draw, for nothing is truncated.
+
+    Returns:
+        int32 `[steps, columns]`, `dp.PADDING` after the end of each batch.
+    """
+    drawn = [draw(step) for step in range(steps)]
+    largest = max([capacity, 1, *(len(batch) for batch in drawn)])
+    padded = np.full((steps, -(-largest // _CAPACITY_UNIT) * _CAPACITY_UNIT), dp.PADDING, np.int32)
+    for row, batch in zip(padded, drawn):
+        row[: len(batch)] = batch
+    return padded
+
+
+def train_heads(
+    features: FeatureSet,
+    points: Sequence[Point],
+    *,
+    steps: int,
+    batch_size: int,
+    optimizer: Optimizer,
+    head: Params | None = None,
+    ema_decay: float = 0.9,
+    at_once: int = 8,
+) -> Heads:
+    """Trains a head for every point of a grid.
+
+    Args:
+        features: the private data, in memory.
+        points: the runs; all private, or none.
+        steps: T of every run.
+        batch_size: expected batch size B; the number of examples for full batches.
+        optimizer: as `build.optimizer.optimizer` makes it, for these steps and this batch size.
+        head: where every run starts, `initial_head` by default.
+        ema_decay: of the average of the iterates, see `step.moving_average`.
+        at_once: points trained together; memory grows with it, results do not depend on it.
+
+    Returns:
+        The heads.
+
+    Guarantees:
+        A point's head is the one that `loop.train` trains with its learning rate, rule, mechanism
+        and private seed, up to rounding. Batches of Poisson sampling are never truncated. Each
+        point costs its mechanism's epsilon, and nothing here charges it. Points of one seed share
+        batches and noise: where two of them are released, their difference may cancel the noise,
+        which costs more than the two epsilons.
+
+    Raises:
+        ValueError: points that do not fit the arguments or one another, naming the field.
+    """
+    _check(features, points, steps=steps, batch_size=batch_size)
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay={ema_decay} must be in [0, 1).")
+    if at_once < 1:
+        raise ValueError(f"at_once={at_once} must be >= 1.")
+    head = head or initial_head(features.width, features.num_classes)
+    rows = linear_head.rows(features.values, features.labels)
+    batches = _batches(points, len(features), steps, batch_size)
+    groups = _together(points, batches, at_once)
+    size = max(len(group) for group in groups)
+    done: dict[int, Any] = {}
+    for group in groups:
+        padded = [*group, *[group[-1]] * (size - len(group))]  # one shape: compiled once
+        hypers = jax.tree.map(
+            lambda *x: jnp.stack(x), *[_hyper(points[i], batch_size) for i in padded]
+        )
+        chosen = batches[points[group[0]].private_seed] if batches else None
+        made = jax.device_get(
+            _run(
+                head, rows, chosen, hypers, jnp.float32(ema_decay), optimizer=optimizer, steps=steps
+            )
+        )
+        for place, index in enumerate(group):
+            done[index] = jax.tree.map(lambda x, at=place: x[at], made)
+    return Heads(*jax.tree.map(lambda *x: np.stack(x), *[done[i] for i in range(len(points))]))
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
+def _run(
+    head: Params,
+    rows: linear_head.Rows,
+    batches: jax.Array | None,
+    hypers: Hyper,
+    ema_decay: jax.Array,
+    *,
+    optimizer: Optimizer,
+    steps: int,
+) -> tuple[Params, Params, dict[str, jax.Array]]:
+    """All steps of several points on the same batches: (last iterates, averages, facts)."""
+
+    def one(hyper: Hyper) -> tuple[Params, Params, dict[str, jax.Array]]:
+        transform = optimizer(hyper)
+
+        def step(
+            carry: tuple[TrainState, Params], batch: jax.Array | None
+        ) -> tuple[tuple[TrainState, Params], dict[str, jax.Array]]:
+            state, average = carry
+            here = rows if batch is None else rows.take(batch)
+            mask = jnp.ones(here.labels.shape, bool) if batch is None else batch >= 0
+            grads: Any
+            if hyper.rule is None:
+                grads, facts = linear_head.head_sum(state.trainable, here, mask)
+            else:
+                grads, facts = linear_head.clipped_head_sum(state.trainable, hyper.rule, here, mask)
+            updates, opt = transform.update(grads, state.opt, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            average = moving_average(average, trainable, ema_decay, state.step)
+            summary = _summary(facts, hyper.rule)
+            return (TrainState(state.step + 1, trainable, opt), average), summary
+
+        start = TrainState(jnp.zeros((), jnp.int32), head, transform.init(head))
+        (state, average), facts = jax.lax.scan(step, (start, head), batches, length=steps)
+        return state.trainable, average, facts
+
+    return jax.vmap(one)(hypers)
+
+
+def _summary(facts: dp.PerExample, rule: dp.ClipRule | None) -> dict[str, jax.Array]:
+    count = jnp.sum(facts.real, dtype=jnp.float32)
+    clipped = jnp.zeros(())
+    if rule is not None:
+        above = facts.norms > rule.thresholds(facts.norms.shape[1])[None]
+        clipped = jnp.sum(facts.real & jnp.any(above, axis=1), dtype=jnp.float32)
+    some = jnp.maximum(count, 1.0)
+    return {"loss": jnp.sum(facts.loss) / some, "clipped": clipped / some, "count": count}
+
+
+def _hyper(point: Point, batch_size: int) -> Hyper:
+    """The traced values of a run, as the loop makes them for its first phase."""
+    mechanism = point.mechanism
+    key = None if mechanism is None else jax.random.fold_in(seeds.noise_key(point.private_seed), 0)
+    rule = point.rule
+    if rule is not None:
+        rule = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rule)
+    return Hyper(
+        learning_rate=jnp.float32(point.learning_rate),
+        noise_multiplier=jnp.float32(mechanism.noise_multiplier if mechanism else 0.0),
+        rule=rule,
+        noise_key=key,
+        augment_key=seeds.public_key(0, "augment"),
+        batch_size=jnp.float32(batch_size),
+    )
+
+
+def batches_of(point: Point, num_examples: int, batch_size: int) -> Callable[[int], np.ndarray]:
+    """The map from a step to the indices of its batch, as the loop draws them."""
+    seed = seeds.sampler_seed(point.private_seed)
+    if point.mechanism is not None:
+        return functools.partial(point.mechanism.indices, seed)
+    return functools.partial(
+        dp.sampling.poisson,
+        seed,
+        num_examples=num_examples,
+        sampling_prob=batch_size / num_examples,
+    )
+
+
+def _is_full(point: Point, num_examples: int, batch_size: int) -> bool:
+    if point.mechanism is not None:
+        return point.mechanism.sampler == "full_batch"
+    return batch_size == num_examples
+
+
+def _batches(
+    points: Sequence[Point], num_examples: int, steps: int, batch_size: int
+) -> dict[int, jax.Array]:
+    """The batches of every private seed, of one shape; empty for full batches."""
+    if _is_full(points[0], num_examples, batch_size):
+        return {}
+    by_seed = {point.private_seed: point for point in points}
+    drawn = {
+        seed: batch_indices(batches_of(by_seed[seed], num_examples, batch_size), steps)
+        for seed in sorted(by_seed)
+    }
+    capacity = max(indices.shape[1] for indices in drawn.values())
+    return {
+        seed: jnp.asarray(np.pad(a, ((0, 0), (0, capacity - a.shape[1])), constant_values=-1))
+        for seed, a in drawn.items()
+    }
+
+
+def _together(
+    points: Sequence[Point], batches: dict[int, jax.Array], at_once: int
+) -> list[list[int]]:
+    """Groups of point numbers that see the same batches, at most `at_once` in each."""
+    order = sorted(range(len(points)), key=lambda i: points[i].private_seed if batches else 0)
+    groups: list[list[int]] = []
+    for _, same in itertools.groupby(order, lambda i: points[i].private_seed if batches else 0):
+        members = list(same)
+        groups += [members[i : i + at_once] for i in range(0, len(members), at_once)]
+    return groups
+
+
+def _check(features: FeatureSet, points: Sequence[Point], *, steps: int, batch_size: int) -> None:
+    if not points:
+        raise ValueError("points must not be empty.")
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be >= 1.")
+    if not 1 <= batch_size <= len(features):
+        raise ValueError(f"batch_size={batch_size} must be in [1, {len(features)}].")
+    if len({point.mechanism is None for point in points}) > 1:
+        raise ValueError("points must be all private or all without privacy.")
+    first = points[0].mechanism
+    for point in points:
+        if point.mechanism is None or first is None:
+            continue
+        if dataclasses.replace(point.mechanism, noise_multiplier=1.0) != dataclasses.replace(
+            first, noise_multiplier=1.0
+        ):
+            raise ValueError(f"{point.mechanism} and {first} may differ in noise_multiplier only.")
+    if first is None:
+        return
+    for name, want in (("num_examples", len(features)), ("steps", steps)):
+        if getattr(first, name) != want:
+            raise ValueError(f"mechanism.{name}={getattr(first, name)} must be {want}.")
+    if abs(first.expected_batch_size - batch_size) > 1e-6 * batch_size:
+        raise ValueError(f"batch_size={batch_size} must be {first.expected_batch_size:g}.")
+
+
+def evaluate(params: Params, features: FeatureSet) -> list[dict[str, float]]:
+    """Metrics of stacked heads on held-out features, one `metrics.summarise` per head.
+
+    Args:
+        params: `{head: {"kernel": [points, width, classes], "bias": [points, classes]}}`.
+        features: the held-out data.
+    """
+    ((_, heads),) = params.items()
+    points = heads["bias"].shape[0]
+    totals: list[metrics.EvalSums | None] = [None] * points
+    for rows in dp.chunks(np.arange(len(features)), min(_EVAL_ROWS, len(features))):
+        inputs = jnp.asarray(features.values[rows])
+        labels = jnp.asarray(features.labels[rows])
+        sums = jax.device_get(_eval_sums(heads, inputs, labels, jnp.asarray(rows >= 0)))
+        for i in range(points):
+            part = jax.tree.map(lambda x, at=i: x[at], sums)
+            before = totals[i]
+            totals[i] = part if before is None else jax.tree.map(np.add, before, part)
+    return [metrics.summarise(total) for total in totals if total is not None]
+
+
+@jax.jit
+def _eval_sums(
+    heads: Params, inputs: jax.Array, labels: jax.Array, mask: jax.Array
+) -> metrics.EvalSums:
+    def one(head: Params) -> metrics.EvalSums:
+        logits = inputs @ head["kernel"]
+        logits = logits + jnp.broadcast_to(head["bias"], logits.shape)
+        return metrics.eval_sums(logits, labels, mask, logits.shape[1])
+
+    return jax.lax.map(one, heads, batch_size=8)

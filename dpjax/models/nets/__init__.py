@@ -1,0 +1,29 @@
+"""One family of networks a file, each with the layouts of its published weights."""
+
+from dpjax.models.nets.bit import RESNETS, ResNetConfig, resnet_v2
+from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
+from dpjax.models.nets.resnet8 import resnet8
+from dpjax.models.nets.text import TEXT_SIZES, TextConfig, text_encoder
+from dpjax.models.nets.vit import SIZES, ViTConfig, to_timm, vision_transformer
+from dpjax.models.nets.wrn import WRN_16_4, WideResNetConfig, wide_resnet
+
+__all__ = [
+    "LITE0",
+    "RESNETS",
+    "SIZES",
+    "TEXT_SIZES",
+    "WRN_16_4",
+    "EfficientNetConfig",
+    "MBConvStage",
+    "ResNetConfig",
+    "TextConfig",
+    "ViTConfig",
+    "WideResNetConfig",
+    "efficientnet_lite",
+    "resnet8",
+    "resnet_v2",
+    "text_encoder",
+    "to_timm",
+    "vision_transformer",
+    "wide_resnet",
+]

@@ -1,0 +1,116 @@
+"""ResNet-8 for 32 x 32 images with the frozen, public statistics of its CIFAR-100 weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
+from dpjax.models.nets.layers import Affine, conv, fold_norm
+from dpjax.models.weights import Source, load_weights, read_tensors, translate
+
+__all__ = ["resnet8"]
+
+_STEM = 64
+_STAGES = ((16, 1), (32, 2), (64, 2))  # (width, stride)
+_POOL = 4
+_WIDTH = 256
+_EPSILON = 1e-5
+
+
+class _Stage(nn.Module):
+    width: int
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        convolution, norm = partial(conv, dtype=self.dtype), partial(Affine, self.dtype)
+        y = convolution(self.width, 3, self.stride, name="conv1")(x)
+        y = jax.nn.relu(norm(name="norm1")(y))
+        y = norm(name="norm2")(convolution(self.width, 3, 1, name="conv2")(y))
+        shortcut = convolution(self.width, 1, self.stride, name="shortcut")(x)
+        return jax.nn.relu(y + norm(name="norm_shortcut")(shortcut))
+
+
+class _Backbone(nn.Module):
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = conv(_STEM, 3, 1, name="stem", dtype=self.dtype)(images)
+        x = jax.nn.relu(Affine(self.dtype, name="norm_stem")(x))
+        for index, (width, stride) in enumerate(_STAGES):
+            x = _Stage(width, stride, self.dtype, name=f"stages_{index}")(x)
+        side, channels = x.shape[-2] // _POOL, x.shape[-1]
+        cells = x.reshape(*x.shape[:-3], side, _POOL, side, _POOL, channels)
+        pooled = cells.mean(axis=(-4, -2), dtype=jnp.float32)
+        # The published head reads channels first.
+        return jnp.moveaxis(pooled, -1, -3).reshape(*x.shape[:-3], -1)
+
+
+def _published(classes: int) -> dict[str, Source]:
+    fold = partial(fold_norm, epsilon=_EPSILON)
+    table = fold("stem", "norm_stem", "conv1.weight", "bn1", (_STEM, 3, 3, 3))
+    width = _STEM
+    for index, (out, _) in enumerate(_STAGES):
+        ours, theirs = f"stages_{index}", f"layer{index + 1}.0"
+        for layer, inputs in (("1", width), ("2", out)):
+            table |= fold(
+                f"{ours}/conv{layer}",
+                f"{ours}/norm{layer}",
+                f"{theirs}.conv{layer}.weight",
+                f"{theirs}.bn{layer}",
+                (out, inputs, 3, 3),
+            )
+        table |= fold(
+            f"{ours}/shortcut",
+            f"{ours}/norm_shortcut",
+            f"{theirs}.shortcut.0.weight",
+            f"{theirs}.shortcut.1",
+            (out, width, 1, 1),
+        )
+        width = out
+    table["head/kernel"] = Source("linear.weight", (classes, _WIDTH), np.transpose)
+    table["head/bias"] = Source("linear.bias", (classes,))
+    return table
+
+
+def _load(params: Params, path: str, *, head: bool = False) -> Params:
+    tensors, kept = read_tensors(path), None if head else "head"
+    if set(tensors) & set(flatten(params)):
+        return load_weights(path, params, head=kept)
+    table = _published(params["head"]["bias"].shape[0])
+    return translate(params, tensors, table, origin=path, head=kept, ignore=r"num_batches_tracked$")
+
+
+def resnet8(
+    num_classes: int, *, head_init: str = "zero", dtype: jnp.dtype | str = "float32"
+) -> Model:
+    """ResNet-8: a stem of width 64, one block in each of three stages, 113k parameters.
+
+    Batch norm runs in inference mode with the published statistics, folded into the convolutions
+    when they are loaded, hence examples stay independent. Norm paths: `norm_stem`,
+    `stages_i/{norm1,norm2,norm_shortcut}`, each with scale and bias.
+
+    Args:
+      num_classes: number of classes.
+      head_init: "zero", "random" or "near_zero".
+      dtype: what the convolutions compute in.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    spec = InputSpec(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    return from_linen(
+        _Backbone(compute_dtype(dtype)),
+        spec,
+        _load,
+        width=_WIDTH,
+        num_classes=num_classes,
+        head_init=head_init,
+    )

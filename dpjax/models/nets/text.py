@@ -1,0 +1,261 @@
+"""BERT-class text encoder (arXiv:1810.04805; DistilBERT arXiv:1910.01108) with a head."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dpjax.models.model import Model, Params, TextSpec, compute_dtype, flatten, from_linen
+from dpjax.models.nets.blocks import Attention, Mlp
+from dpjax.models.weights import Source, Tensors, load_weights, read_tensors, translate
+
+__all__ = ["TEXT_SIZES", "TextConfig", "text_encoder"]
+
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of a text encoder.
+
+    Args:
+      vocab_size: number of token ids.
+      width: token width.
+      depth: number of blocks.
+      heads: attention heads; divides width.
+      mlp: width of the hidden layer of a block's MLP.
+      positions: number of position embeddings.
+      max_length: tokens of every (padded or cut) sequence; at most positions.
+      token_types: number of token-type embeddings (all our tokens have type 0); 0 for DistilBERT.
+      pad_id: id of the padding token, which is masked out.
+      pooling: "mean" averages the tokens that are not padding; "cls" reads the first one.
+    """
+
+    vocab_size: int = 30522
+    width: int = 384
+    depth: int = 6
+    heads: int = 12
+    mlp: int = 1536
+    positions: int = 512
+    max_length: int = 128
+    token_types: int = 2
+    pad_id: int = 0
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        for field in ("width", "depth", "heads", "mlp", "positions"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be >= 1.")
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={self.width}.")
+        if self.max_length > self.positions:
+            raise ValueError(f"max_length={self.max_length} must be <= {self.positions=}.")
+        if self.token_types < 0:
+            raise ValueError(f"token_types={self.token_types} must be >= 0.")
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling={self.pooling!r} must be 'mean' or 'cls'.")
+
+
+_BASE = TextConfig(width=768, depth=12, heads=12, mlp=3072, pooling="cls")
+
+TEXT_SIZES: Mapping[str, TextConfig] = MappingProxyType(
+    {
+        "minilm_l6": TextConfig(),
+        "bert_base": _BASE,
+        "distilbert_base": dataclasses.replace(_BASE, depth=6, token_types=0),
+    }
+)
+
+
+class _Embed(nn.Module):
+    config: TextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        cfg = self.config
+
+        def table(name: str, rows: int) -> jax.Array:
+            return self.param(name, nn.initializers.normal(0.02), (rows, cfg.width))
+
+        x = table("word", cfg.vocab_size)[tokens]
+        position = table("position", cfg.positions)[: tokens.shape[-1]]
+        x = x + jnp.broadcast_to(position, x.shape)
+        if cfg.token_types:
+            x = x + jnp.broadcast_to(table("token_type", cfg.token_types)[0], x.shape)
+        return nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm")(x)
+
+
+class _Block(nn.Module):
+    config: TextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keep: jax.Array) -> jax.Array:
+        norm = partial(nn.LayerNorm, epsilon=_EPSILON, dtype=self.dtype)
+        y = Attention(self.config.heads, self.dtype, name="attn")(x, keep)
+        x = norm(name="norm1")(x + y)
+        return norm(name="norm2")(x + Mlp(self.config.mlp, self.dtype, name="mlp")(x))
+
+
+class _Backbone(nn.Module):
+    config: TextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        keep = tokens != self.config.pad_id
+        x = _Embed(self.config, self.dtype, name="embed")(tokens)
+        for index in range(self.config.depth):
+            x = _Block(self.config, self.dtype, name=f"blocks_{index}")(x, keep)
+        x = x.astype(jnp.float32)
+        if self.config.pooling == "cls":
+            return x[..., 0, :]
+        weights = jnp.broadcast_to(keep[..., None], x.shape).astype(jnp.float32)
+        # At least one, so that a sequence of nothing but padding stays finite.
+        count = jnp.maximum(weights.sum(axis=-2), 1.0)
+        return (x * weights).sum(axis=-2) / count
+
+
+def text_encoder(
+    config: TextConfig,
+    num_classes: int,
+    *,
+    head_init: str = "zero",
+    dtype: jnp.dtype | str = "float32",
+) -> Model:
+    """A classifier of token sequences; padding takes no part in attention or in the mean.
+
+    Parameters: `embed/{word,position,token_type}`, `embed/norm/{scale,bias}`,
+    `blocks_i/attn/{query,key,value,out}/{kernel,bias}`, `blocks_i/mlp/{fc1,fc2}/{kernel,bias}`,
+    `blocks_i/{norm1,norm2}/{scale,bias}` (each after its residual sum), `head/{kernel,bias}`. The
+    published pooler and language-model heads are not part of it. `load` reads Hugging Face
+    `.safetensors` of BERT and DistilBERT, and our own files.
+
+    Args:
+      config: the shape; `TEXT_SIZES` has the usual ones.
+      num_classes: number of classes.
+      head_init: "zero", "random" or "near_zero".
+      dtype: what the blocks compute in; parameters, softmax and logits are float32.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    return from_linen(
+        _Backbone(config, compute_dtype(dtype)),
+        TextSpec(config.max_length, config.vocab_size, config.pad_id),
+        partial(_load, config),
+        width=config.width,
+        num_classes=num_classes,
+        head_init=head_init,
+    )
+
+
+# Published weights: Hugging Face `.safetensors` of BERT and DistilBERT, and our own files.
+
+Table = dict[str, Source]
+
+# Buffers, and what sits between the features and a head of theirs.
+_IGNORE = (
+    r"position_ids$|(^|\.)pooler\.|^cls\.|^pre_classifier\."
+    r"|^vocab_(transform|layer_norm|projector)\."
+)
+
+_BERT = {
+    "attn/query": "attention.self.query",
+    "attn/key": "attention.self.key",
+    "attn/value": "attention.self.value",
+    "attn/out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp/fc1": "intermediate.dense",
+    "mlp/fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+_DISTILBERT = {
+    "attn/query": "attention.q_lin",
+    "attn/key": "attention.k_lin",
+    "attn/value": "attention.v_lin",
+    "attn/out": "attention.out_lin",
+    "norm1": "sa_layer_norm",
+    "mlp/fc1": "ffn.lin1",
+    "mlp/fc2": "ffn.lin2",
+    "norm2": "output_layer_norm",
+}
+
+
+def _transposed(tensor: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(tensor.T)
+
+
+def _table(cfg: TextConfig, classes: int, prefix: str, layer: str, names: dict[str, str]) -> Table:
+    d, embed = cfg.width, f"{prefix}embeddings"
+    table: Table = {
+        "embed/word": Source(f"{embed}.word_embeddings.weight", (cfg.vocab_size, d)),
+        "embed/position": Source(f"{embed}.position_embeddings.weight", (cfg.positions, d)),
+        "embed/norm/scale": Source(f"{embed}.LayerNorm.weight", (d,)),
+        "embed/norm/bias": Source(f"{embed}.LayerNorm.bias", (d,)),
+        "head/kernel": Source("classifier.weight", (classes, d), _transposed),
+        "head/bias": Source("classifier.bias", (classes,)),
+    }
+    if cfg.token_types:
+        table["embed/token_type"] = Source(
+            f"{embed}.token_type_embeddings.weight", (cfg.token_types, d)
+        )
+    for index in range(cfg.depth):
+        for ours, theirs in names.items():
+            path, name = f"blocks_{index}/{ours}", f"{prefix}{layer}.{index}.{theirs}"
+            if ours.startswith("norm"):
+                table[f"{path}/scale"] = Source(f"{name}.weight", (d,))
+                table[f"{path}/bias"] = Source(f"{name}.bias", (d,))
+                continue
+            inputs = cfg.mlp if ours == "mlp/fc2" else d
+            outputs = cfg.mlp if ours == "mlp/fc1" else d
+            table[f"{path}/kernel"] = Source(f"{name}.weight", (outputs, inputs), _transposed)
+            table[f"{path}/bias"] = Source(f"{name}.bias", (outputs,))
+    return table
+
+
+def _modern(tensors: Tensors) -> Tensors:
+    """Names of norms as they are spelt today; the oldest files say gamma and beta."""
+    names = {
+        name: re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name).replace(
+            "LayerNorm.gamma", "LayerNorm.weight"
+        )
+        for name in tensors
+    }
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _load(cfg: TextConfig, params: Params, path: str, *, head: bool = False) -> Params:
+    """Puts a weight file into the parameters of a text encoder.
+
+    Args:
+      cfg: shape of the encoder.
+      params: its parameters.
+      path: a Hugging Face `.safetensors` of BERT or DistilBERT, or a file of `save_weights`.
+      head: whether to take the file's `classifier` too.
+
+    Raises:
+      ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+    """
+    tensors, kept = read_tensors(path), None if head else "head"
+    if set(tensors) & set(flatten(params)):
+        return load_weights(path, params, head=kept)
+    tensors = _modern(tensors)
+    distil = any(".q_lin." in name for name in tensors)
+    prefix = next(
+        (p for p in ("bert.", "distilbert.") if f"{p}embeddings.word_embeddings.weight" in tensors),
+        "",
+    )
+    layer, names = ("transformer.layer", _DISTILBERT) if distil else ("encoder.layer", _BERT)
+    table = _table(cfg, params["head"]["bias"].shape[0], prefix, layer, names)
+    return translate(params, tensors, table, origin=path, head=kept, ignore=_IGNORE)

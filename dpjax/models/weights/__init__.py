@@ -1,0 +1,26 @@
+"""Weight files: where they are, how they are read, and how their names become ours."""
+
+from dpjax.models.weights.published import WEIGHTS, locate
+from dpjax.models.weights.resample import resample_grid
+from dpjax.models.weights.tables import (
+    Source,
+    Tensors,
+    load_plain,
+    load_weights,
+    read_tensors,
+    save_weights,
+    translate,
+)
+
+__all__ = [
+    "WEIGHTS",
+    "Source",
+    "Tensors",
+    "load_plain",
+    "load_weights",
+    "locate",
+    "read_tensors",
+    "resample_grid",
+    "save_weights",
+    "translate",
+]

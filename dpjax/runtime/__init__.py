@@ -1,0 +1,19 @@
+"""Devices, processes and disk."""
+
+from dpjax.runtime import compilation, hosts, sharding
+from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable
+from dpjax.runtime.workdir import OtherRun, Workdir, code_digest, digest, read_jsonl
+
+__all__ = [
+    "Checkpoints",
+    "OtherRun",
+    "Unreadable",
+    "Unwritable",
+    "Workdir",
+    "code_digest",
+    "compilation",
+    "digest",
+    "hosts",
+    "read_jsonl",
+    "sharding",
+]

@@ -1,0 +1,55 @@
+"""XLA compilations: kept on disk between runs, and counted."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dpjax import files
+
+__all__ = ["Counter", "counting", "keep_on_disk"]
+
+
+def keep_on_disk() -> None:
+    """Keeps compiled programs in DPJAX_CACHE_DIR/xla, or ~/.cache/dpjax/xla.
+
+    Runs of equal shapes, such as the points of a sweep over learning rates or epsilon, then
+    compile once. An empty DPJAX_CACHE_DIR turns this off, and JAX_COMPILATION_CACHE_DIR is obeyed.
+    """
+    if not files.caching() or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+class Counter:
+    """How often each jitted function was compiled, or fetched from disk."""
+
+    def __init__(self) -> None:
+        self.times: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        """Takes an event from `jax.monitoring`."""
+        if event == "/jax/core/compile/backend_compile_duration":
+            name = str(kwargs.get("fun_name"))  # such as "jit(update)"
+            self.times[name.removeprefix("jit(").removesuffix(")")] += 1
+
+    def beyond_first(self, *names: str) -> int:
+        """Returns how often the named functions were compiled again."""
+        return sum(max(0, n - 1) for name, n in self.times.items() if name in names)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter]:
+    """Counts compilations while it is entered."""
+    counter = Counter()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    try:
+        yield counter
+    finally:
+        jax.monitoring.unregister_event_duration_listener(counter)

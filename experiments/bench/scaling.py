@@ -1,0 +1,253 @@
+"""What scaling costs: collectives, bytes and idleness on host devices, and a plan for large ones.
+
+    python -m experiments.bench.scaling          # the weak-scaling table, about 3 min on 2 cores
+    python -m experiments.bench.scaling --plan   # ViT-L on data of ImageNet-21k's size, 2 min
+
+The table trains a small ViT for twelve steps on 1, 2, 4 and 8 host devices, with the same number of
+examples per device and step; times are of the last six. Host devices share the cores of this
+machine: read the collectives and the bytes as measured, and the times as those of one machine cut
+into pieces.
+
+The plan takes apart the compiled step of ViT-L (operations and bytes per example from programs of
+one and two blocks, book-keeping engine, float32), calibrates the noise, and divides by the vendors'
+peak numbers in `_MACHINES`. It is a lower bound of the time, not a measurement on such machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpjax import build, dp, models
+from dpjax.config import default
+from dpjax.models import finetune
+from dpjax.runtime import Workdir, compilation, read_jsonl, sharding
+from dpjax.training import loop, phases
+
+__all__ = ["collectives", "get_config", "main"]
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config of one row; the argument is the number of devices."""
+    devices = int(arg or 1)
+    config = default()
+    config.data.name = "digits"
+    with config.unlocked():
+        config.model.options = {"width": 64, "depth": 2, "heads": 4, "mlp": 128, "image_size": 14}
+    config.dp.delta = 1e-4
+    config.private_seed = 5
+    config.batch_size = 128 * devices
+    config.physical_batch = 32 * devices
+    config.epochs = 12 * config.batch_size / 1617
+    config.eval_every = 6
+    return config
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Returns kind and bytes of every collective of a compiled program's text.
+
+    The bytes are those of the larger of operand and result: what all devices together hold once.
+    """
+    found = []
+    for line in program.splitlines():
+        match = re.search(rf" ({_KINDS})(?:-start)?\(", line)
+        if match is not None:
+            sizes = [
+                _BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+                for kind, shape in re.findall(r"\b(f32|bf16|f16|s32|u32|pred)\[([\d,]*)\]", line)
+            ]
+            found.append((match[1], max(sizes)))
+    return found
+
+
+def _sent(kind: str, size: int, devices: int) -> float:
+    """Bytes that each device sends in a ring: a reduction of all to all passes the data twice."""
+    return (2 if kind == "all-reduce" else 1) * size * (devices - 1) / devices
+
+
+def _row(devices: int, layout: str) -> list[str]:
+    run = build.build(get_config(str(devices)))
+    run = run._replace(layout=sharding.layout(layout, jax.devices()[:devices]))
+    found = _step_collectives(run)
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = Workdir(f"{directory}/w")
+        loop.train(run, workdir)
+        rows = list(read_jsonl(workdir.path / "metrics.jsonl"))
+    last = [r for r in rows if "idle_fraction" in r][-1]  # compiled before
+    speed, idle = last["examples_per_second"], last["idle_fraction"]
+    padding = statistics.mean(
+        r["nonprivate/padding_fraction"] for r in rows if "nonprivate/padding_fraction" in r
+    )
+    names = [f"{sum(k == kind for k, _ in found)} {kind}" for kind in _KINDS.split("|")
+             if any(k == kind for k, _ in found)]  # fmt: skip
+    sent = sum(_sent(kind, size, devices) for kind, size in found)
+    state = phases.checkpoint_like(run, 0, 5)["state"]
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
+    return [
+        str(devices), layout, str(run.config.batch_size), ", ".join(names) or "none",
+        f"{sent / 1e3:.0f} kB", f"{held / 1e3:.0f} kB", f"{speed:.0f}",
+        f"{1e3 * run.config.batch_size / speed:.0f} ms", f"{100 * idle:.1f} %",
+        f"{100 * padding:.0f} %",
+    ]  # fmt: skip
+
+
+def _step_collectives(run: build.Run) -> list[tuple[str, int]]:
+    """Of one whole step: begin, one chunk, update."""
+    steps, hyper = phases.prepare(run, 0, 5)
+    trainable, frozen = finetune.split(run.params, run.phases[0].trainable)
+    state = steps.init(sharding.place(trainable, run.layout.shardings(trainable)), hyper)
+    whole, totals = steps.begin(state)
+    rows = run.config.physical_batch
+    batch = sharding.to_mesh(
+        {
+            **run.train.get(np.arange(rows)),
+            "index": np.arange(rows),
+            "mask": np.ones(rows, bool),
+        },
+        run.layout.mesh,
+    )
+    programs: list[Any] = [
+        steps.accumulate.lower(totals, whole, frozen, batch, jnp.int32(0), hyper),  # type: ignore[attr-defined]
+        steps.update.lower(state, totals, hyper),  # type: ignore[attr-defined]
+    ]
+    if run.layout.spread is not None:
+        programs.append(jax.jit(run.layout.gather).lower(state.trainable))
+    return [one for program in programs for one in collectives(program.compile().as_text())]
+
+
+class _Machine(NamedTuple):
+    """Peak numbers of the vendor, per chip."""
+
+    name: str
+    chips: int
+    flops: float  # bfloat16, dense
+    memory: float  # bytes
+    link: float  # bytes/s that a chip can send to the others
+
+
+_MACHINES = (
+    _Machine("TPU v5e-256", 256, 197e12, 16e9, 200e9),
+    _Machine("64 H100 (8 x 8)", 64, 989e12, 80e9, 50e9),
+)
+_EXAMPLES, _CLASSES, _BATCH, _EPOCHS = 14_197_122, 21_841, 32_768, 8
+_VIT_L = models.ViTConfig(
+    width=1024, depth=24, heads=16, mlp=4096, patch=16, image_size=224, channels=3
+)
+
+
+class _Cost(NamedTuple):
+    """Of one example's clipped gradient."""
+
+    flops: float
+    bytes: float
+
+
+def _cost(depth: int, method: str) -> _Cost:
+    """Differences of compiled programs of two batch sizes: what does not grow cancels."""
+    net = models.vision_transformer(models.ViTConfig(**{**vars(_VIT_L), "depth": depth}), _CLASSES)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+
+    def loss(params: Any, example: Any) -> jax.Array:
+        return -jax.nn.log_softmax(net.apply(params, example["x"]))[example["y"]]
+
+    def compiled(batch: int) -> _Cost:
+        examples = {
+            "x": jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32),
+            "y": jax.ShapeDtypeStruct((batch,), jnp.int32),
+        }
+        function = jax.jit(dp.clipped_sum(loss, dp.flat(1.0), method=method))
+        program = function.lower(
+            params, examples, jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        ).compile()
+        operations: Any = program.cost_analysis()
+        memory: Any = program.memory_analysis()
+        return _Cost(operations["flops"], memory.temp_size_in_bytes)
+
+    small, large = compiled(2), compiled(4)
+    return _Cost(*((b - a) / 2 for a, b in zip(small, large)))
+
+
+def _plan() -> list[str]:
+    one, two = _cost(1, "bookkeeping"), _cost(2, "bookkeeping")
+    example = _Cost(*(a + (_VIT_L.depth - 1) * (b - a) for a, b in zip(one, two)))
+    net = models.vision_transformer(_VIT_L, _CLASSES)
+    count = finetune.count(jax.eval_shape(net.init, jax.random.key(0)))
+    mechanism = dp.calibrated(
+        epsilon=8.0, delta=1e-8, num_examples=_EXAMPLES, batch_size=_BATCH, epochs=_EPOCHS
+    )
+    lines = [
+        f"parameters {count / 1e6:.0f} M; one example's clipped gradient {example.flops / 1e9:.0f} "
+        f"GFLOP and {example.bytes / 1e6:.0f} MB of temporaries (float32, from compiled programs)",
+        f"N = {_EXAMPLES:,}, B = {_BATCH:,}, {_EPOCHS} epochs: T = {mechanism.steps:,} steps, "
+        f"q = {mechanism.sampling_prob:.5f}, sigma = {mechanism.noise_multiplier:.3f} for "
+        f"epsilon 8, delta 1e-8",
+        f"pixels: {_BATCH * 224 * 224 * 3 / 1e9:.1f} GB (uint8) a step, over all hosts",
+        "",
+        "| machine | per chip and step | state, replicated | state, fsdp | left for examples | "
+        "rows at once | sum sent | compute >= | sum >= | run >= |",
+        "|" + 10 * "---|",
+    ]
+    for machine in _MACHINES:
+        rows = _BATCH / machine.chips
+        # Parameters, two moments; the sum and its travelling copy are there in both layouts.
+        state, sums = 3 * 4 * count, 2 * 4 * count
+        spread = 4 * count + state / machine.chips
+        left = machine.memory - sums - spread
+        sent = _sent("all-reduce", 4 * count, machine.chips)
+        compute = rows * example.flops / machine.flops
+        reduce = sent / machine.link
+        hours = mechanism.steps * (compute + reduce) / 3600
+        lines.append(
+            f"| {machine.name} | {rows:.0f} examples | {(state + sums) / 1e9:.1f} GB | "
+            f"{(spread + sums) / 1e9:.1f} GB | {left / 1e9:.1f} GB | "
+            f"{max(0.0, left / example.bytes):.0f} | {sent / 1e9:.1f} GB | {compute:.2f} s | "
+            f"{1e3 * reduce:.0f} ms | {hours:.1f} h |"
+        )
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="experiments.bench.scaling")
+    parser.add_argument("--plan", action="store_true", help="the plan instead of the table")
+    parser.add_argument("--devices", default="1,2,4,8", help="rows of the table")
+    given = parser.parse_args(argv)
+    compilation.keep_on_disk()
+    if given.plan:
+        print("\n".join(_plan()))
+        return 0
+    print(
+        "| devices | layout | batch | collectives a step | sent per device and step | state per "
+        "device | examples/s | step | idle | padding |\n|" + 10 * "---|"
+    )
+    for devices in map(int, given.devices.split(",")):
+        for layout in ("replicated", "fsdp")[: 1 + (devices > 1)]:
+            print("| " + " | ".join(_row(devices, layout)) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Every config of the repository builds: shapes traced, budget calibrated, without its data."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_config import CONFIGS
+
+from dpjax import build, dp, models
+from dpjax import config as config_lib
+from dpjax.models import finetune
+
+# Training examples, classes and the shape of a stored input.
+DATA = {
+    "quickstart": (4_000, 10, (28, 28, 1)),
+    "pretrain_digits": (1_617, 10, (8, 8, 1)),
+    "cifar10": (50_000, 10, (32, 32, 3)),
+    "cifar100": (50_000, 100, (32, 32, 3)),
+    "sun397": (87_002, 397, (224, 224, 3)),
+    "cassava": (5_656, 5, (224, 224, 3)),
+    "movie_reviews": (8_454, 2, (64,)),
+    "newsgroups": (11_314, 20, (128,)),
+    "scratch_wrn": (50_000, 10, (32, 32, 3)),
+}
+
+
+def test_no_config_is_forgotten():
+    assert {path.stem for path in CONFIGS} == set(DATA)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_builds(path):
+    config = config_lib.load(str(path))
+    num_examples, classes, shape = DATA[path.stem]
+    tuning = build.model.finetuning_set(config.finetune)(build.model.model(config.model, classes))
+    params = jax.eval_shape(tuning.model.init, jax.random.key(0))
+    trainable, frozen = finetune.split(params, tuning.trainable)
+    assert finetune.count(trainable) > 0
+    _, loss_fn = build.loss.functions(tuning.model, config.data, shape)
+    text = isinstance(tuning.model.input, models.TextSpec)
+    example = {
+        "input": jax.ShapeDtypeStruct(shape, jnp.int32 if text else jnp.uint8),
+        "label": jax.ShapeDtypeStruct((), jnp.int32),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }
+    grads = jax.eval_shape(
+        jax.grad(lambda p, f, e: loss_fn(finetune.join(p, f), e)), trainable, frozen, example
+    )
+    assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, trainable)
+    steps = dp.num_steps(num_examples, config.batch_size, config.epochs)
+    build.optimizer.optimizer(config.optimizer, steps, private=config.dp is not None)
+    if config.dp is None:
+        return
+    build.privacy.clip_rule(config.dp)
+    mechanism = dp.calibrated(
+        epsilon=config.dp.epsilon,
+        delta=config.dp.delta,
+        num_examples=num_examples,
+        batch_size=config.batch_size,
+        steps=steps,
+    )
+    assert mechanism.epsilon(config.dp.delta) <= config.dp.epsilon

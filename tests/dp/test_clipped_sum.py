@@ -1,0 +1,263 @@
+"""The clipped sum against a loop, on neighbouring batches, and on poisoned examples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_clipping import RULES
+
+from dpjax import dp
+from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines.clipped_sum import cut
+
+METHODS = ("vmap", "auto")
+
+
+def loss_fn(params, example):
+    hidden = jnp.tanh(example["x"] @ params["w"] + params["b"])
+    return jnp.sum(jnp.square(hidden @ params["v"] - example["y"]))
+
+
+def setup(size=6, dtype=jnp.float32, scale=1.0):
+    k = iter(jax.random.split(jax.random.key(1), 5))
+    params = {
+        "w": jax.random.normal(next(k), (4, 3), dtype),
+        "b": jax.random.normal(next(k), (3,), dtype),
+        "v": jax.random.normal(next(k), (3, 2), dtype),
+    }
+    batch = {
+        "x": scale * jax.random.normal(next(k), (size, 4), dtype),
+        "y": jax.random.normal(next(k), (size, 2), dtype),
+    }
+    return params, batch
+
+
+def loop_oracle(rule, params, batch, mask):
+    """One gradient at a time, in float64 on the host."""
+    total = jax.tree.map(lambda p: np.zeros(p.shape), params)
+    groups = rule.groups(params)
+    for i in range(len(mask)):
+        if not mask[i]:
+            continue
+        example = {name: rows[i] for name, rows in batch.items()}
+        grad = jax.grad(loss_fn)(params, example)
+        leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(grad)]
+        norms = [
+            np.sqrt(sum((g**2).sum() for g, k in zip(leaves, groups) if k == n))
+            for n in range(max(groups) + 1)
+        ]
+        factors = np.asarray(rule.factors(jnp.asarray(norms)))
+        scaled = [factors[k] * g for g, k in zip(leaves, groups)]
+        total = jax.tree.map(np.add, total, jax.tree.unflatten(jax.tree.structure(total), scaled))
+    return total
+
+
+def close(a, b, rtol=1e-5):
+    scale = max(np.abs(np.asarray(x)).max() for x in jax.tree.leaves(b)) or 1.0
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale), a, b)
+
+
+def gap(rule, one, other):
+    """Distance of two clipped sums over the promised sensitivity."""
+    diff = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, one.value, other.value)
+    norm = np.sqrt(sum((d**2).sum() for d in jax.tree.leaves(diff)))
+    return norm / float(one.sensitivity)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RULES)
+def test_equals_a_loop(name, method):
+    params, batch = setup()
+    mask = jnp.array([True, True, False, True, True, True])
+    got, _ = dp.clipped_sum(loss_fn, RULES[name], method=method)(params, batch, mask)
+    close(got.value, loop_oracle(RULES[name], params, batch, mask))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RULES)
+def test_one_example_moves_the_sum_by_at_most_the_sensitivity(name, method):
+    rule = RULES[name]
+    summed = jax.jit(dp.clipped_sum(loss_fn, rule, method=method))
+    for scale in (1e-3, 1.0, 1e3):
+        params, batch = setup(scale=scale)
+        everyone = jnp.ones(6, bool)
+        whole, _ = summed(params, batch, everyone)
+        for leaver in range(6):
+            without, _ = summed(params, batch, everyone.at[leaver].set(False))
+            assert gap(rule, whole, without) <= 1 + 1e-5
+
+
+def test_neighbour_check_can_fail():
+    """Without clipping the same comparison sees a distance beyond the sensitivity."""
+    params, batch = setup(scale=1e3)
+    loose = dp.clipped_sum(loss_fn, dp.flat(1e6))
+    whole, _ = loose(params, batch, jnp.ones(6, bool))
+    without, _ = loose(params, batch, jnp.ones(6, bool).at[0].set(False))
+    claimed = dp.ClippedSum(whole.value, jnp.asarray(1.0))
+    assert gap(dp.flat(1.0), claimed, without) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("name", ["flat", "per_layer", "auto_v", "global"])
+def test_a_poisoned_example_leaves_the_others_bit_for_bit(name, poison, method):
+    params, batch = setup()
+    summed = jax.jit(dp.clipped_sum(loss_fn, RULES[name], method=method))
+    bad = {"x": batch["x"].at[2].set(poison), "y": batch["y"]}
+    nothing = {"x": batch["x"].at[2].set(0.0), "y": batch["y"]}
+    others = jnp.ones(6, bool).at[2].set(False)
+    got, facts = summed(params, bad, jnp.ones(6, bool))
+    want, _ = summed(params, nothing, others)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got.value))
+    if np.isfinite(facts.norms[2]).all() and np.isfinite(facts.loss[2]):
+        assert gap(RULES[name], got, want) <= 1 + 1e-5
+    else:
+        jax.tree.map(np.testing.assert_array_equal, got.value, want.value)
+        assert (facts.factors[2] == 0).all()
+
+
+def test_masking_by_multiplication_is_seen():
+    """The mistake the test above is for: a factor of 0 does not remove a NaN gradient."""
+    params, batch = setup()
+    bad = {"x": batch["x"].at[2].set(np.nan), "y": batch["y"]}
+    grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, bad)
+    _, facts = dp.clipped_sum(loss_fn, dp.flat(0.7))(params, bad, jnp.ones(6, bool))
+    multiplied = jax.tree.map(lambda g: jnp.tensordot(facts.factors[:, 0], g, 1), grads)
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(multiplied))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_microbatches_do_not_change_the_sum(size, method):
+    params, batch = setup()
+    mask = jnp.array([True, True, False, True, True, True])
+    whole, facts = dp.clipped_sum(loss_fn, dp.flat(0.5), method=method)(params, batch, mask)
+    cut_sum, cut_facts = dp.clipped_sum(loss_fn, dp.flat(0.5), method=method, microbatch_size=size)(
+        params, batch, mask
+    )
+    close(cut_sum.value, whole.value)
+    close(cut_facts._replace(real=0), facts._replace(real=0))
+    np.testing.assert_array_equal(cut_facts.real, mask)
+
+
+def test_cut_is_column_major():
+    np.testing.assert_array_equal(cut(jnp.arange(6), 2), [[0, 3], [1, 4], [2, 5]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_alone_gives_zero(method):
+    params, batch = setup()
+    got, facts = dp.clipped_sum(loss_fn, dp.automatic(), method=method)(
+        params, batch, jnp.zeros(6, bool)
+    )
+    assert all((x == 0).all() for x in jax.tree.leaves(got.value))
+    assert (facts.factors == 0).all()
+    assert (facts.norms == 0).all()
+    assert (facts.loss == 0).all()
+
+
+def test_a_method_is_what_its_name_says(monkeypatch):
+    def fail(*_):
+        raise AssertionError("book-keeping")
+
+    params, batch = setup()
+    monkeypatch.setattr(bookkeeping, "microbatch_sum", fail)
+    dp.clipped_sum(loss_fn, dp.flat(1.0), method="vmap")(params, batch, jnp.ones(6, bool))
+    for method in ("bookkeeping", "auto"):
+        with pytest.raises(AssertionError, match="book-keeping"):
+            dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)(params, batch, jnp.ones(6, bool))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_parameters_there_is_nothing_to_clip(method):
+    batch = jnp.arange(4.0)
+    got, facts = dp.clipped_sum(lambda params, x: x**2, dp.flat(1.0), method=method)(
+        {}, batch, jnp.ones(4, bool)
+    )
+    assert got.value == {}
+    assert facts.norms.shape == facts.factors.shape == (4, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sums_are_float32_in_a_bfloat16_model(method):
+    """The 1024 clipped gradients, each of norm 1, are not lost below bfloat16's 8 bits."""
+    params = {"w": jnp.zeros((1,), jnp.bfloat16)}
+    batch = jnp.ones((1024, 1), jnp.bfloat16)
+    summed = dp.clipped_sum(lambda p, x: jnp.sum(p["w"] * x), dp.flat(1.0), method=method)
+    got, facts = summed(params, batch, jnp.ones(1024, bool).at[0].set(False))
+    assert got.value["w"].dtype == facts.norms.dtype == jnp.float32
+    np.testing.assert_allclose(got.value["w"], [1023.0], rtol=1e-5)
+
+
+def test_frozen_leaves_do_not_enter_the_norm():
+    params, batch = setup()
+    frozen = {"w": params["w"], "b": params["b"]}
+    head = {"v": params["v"]}
+    mask = jnp.ones(6, bool)
+    _, facts = dp.clipped_sum(lambda p, e: loss_fn({**frozen, **p}, e), dp.flat(1.0))(
+        head, batch, mask
+    )
+    _, every = dp.clipped_sum(loss_fn, dp.flat(1.0))(params, batch, mask)
+    alone = jax.vmap(lambda e: jnp.linalg.norm(jax.grad(loss_fn)(params, e)["v"]))(batch)
+    np.testing.assert_allclose(facts.norms[:, 0], alone, rtol=1e-5)
+    assert (every.norms[:, 0] > 1.01 * alone).any()  # so the comparison can tell
+
+
+def test_errors():
+    params, batch = setup()
+    with pytest.raises(ValueError, match="method='ghost'"):
+        dp.clipped_sum(loss_fn, dp.flat(1.0), method="ghost")
+    with pytest.raises(ValueError, match="microbatch_size=4 must divide the batch size 6"):
+        dp.clipped_sum(loss_fn, dp.flat(1.0), microbatch_size=4)(params, batch, jnp.ones(6, bool))
+    with pytest.raises(ValueError, match="microbatch_size=0"):
+        dp.clipped_sum(loss_fn, dp.flat(1.0), microbatch_size=0)
+
+
+def test_equals_jax_privacy():
+    jax_privacy = pytest.importorskip("jax_privacy")
+    params, batch = setup()
+    theirs = jax_privacy.clipped_grad(loss_fn, l2_clip_norm=0.5, keep_batch_dim=False)(
+        params, batch
+    )
+    ours, _ = dp.clipped_sum(loss_fn, dp.flat(0.5))(params, batch, jnp.ones(6, bool))
+    close(ours.value, theirs)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda p, b, m: ({**p, "w": p["w"] * 1j}, b, m), "parameter 'w' is complex64"),
+        (lambda p, b, m: ({**p, "n": jnp.arange(2)}, b, m), "parameter 'n' is int32"),
+        (lambda p, b, m: ({**p, "k": jax.random.key(0)}, b, m), r"parameter 'k' is key<fry>"),
+        (lambda p, b, m: ({**p, "flag": True}, b, m), "parameter 'flag' is bool"),
+        (
+            lambda p, b, m: (p, b, m.astype(np.float32)),
+            "bool array of shape .batch., got float32",
+        ),
+        (
+            lambda p, b, m: (p, b, m[None]),
+            r"bool array of shape .batch., got bool of shape \(1, 4\)",
+        ),
+        (lambda p, b, m: (p, b, [True] * 4), "a bool array of shape .batch., got list"),
+        (lambda p, b, m: (p, b, m[:1]), r"of shape \(4, 3\) must have one row for each of the 1"),
+    ],
+)
+def test_what_cannot_be_clipped_is_named(method, change, text):
+    params = {"w": np.ones((3, 2), np.float32)}
+    args = change(params, np.ones((4, 3), np.float32), np.ones(4, bool))
+    clip = dp.clipped_sum(lambda p, x: jnp.sum(x @ p["w"]).real, dp.flat(1.0), method=method)
+    with pytest.raises((TypeError, ValueError), match=text):
+        clip(*args)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+def test_python_floats_and_empty_batches(method):
+    clip = dp.clipped_sum(lambda p, x: jnp.sum(x) * p["w"], dp.flat(1.0), method=method)
+    total, _ = clip({"w": 2.0}, np.ones((4, 3), np.float32), np.ones(4, bool))
+    assert total.value["w"] == pytest.approx(4.0, rel=1e-5)
+    total, facts = jax.jit(clip)({"w": 2.0}, np.ones((0, 3), np.float32), np.ones(0, bool))
+    assert (total.value["w"], total.sensitivity) == (0.0, 1.0)
+    assert (facts.loss.shape, facts.norms.shape) == ((0,), (0, 1))
+    with pytest.raises(TypeError, match=r"rule=1\.0 must be a ClipRule"):
+        dp.clipped_sum(lambda p, x: 0.0, 1.0)

@@ -1,0 +1,423 @@
+"""The clipping bound on inputs made to break it: every route, far from ordinary numbers.
+
+Each case is a smallest input that once broke the bound, or another member of its kind. Both engines
+run on it, alone and beside ordinary examples. No contribution may exceed the bound, no sum may move
+by more than the bound when the example leaves, and the book-keeping engine gives vmap's numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax import dp
+from dpjax.dp.engines import bookkeeping
+
+BOUND = 1.0
+# What float32 may add: the reserve of the rule covers a contribution's own rounding; a sum of a
+# hundred contributions is rounded in units of its size.
+ALONE, IN_A_SUM = 1e-6, 1e-4
+
+
+def rows(example, n):
+    return jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))).copy(), example)
+
+
+def joined(*batches):
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
+
+
+def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(tree)))
+
+
+def check(loss_fn, params, ordinary, odd, *, rule=None, route=None, crowd=100, rtol=1e-3):
+    """Runs `odd` examples alone and beside a crowd; returns the contributions of both engines."""
+    rule = dp.flat(BOUND) if rule is None else rule
+    bound = float(rule.sensitivity())
+    if route is not None:
+        example = jax.tree.map(lambda x: x[0], odd)
+        plan = bookkeeping.plan(loss_fn, params, example)
+        assert route in {
+            f"{leaf.route}: {leaf.reason}".split(",")[0].split(":")[0] for leaf in plan
+        }
+    n = jax.tree.leaves(odd)[0].shape[0]
+    contributions = {}
+    for method in ("vmap", "bookkeeping"):
+        engine = jax.jit(dp.clipped_sum(loss_fn, rule, method=method))
+        alone = []
+        for i in range(n):
+            total, facts = engine(params, odd, np.arange(n) == i)
+            assert norm(total.value) <= bound * (1 + ALONE), (method, i, norm(total.value))
+            assert np.isfinite(norm(total.value))
+            alone.append((jax.tree.map(np.float64, total.value), facts.norms[i], facts.factors[i]))
+        contributions[method] = alone
+        if ordinary is not None:
+            batch = joined(odd, rows(ordinary, crowd))
+            every = np.ones(n + crowd, bool)
+            whole = jax.tree.map(np.float64, engine(params, batch, every)[0].value)
+            for i in range(n):
+                rest = engine(params, batch, np.arange(n + crowd) != i)[0].value
+                moved = norm(jax.tree.map(lambda a, b: a - np.float64(b), whole, rest))
+                assert moved <= bound * (1 + IN_A_SUM), (method, i, moved)
+    for (a, n_a, _), (b, n_b, _) in zip(contributions["vmap"], contributions["bookkeeping"]):
+        difference = norm(jax.tree.map(np.subtract, a, b))
+        assert difference <= rtol * bound, (difference, norm(a), norm(b))
+        np.testing.assert_allclose(n_b, n_a, rtol=rtol, atol=1e-6 * bound)
+    return contributions
+
+
+def batch(**arrays):
+    return {name: np.asarray(value)[None] for name, value in arrays.items()}
+
+
+# A0: two uses of one derived kernel, in two layouts
+
+
+def standardized(kernel):
+    mean = kernel.mean((0, 1, 2), keepdims=True)
+    return (kernel - mean) / kernel.std((0, 1, 2), keepdims=True)
+
+
+def cosine_bases(kernel):
+    return kernel + jax.lax.stop_gradient(kernel)
+
+
+@pytest.mark.parametrize("make", [standardized, cosine_bases])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("size", [2, 6])
+def test_one_derived_kernel_in_two_layouts(make, sign, size):
+    numbers = np.random.default_rng(0)
+    kernel = numbers.standard_normal((3, 3, 8, 8), np.float32)
+
+    def loss_fn(params, e):
+        w = make(params["kernel"])
+        out = [
+            jax.lax.conv_general_dilated(
+                e["x"][None], w, (1, 1), "SAME", dimension_numbers=("NHWC", layout, "NHWC")
+            )
+            for layout in ("HWIO", "HWOI")
+        ]
+        return jnp.sum(out[0][0] * e["g"]) + sign * jnp.sum(out[1][0] * e["g"])
+
+    odd = {k: 30 * numbers.standard_normal((2, size, size, 8), np.float32) for k in ("x", "g")}
+    check(loss_fn, {"kernel": kernel}, None, odd)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_one_kernel_inside_and_outside_of_a_scan(rank):
+    numbers = np.random.default_rng(0)
+    spec = ("NWC", "WIO", "NWC") if rank == 1 else ("NHWC", "HWIO", "NHWC")
+
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(x[None], w, (1,) * rank, "SAME", dimension_numbers=spec)
+
+    def loss_fn(params, x):
+        y = conv(x, params["w"])[0]
+        y, _ = jax.lax.scan(lambda s, _: (jnp.tanh(conv(s, params["w"])[0]), None), y, length=2)
+        return jnp.sum(y)
+
+    params = {"w": numbers.standard_normal((3,) * rank + (2, 2), np.float32)}
+    odd = numbers.standard_normal((2, *(5,) * rank, 2), np.float32)
+    check(loss_fn, params, None, odd)
+
+
+# N1: tokens of one example that cancel must not enter the shared sum
+
+
+@pytest.mark.parametrize("size", [1e3, 1e8, 1e18, 1e30])
+def test_lookups_that_cancel(size):
+    def loss_fn(params, e):
+        return jnp.sum(e["s"][:, None] * params["w"][e["i"]])
+
+    params = {"w": np.zeros((4, 2), np.float32)}
+    ordinary = {"i": np.array([1, 1]), "s": np.float32([1, 0])}
+    check(loss_fn, params, ordinary, batch(i=[1, 1], s=np.float32([size, -size])), route="embed")
+
+
+@pytest.mark.parametrize("size", [1e3, 1e8, 1e15, 1e30])
+@pytest.mark.parametrize(
+    ("tokens", "d", "p", "route"),
+    [(2, 3, 2, "gram"), (32, 64, 256, "gram"), (40, 512, 40, "outer")],
+)
+def test_tokens_that_cancel(size, tokens, d, p, route):
+    """On the routes whose sum is another product than the norm's."""
+
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ params["w"]) * e["g"])
+
+    x = np.zeros((tokens, d), np.float32)
+    g = np.zeros((tokens, p), np.float32)
+    x[:, 0] = 1
+    g[0, 0] = 1
+    big = g.copy()
+    big[0, 0], big[1, 0] = size, -size
+    params = {"w": np.zeros((d, p), np.float32)}
+    check(loss_fn, params, {"x": x, "g": g}, batch(x=x, g=big), crowd=20)
+
+
+def test_gradients_that_are_formed_twice():
+    """Route "outer again": too large to keep, and cancelling by degrees."""
+
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ params["w"]) * e["g"])
+
+    numbers = np.random.default_rng(0)
+    T, d, p = 24, 512, 512
+    x = numbers.standard_normal((4, T, d), np.float32)
+    g = numbers.standard_normal((4, T, p), np.float32)
+    for i, share in enumerate((0.0, 1e-2, 1e-5, 0.0)):  # the second half takes back the first
+        x[i, 12:], g[i, 12:] = x[i, :12] * (1 + share), -g[i, :12]
+    g[3] *= 1e20
+    plan = bookkeeping.plan(loss_fn, {"w": jnp.zeros((d, p))}, {"x": x[0], "g": g[0]})
+    ordinary = {"x": x[1, ::-1], "g": np.abs(g[1])}
+    for force in (plan[0].route, "outer again"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bookkeeping.products, "cheapest", lambda form, force=force: force)
+            check(loss_fn, {"w": np.zeros((d, p), np.float32)}, ordinary, {"x": x, "g": g}, crowd=4)
+
+
+@pytest.mark.parametrize("keep", [4, 0])
+@pytest.mark.parametrize("size", [1.0, 2.0**30, 1e30])
+def test_a_derivative_that_cancels(size, keep, monkeypatch):
+    """Of `w - mean(w)`, for an image that is constant."""
+    monkeypatch.setattr(bookkeeping.products, "_KEEP", keep)
+
+    def loss_fn(params, e):
+        w = params["w"] - jnp.mean(params["w"], (0, 1), keepdims=True)
+        out = jax.lax.conv_general_dilated(
+            e["x"][None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.sum(out * e["g"])
+
+    params = {"w": np.random.default_rng(0).standard_normal((3, 2, 4), np.float32)}
+    ordinary = {"x": np.eye(9, 2, dtype=np.float32), "g": np.ones((1, 9, 4), np.float32)}
+    odd = batch(x=np.full((9, 2), size, np.float32), g=np.ones((1, 9, 4), np.float32))
+    check(loss_fn, params, ordinary, odd, route="conv", rtol=2e-3 if size > 1 else 1e-3)
+
+
+# N2: Gram matrices cancel
+
+
+@pytest.mark.parametrize("tokens", [32, 256])
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_repeated_tokens_that_nearly_cancel(tokens, share, monkeypatch):
+    monkeypatch.setattr(bookkeeping.products, "cheapest", lambda form: "gram")
+
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ params["w"]) * e["g"])
+
+    numbers = np.random.default_rng(0)
+    d = p = 512
+    a = numbers.standard_normal(d).astype(np.float32)
+    c = np.float32(a * (1 + share * numbers.standard_normal(d)))
+    x = np.tile(np.stack([a, c]), (tokens // 2, 1))
+    g = numbers.standard_normal(p).astype(np.float32) * np.tile([1, -1], tokens // 2)[:, None]
+    odd = batch(x=x, g=np.float32(g))
+    params = {"w": np.zeros((d, p), np.float32)}
+    # The gradient is the difference of sums over tokens: its own rounding grows as they cancel.
+    rounding = 4 * tokens * 2.0**-24 / share
+    check(loss_fn, params, None, odd, route="gram", rtol=max(1e-3, rounding))
+
+
+# N3: indices out of range
+
+
+@pytest.mark.parametrize("mode", [None, "clip", "fill", "drop", "promise_in_bounds"])
+@pytest.mark.parametrize("index", [[-1, -9], [7, 8], [-8, -17], [0, 1000], [-1000, 3]])
+def test_rows_out_of_range(mode, index):
+    def loss_fn(params, i):
+        found = params["w"][i] if mode is None else params["w"].at[i].get(mode=mode)
+        return jnp.sum(found)
+
+    params = {"w": np.ones((8, 2), np.float32)}
+    check(loss_fn, params, None, np.array([index]), rule=dp.flat(100.0))
+    check(loss_fn, params, None, np.array([index]))
+
+
+# N4: weights scaled by constants
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-23, 1e-12, 3.0, 1e12, 1e18, 1e30])
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_weights_scaled_by_constants(scale, divide, tokens):
+    def loss_fn(params, e):
+        w = params["w"] / scale if divide else params["w"] * scale
+        return jnp.sum(jnp.where(jnp.isfinite(w).all(), e["x"] @ w, 0.0) * e["g"])
+
+    x = np.random.default_rng(0).standard_normal((3, tokens, 4)).astype(np.float32)
+    x *= np.float32([1e-15, 1.0, 1e15])[:, None, None]
+    odd = {"x": x, "g": np.ones((3, tokens, 2), np.float32)}
+    check(loss_fn, {"w": np.zeros((4, 2), np.float32)}, None, odd)
+
+
+# N5: half precision
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 60])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(tokens, dtype):
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ params["w"]) * e["g"], dtype=jnp.float32)
+
+    numbers = np.random.default_rng(0)
+    x, g = (jnp.asarray(1 + numbers.random((20, tokens, 6)), dtype) for _ in range(2))
+    # Each of vmap's gradients is rounded to the weight's dtype.
+    unit = float(jnp.finfo(dtype).eps)
+    check(loss_fn, {"w": jnp.zeros((6, 6), dtype)}, None, {"x": x, "g": g}, rtol=4 * unit)
+
+
+# N6: a derivative that is not a number
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("keep", [4, 0])
+def test_weight_norm_of_a_zero_channel(method, keep, monkeypatch):
+    monkeypatch.setattr(bookkeeping.products, "_KEEP", keep)
+
+    def loss_fn(params, x):
+        w = params["w"] / jnp.sqrt(jnp.sum(jnp.square(params["w"]), (0, 1), keepdims=True))
+        out = jax.lax.conv_general_dilated(
+            x[None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.sum(jnp.sin(out))
+
+    w = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
+    w[..., 1] = 0
+    x = np.ones((4, 5, 2), np.float32)
+    engine = dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)
+    for mask in (np.zeros(4, bool), np.ones(4, bool)):
+        total, facts = jax.jit(engine)({"w": w}, x, mask)
+        assert not np.any(facts.factors)
+        np.testing.assert_array_equal(total.value["w"], 0)
+
+
+# N7, N8: the ends of float32
+
+
+EXTREME_RULES = [
+    dp.flat(1.0), dp.flat(1e-9), dp.automatic(1e4), dp.automatic(1e4, gamma=0.0),
+    dp.flat(1e4, normalised=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", EXTREME_RULES)
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_the_ends_of_float32(rule, tokens):
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ params["w"]) * e["g"])
+
+    pairs = [(1e20, 1e-3), (1e-25, 1e25), (2e-38, 1e36), (1e36, 2e-38), (1e-3, 1e20), (1e-30, 1e-8),
+             (1e19, 1e19), (1e-20, 1.0), (3e38, 0.0), (0.0, 3e38), (1e-19, 1e-19)]  # fmt: skip
+    x, g = (
+        np.float32([np.full((tokens, size), pair[i]) for pair in pairs])
+        for i, size in enumerate((3, 2))
+    )
+    ordinary = {"x": np.ones((tokens, 3), np.float32), "g": np.ones((tokens, 2), np.float32)}
+    params = {"w": np.zeros((3, 2), np.float32)}
+    check(loss_fn, params, ordinary, {"x": x, "g": g}, rule=rule, crowd=5)
+
+
+# N9: what vmap's half precision drops
+
+
+def test_half_precision_overflows_as_vmap_does():
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ params["w"].astype(jnp.float16)) * e["g"], dtype=jnp.float32)
+
+    x = np.float16([[[300.0], [1.0]], [[3.0], [1.0]]])
+    g = np.float16([[[300.0], [1.0]], [[3.0], [1.0]]])
+    found = check(loss_fn, {"w": np.zeros((1, 1), np.float32)}, None, {"x": x, "g": g})
+    for engine in found.values():
+        assert engine[0][2] == 0
+        assert engine[1][2] > 0
+
+
+# A14: an input that no gradient reaches
+
+
+def test_a_huge_input_behind_a_saturated_layer():
+    def loss_fn(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"] + 1.0) @ params["b"]))
+
+    x = np.zeros((2, 3, 4), np.float32)
+    x[0, 0, 0], x[1] = 3e38, 1.0
+    params = {"a": np.ones((4, 4), np.float32), "b": 0.1 * np.ones((4, 2), np.float32)}
+    found = check(loss_fn, params, None, x)
+    assert found["bookkeeping"][0][2] > 0
+
+
+# A2: complex products
+
+
+@pytest.mark.parametrize("loss", [
+    lambda p, x: jnp.sum(jnp.abs(jnp.fft.fft(x) @ p) ** 2),
+    lambda p, x: jnp.sum(jnp.abs(p.T @ jnp.fft.fft(x).T) ** 2),
+    lambda p, x: jnp.sum(jnp.abs(jnp.einsum("td,dp->tp", x, p * (1 + 2j))) ** 2),
+    lambda p, x: jnp.sum(jnp.real((x @ p) @ jnp.exp(1j * jnp.arange(2.0)))),
+])  # fmt: skip
+def test_complex_products(loss):
+    x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    check(loss, np.ones((4, 2), np.float32), None, x)
+
+
+# A batched gradient in which one example's NaN reaches all others
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_poisoned_example_of_a_grouped_convolution(method, poison, groups, direct):
+    def loss_fn(params, x):
+        out = jax.lax.conv_general_dilated(
+            x[None], params["w"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=groups,
+        )  # fmt: skip
+        extra = jnp.sum(x) * jnp.sum(jnp.sin(params["w"])) if direct else 0.0
+        return jnp.sum(jnp.square(out)) + extra
+
+    numbers = np.random.default_rng(0)
+    x = numbers.standard_normal((4, 5, 4)).astype(np.float32)
+    params = {"w": numbers.standard_normal((2, 4 // groups, 8)).astype(np.float32)}
+    engine = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
+    want, facts = engine(params, x, np.arange(4) != 1)
+    bad = x.copy()
+    bad[1] = poison
+    for mask in (np.arange(4) != 1, np.ones(4, bool)):
+        found, other = engine(params, bad, mask)
+        rest = np.array([0, 2, 3])
+        np.testing.assert_allclose(other.norms[rest], facts.norms[rest], rtol=1e-5)
+        assert other.factors[1] == 0
+        np.testing.assert_allclose(found.value["w"], want.value["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_with_an_empty_output():
+    def loss_fn(params, x):
+        out = jax.lax.conv_general_dilated(
+            x[None], params["w"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.sum(out) + jnp.sum(x) * params["b"]
+
+    params = {"w": np.ones((4, 4, 2), np.float32), "b": np.float32(1.0)}
+    check(loss_fn, params, None, np.ones((2, 2, 4), np.float32))
+
+
+def test_ordinary_examples_are_never_handed_on():
+    """Of a thousand examples at random, at many sizes."""
+    numbers = np.random.default_rng(0)
+    for T, d, p in ((1, 7, 5), (3, 16, 8), (16, 256, 64), (64, 96, 200), (197, 192, 192)):
+        x = numbers.standard_normal((32, 1, T, d)).astype(np.float32)
+        g = numbers.standard_normal((32, 1, T, p)).astype(np.float32)
+        for measure in (
+            bookkeeping.products.gram_measure,
+            lambda x, g: bookkeeping.products.outer_measure(x, g)[0],
+        ):
+            found = measure(x, g)
+            root = np.sqrt(found.square)
+            assert np.all(
+                np.sqrt(found.square + found.error) + found.spread
+                < root * (1 + bookkeeping._MARGIN / 2)
+            )
+            assert np.all(found.mass < root * bookkeeping._CANCELLATION / 2)

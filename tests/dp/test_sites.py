@@ -1,0 +1,136 @@
+"""Which uses of a weight are products that the book-keeping engine knows, and which are not."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_bookkeeping import LAYERS, agree, as_loss, both, normal, routes, without_margins
+
+from dpjax import dp
+from dpjax.dp.engines import bookkeeping
+
+__all__ = ["without_margins"]
+
+
+def test_clipped_indices_look_up_the_last_row():
+    def loss_fn(params, rows):
+        return jnp.sum(jnp.sin(params["table"].at[rows].get(mode="clip")))
+
+    rows = np.array([[5, 9], [0, 4], [4, 4], [3, 7]])  # a table of five
+    params = {"table": normal(5, 3)[0]}
+    agree(loss_fn, params, rows)
+    _, (total, _) = both(loss_fn, dp.flat(1.0), params, rows)
+    assert np.any(total.value["table"][4])
+
+
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+@pytest.mark.parametrize("tokens", [2, 60])  # Gram matrices, and outer products
+def test_a_scaled_weight(tokens, scale):
+    def loss_fn(params, x):
+        return jnp.sum(jnp.tanh(x @ (scale * params["w"])))
+
+    agree(loss_fn, {"w": normal(3, 2)[0]}, normal(tokens, 3))
+
+
+def test_a_scaled_table():
+    def loss_fn(params, rows):
+        return jnp.sum(jnp.tanh((0.25 * params["table"])[rows]))
+
+    rows, params = np.array([[0, 1], [2, 2], [1, 0], [2, 1]]), {"table": normal(3, 2)[0]}
+    assert routes(loss_fn, params, rows) == {"table": "embed"}
+    agree(loss_fn, params, rows)
+
+
+def test_weights_that_come_out_of_a_scan():
+    def loss_fn(params, x):
+        _, turned = jax.lax.scan(lambda carry, w: (carry, w.T), 0.0, params["w"])
+        return jnp.sum(jnp.tanh(x @ turned[0])) + jnp.sum(jnp.sin(x @ turned[1]))
+
+    agree(loss_fn, {"w": normal(2, 5, 3)[0]}, normal(3))
+
+
+@pytest.mark.parametrize("loss", [lambda w, x: x * w, lambda w, x: (x.sum() * w, x.sum())])
+def test_a_loss_that_is_no_scalar_is_refused(loss):
+    with pytest.raises(TypeError, match="one scalar"):
+        bookkeeping.plan(loss, jnp.float32(1.0), jnp.ones(3))
+
+
+def test_filled_indices_look_up_nothing():
+    """Rows out of range give a constant, which has no gradient."""
+
+    def loss_fn(params, rows):
+        found = params["table"].at[rows].get(mode="fill", fill_value=0.5)
+        return jnp.sum(jnp.sin(found + params["shift"]))
+
+    rows = np.array([[5, 9], [0, 4], [4, -9], [3, -1]])  # a table of five
+    params = {"shift": np.float32(0.5), "table": normal(5, 3)[0]}
+    assert routes(loss_fn, params, rows) == {"table": "embed"}
+    agree(loss_fn, params, rows)
+
+
+def test_a_lookup_of_parts_of_rows_is_no_lookup():
+    dims = jax.lax.GatherDimensionNumbers(
+        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+
+    def loss_fn(params, rows):
+        found = jax.lax.gather(params["table"], rows[:, None], dims, slice_sizes=(1, 2))
+        return jnp.sum(jnp.sin(found))
+
+    rows, params = np.array([[0, 4], [1, 1], [2, 3], [3, 0]]), {"table": normal(5, 3)[0]}
+    assert routes(loss_fn, params, rows) == {}
+    agree(loss_fn, params, rows)
+
+
+@pytest.mark.parametrize("elsewhere", ["kernel", "gain"])
+def test_a_derived_weight_with_a_leaf_of_other_use(elsewhere):
+    """The other leaf of the weight, which has no other use, must not be lost."""
+
+    def loss_fn(params, x):
+        out = jax.lax.conv_general_dilated(
+            x[None], jnp.sin(params["kernel"]) * params["gain"], (1,), "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )  # fmt: skip
+        return jnp.sum(jnp.tanh(out)) + jnp.sum(x) * jnp.sum(jnp.sin(params[elsewhere]))
+
+    params = {"gain": normal(4)[0, None, None], "kernel": normal(3, 2, 4, seed=1)[0]}
+    assert routes(loss_fn, params, normal(7, 2)) == {}
+    agree(loss_fn, params, normal(7, 2))
+
+
+def test_a_product_of_weights_with_a_leaf_of_other_use():
+    def loss_fn(params, x):
+        out = jnp.tanh(x @ (params["a"] @ params["b"]))
+        return jnp.sum(out) + jnp.sum(jnp.sin(params["a"]) * x[:, None])
+
+    agree(loss_fn, {"a": normal(3, 2)[0], "b": normal(2, 5, seed=1)[0]}, normal(3))
+
+
+def test_weights_in_half_precision_keep_their_route():
+    layer = nn.Dense(3, dtype=jnp.bfloat16, use_bias=False)
+    found = routes(*as_loss(layer, normal(7, 5)), normal(7, 5))
+    assert found == {"params/kernel": "gram"}
+
+
+def test_the_plan_gives_the_sizes_that_decided():
+    want = {
+        "dense of many tokens": "T=60 d=5 p=3",
+        "batched weights": "T=7 d=5 p=4 B=3",
+        "conv groups": "T=25 d=18 p=3 B=2, outer again",
+        "weight standardisation": "T=36 d=18 p=4, outer, derived",
+        "embed": "T=6 d=11 p=5",
+    }
+    for name, sizes in want.items():
+        loss_fn, params = as_loss(*LAYERS[name])
+        plan = bookkeeping.plan(loss_fn, params, LAYERS[name][1][0])
+        assert sizes in [leaf.reason for leaf in plan], (name, plan)
+
+
+def test_inputs_are_recorded_as_the_product_has_them():
+    """Rounded to 16 bits, where the layer rounds them."""
+    layer = nn.Dense(8, dtype=jnp.bfloat16, use_bias=False)
+    inputs = np.full((4, 2, 64), 1.0 + 0.99 * 2.0**-8, np.float32)  # which becomes 1
+    loss_fn, params = as_loss(layer, inputs)
+    (_, want), (_, found) = both(loss_fn, dp.flat(1.0), params, inputs)
+    np.testing.assert_allclose(found.norms, want.norms, rtol=1e-3)

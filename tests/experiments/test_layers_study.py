@@ -1,0 +1,105 @@
+"""The study of layer sets: equal budgets, sizes, and what the search would have cost."""
+
+import pytest
+
+from dpjax import config, dp
+from dpjax.commands import report
+from dpjax.dp import repeat_and_select
+from dpjax.search import proposals, sweep
+from experiments import run_study, study
+from experiments.layers import study as layers
+
+FILE = "experiments/layers/study.py"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The smoke study, run for real."""
+    path = tmp_path_factory.mktemp("layers") / "w"
+    assert run_study.main([f"--config={FILE}:smoke", f"--workdir={path}"]) == 0
+    return path
+
+
+def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
+    text = (finished / "report.md").read_text()
+    assert "4 of 4 runs finished" in text
+    assert "**not charged**" in text
+    assert "The layer sets are ours" in text
+    for name in ("report.md", "parameters.png", "sets.md"):
+        (finished / name).unlink()
+    assert report.main([str(finished)]) == 0
+    capsys.readouterr()
+    assert (finished / "report.md").read_text() == text
+    assert (finished / "parameters.png").is_file()
+
+
+def test_all_runs_had_one_mechanism_and_say_what_trained(finished):
+    results = study.read(finished)
+    assert len({repeat_and_select.mechanisms(r.privacy) for r in results}) == 1
+    sizes = {r.config["finetune"]: r.measured["trainable"] for r in results}
+    # One block of width 16 on 2x2 patches of 7 x 7 pixels, ten classes.
+    assert sizes["head"] == 16 * 10 + 10
+    assert sizes["film"] == sizes["head"] + 3 * 2 * 16  # two norms of the block and the last one
+    assert len({sum(r.measured.values()) for r in results}) == 1
+
+
+def test_the_price_is_that_of_repeat_and_select(finished):
+    results = study.read(finished)
+    rows = layers._costs(results)
+    run = repeat_and_select.mechanisms(results[0].privacy)
+    for row, mean in zip(rows, layers._MEANS, strict=True):
+        assert row["epsilon of the search"] == repeat_and_select.epsilon(run, 1e-4, mean=mean)
+        assert row["epsilon of the search"] > row["epsilon of one run"]
+    prices = [row["epsilon of one run in a search of 2"] for row in rows]
+    assert prices == sorted(prices, reverse=True)
+    other = results[0]._replace(privacy={**results[0].privacy})
+    other.privacy["phases"] = [{**other.privacy["phases"][0], "steps_planned": 3}]
+    with pytest.raises(ValueError, match="differ in their mechanism"):
+        layers._costs([*results, other])
+
+
+def test_the_best_rate_of_each_set_is_shown_and_losses_are_paired(finished):
+    base = study.read(finished)[0]
+
+    def result(finetune, rate, seed, accuracy):
+        settings = {**base.config, "finetune": finetune, "private_seed": seed}
+        settings["optimizer"] = {**base.config["optimizer"], "learning_rate": rate}
+        evaluation = {**base.evaluation, "accuracy": accuracy / 100}
+        return base._replace(config=settings, evaluation=evaluation, measured={
+            "trainable": 10 if finetune == "head" else 20, "frozen": 80})  # fmt: skip
+
+    found = [
+        result(name, rate, seed, accuracy)
+        for (name, rate), values in {("head", 0.1): (50, 60), ("head", 0.2): (70, 74),
+                                     ("full", 0.1): (80, 81), ("full", 0.2): (30, 99)}.items()
+        for seed, accuracy in enumerate(values)
+    ]  # fmt: skip
+    by = {"layers": "finetune", "learning rate": "optimizer.learning_rate"}
+    first, second = layers._best_rates(study.summarise(found, by, layers._METRICS), found)
+    assert (first["layers"], first["learning rate"], first["trained parameters"]) == (
+        "full", 0.1, 20,
+    )  # fmt: skip
+    assert (second["layers"], second["learning rate"]) == ("head", 0.2)
+    assert second["below the best [points]"] == pytest.approx(8.5)
+    assert second["share [%]"] == pytest.approx(100 * 10 / 90)
+
+
+@pytest.mark.parametrize("size", [*study.SIZES, "charged"])
+def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
+    base = config.load(f"{FILE}:{size}")
+    found = sweep.points(f"{FILE}:{size}", base)
+    assert {name for point in found for name in point} - {"private_seed"} == {
+        "finetune", "optimizer.learning_rate",
+    }  # fmt: skip
+    assert base.private_seed is None
+    assert ("private_seed" not in found[0]) == (size == "charged")
+    proposals.axes(found)  # a full product
+
+
+def test_the_whole_search_would_have_kept_its_budget():
+    """The other way round: at the epsilon of one run in the table, the search costs the budget."""
+    facts = {"num_examples": 1600, "batch_size": 200, "steps": 16, "delta": 1e-4}
+    run = dp.calibrated(epsilon=2.0, **facts)
+    one = repeat_and_select.epsilon_of_one([run], budget=2.0, delta=1e-4, mean=10.0)
+    spent = repeat_and_select.epsilon([dp.calibrated(epsilon=one, **facts)], 1e-4, mean=10.0)
+    assert 1.96 < spent <= 2.0

@@ -1,0 +1,205 @@
+"""Files of a run and its checkpoints: whole or not at all, checked when read, kept or let go."""
+
+import contextlib
+import json
+import resource
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dpjax.runtime import (
+    Checkpoints,
+    OtherRun,
+    Unreadable,
+    Unwritable,
+    Workdir,
+    code_digest,
+    digest,
+    read_jsonl,
+    sharding,
+)
+from dpjax.runtime.checkpoints import fingerprint
+
+CONFIG = ConfigDict({"seed": 0, "physical_batch": 64, "dp": {"epsilon": 1.0}})
+
+
+def tree(value=0.0):
+    return {
+        "state": {"w": jnp.arange(6000.0).reshape(8, 750) + value, "step": jnp.int32(value)},
+        "earlier": {},
+    }
+
+
+def like(layout):
+    shapes = jax.eval_shape(tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        layout.shardings(shapes),
+    )
+
+
+ONE = sharding.layout("replicated", jax.devices()[:1])
+
+
+def saved(path, steps=(1, 2, 3), **options):
+    with Checkpoints(path, **{"keep": 9, **options}) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, tree(step), {"phase": 0, "step": step}, loss=abs(step - 2.0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("c") / "checkpoints")
+
+
+@pytest.mark.parametrize("text", ["replicated", "fsdp"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_same_bits_come_back_on_any_number_of_devices(three, text, devices):
+    layout = sharding.layout(text, jax.devices()[:devices])
+    with Checkpoints(three, keep=9) as checkpoints:
+        assert checkpoints.steps() == [3, 2, 1]
+        assert checkpoints.about(2) == {"phase": 0, "step": 2}
+        got = checkpoints.load(2, like(layout))
+    jax.tree.map(np.testing.assert_array_equal, got, tree(2))
+    spread = got["state"]["w"].sharding.shard_shape((8, 750)) != (8, 750)
+    assert spread == (text == "fsdp" and devices > 1)
+    assert fingerprint(got) == fingerprint(tree(2)) != fingerprint(tree(3))
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    path = saved(tmp_path / "c", steps=(1, 2, 3, 4, 5), keep=2, keep_best=1)
+    assert sorted(p.name for p in path.iterdir()) == ["2", "4", "5"]
+    # The losses of a run that is resumed come from its metrics.
+    with Checkpoints(path, keep=1, keep_best=1, losses={2: 0.0, 4: 2.0, 5: 3.0}) as checkpoints:
+        checkpoints.save(6, tree(6), {"phase": 0})
+    assert sorted(p.name for p in path.iterdir()) == ["2", "6"]
+
+
+def data_files(path):
+    return [p for p in path.rglob("d/*") if p.is_file()]
+
+
+def truncate(path):
+    for file in data_files(path):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(path):
+    file = max(data_files(path), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose_metadata(path):
+    (path / "_CHECKPOINT_METADATA").write_text("")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+@pytest.mark.parametrize("harm", [truncate, flip, lose_metadata])
+def test_damage_is_noticed_and_set_aside(harm, tmp_path):
+    path = saved(tmp_path / "c", steps=(1, 2))
+    harm(path / "2")
+    with Checkpoints(path, keep=9) as checkpoints:
+        with pytest.raises(Unreadable, match="checkpoint 2"):
+            assert checkpoints.about(2) == checkpoints.load(2, like(ONE))
+        checkpoints.set_aside(2)
+        checkpoints.reload()
+        assert checkpoints.steps() == [1]
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.load(1, like(ONE)), tree(1))
+        checkpoints.save(2, tree(2), {"phase": 0})
+    assert (path / "unreadable-2").is_dir()
+    assert (path / "2").is_dir()
+
+
+@contextlib.contextmanager
+def files_no_longer_than(size):
+    """Stands for a full disk: the system refuses to write more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_a_clear_error_and_harms_nothing(tmp_path):
+    path = saved(tmp_path / "c", steps=(1,))
+    said = r"could not be written \(.*\); checkpoint 1 is whole"
+    with files_no_longer_than(2000), pytest.raises(Unwritable, match=said):
+        saved(path, steps=(2,))
+    with Checkpoints(path, keep=9) as checkpoints:  # and what was begun is cleared away
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, tree(2), {"phase": 0})
+    assert sorted(p.name for p in path.iterdir()) == ["1", "2"]
+
+
+def used(path, config=CONFIG):
+    workdir = Workdir(path)
+    workdir.check(config)
+    workdir.create(config)
+    return workdir
+
+
+def test_fields_that_do_not_change_the_result_may_change(tmp_path):
+    used(tmp_path / "w")
+    other = ConfigDict(CONFIG.to_dict())
+    other.physical_batch = 8
+    Workdir(tmp_path / "w").check(other)
+    other.dp.epsilon = 2.0
+    with pytest.raises(OtherRun, match=r"config.dp.epsilon: 1.0 != 2.0"):
+        Workdir(tmp_path / "w").check(other)
+
+
+def test_a_run_killed_at_its_very_start_is_no_obstacle(tmp_path):
+    path = tmp_path / "w"
+    path.mkdir()
+    (path / ".config.json.tmp").write_text("{")
+    used(path)
+
+
+def test_restart_moves_the_run_aside(tmp_path):
+    path = tmp_path / "w"
+    assert Workdir(path).move_aside() is None
+    for number in (1, 2):
+        used(path).write("privacy.json", {"run": number})
+        assert Workdir(path).move_aside() == Path(f"{path}.{number}")
+        assert not path.exists()
+    assert json.loads(Path(f"{path}.1/privacy.json").read_text()) == {"run": 1}
+    path.mkdir()
+    (path / "thesis.tex").write_text("x")
+    with pytest.raises(OtherRun, match="not a run's"):
+        Workdir(path).move_aside()
+
+
+def test_private_seed_is_drawn_once_and_hidden(tmp_path):
+    workdir = used(tmp_path / "w")
+    assert workdir.private_seed(lambda: 17) == 17
+    assert Workdir(tmp_path / "w").private_seed(lambda: 18) == 17
+    assert (tmp_path / "w" / "private_seed.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_metrics_survive_a_cut_line(tmp_path):
+    workdir = used(tmp_path / "w")
+    for step in (1, 2, 3):
+        workdir.append_metrics(step, {"eval/nll": float(step)})
+    with open(tmp_path / "w" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "eval/n')
+    assert workdir.losses() == {1: 1.0, 2: 2.0, 3: 3.0}
+    workdir.drop_metrics_after(2)
+    workdir.append_metrics(3, {})
+    assert [row["step"] for row in read_jsonl(tmp_path / "w" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_digests_tell_contents_apart():
+    assert digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
+    assert len(code_digest()) == 64
+    assert code_digest() == code_digest()

@@ -1,0 +1,292 @@
+"""Searches: which points, at what price, and what the statement says of both."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpjax import dp
+from dpjax.commands.search import main
+from dpjax.dp import repeat_and_select
+from dpjax.search import proposals, sweep
+
+STUDY = """
+from tiny import tiny_config
+
+def get_config(arg=None):
+    config = tiny_config(finetune="head", epochs=0.3)
+    config.private_seed = 5 if arg == "fixed" else None
+    if arg == "own":
+        config.data.train_split, config.data.test_split = "train[10%:]", "train[:10%]"
+    if arg == "audited":
+        config.audit.count = 9
+    return config
+
+def sweep(arg):
+    for rate in (1e-3, 2e-3):
+        for bound in (0.1, 1.0, 10.0):
+            yield {"optimizer.learning_rate": rate, "dp.bound": bound}
+            if arg == "uneven":
+                return
+            if arg == "batches":
+                yield {"batch_size": 100}
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    here = os.path.dirname(os.path.dirname(__file__))
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{os.path.dirname(here)}")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # quicker
+    path = tmp_path / "study.py"
+    path.write_text(STUDY)
+    return str(path)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+# --- Points ---------------------------------------------------------------------------------------
+
+
+def test_sample_is_seeded_distinct_and_nested():
+    chosen = proposals.sample(20, 8, seed=3)
+    assert len(set(chosen)) == 8
+    assert chosen[:5] == proposals.sample(20, 5, seed=3)
+    assert chosen != proposals.sample(20, 8, seed=4)
+    assert sorted(proposals.sample(5, 5, seed=0)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"trials=6 must be in \[1, 5\]"):
+        proposals.sample(5, 6, seed=0)
+
+
+def test_axes_are_sorted_and_only_of_full_products():
+    found = proposals.grid({"a": [3.0, 1.0], "b": ["x", "y"]})
+    assert proposals.axes(found) == {"a": [1.0, 3.0], "b": ["x", "y"]}
+    for broken in (found[:-1], [*found, found[0]], [*found, {"a": 1.0}]):
+        with pytest.raises(ValueError, match="full product"):
+            proposals.axes(broken)
+
+
+# --- The price ------------------------------------------------------------------------------------
+
+
+def one_run(**changes):
+    values = {"epsilon": 1.0, "delta": 1e-5, "num_examples": 1000, "batch_size": 100, "steps": 20}
+    return dp.calibrated(**{**values, **changes})
+
+
+def test_the_cost_is_that_of_the_theorem():
+    """Theorem 2 of arXiv 2110.03620 by hand, for full batches: RDP order * steps / (2 sigma^2)."""
+    run = one_run(batch_size=1000)
+    mean, delta = 10.0, 1e-5
+    orders = np.concatenate([np.linspace(1.01, 10, 2000), np.linspace(10, 500, 5000)])
+    rdp = orders * run.steps / (2 * run.noise_multiplier**2)
+    other = np.min((1 - 1 / orders) * rdp + math.log(mean) / orders)
+    best = rdp + 2 * other + math.log(mean) / (orders - 1)
+    extra = np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
+    assert repeat_and_select.epsilon([run], delta, mean=mean) == pytest.approx(
+        np.min(best + extra), rel=2e-3
+    )
+
+
+def test_one_run_of_a_search_keeps_the_whole_within_its_budget():
+    spend = repeat_and_select.epsilon_of_one([one_run()], budget=3.0, delta=1e-5, mean=8.0)
+    assert 0.5 < spend < 2.5
+    spent = repeat_and_select.epsilon([one_run(epsilon=spend)], 1e-5, mean=8.0)
+    assert 0.98 * 3.0 < spent <= 3.0
+    dearer = repeat_and_select.epsilon([one_run(epsilon=spend)], 1e-5, mean=16.0)
+    assert dearer > spent
+    with pytest.raises(ValueError, match="mean=1 must be > 1"):
+        repeat_and_select.epsilon([one_run()], 1e-5, mean=1)
+
+
+def test_the_number_of_runs_is_geometric_and_the_points_uniform():
+    generator = np.random.default_rng(0)
+    drawn = [repeat_and_select.draw(4, 5.0, generator=generator) for _ in range(4000)]
+    lengths = np.array([len(points) for points in drawn])
+    assert lengths.min() == 1
+    assert lengths.mean() == pytest.approx(5.0, rel=0.1)
+    assert lengths.var() == pytest.approx(20.0, rel=0.2)  # Poisson: 5
+    counts = np.bincount(np.concatenate(drawn), minlength=4) / lengths.sum()
+    np.testing.assert_allclose(counts, 0.25, atol=0.02)
+
+
+def statement_of(run, epsilon):
+    ledger = dp.Ledger((dp.Phase("train", run),), epsilon=epsilon, delta=1e-5).charge(0, run.steps)
+    return dp.statement(
+        ledger, clipping="flat", seed_policy="os_entropy", released=["weights"],
+        not_charged=["the choice of hyperparameters, if ...", "rows named nonprivate/..."],
+    )  # fmt: skip
+
+
+def test_statements_say_what_was_tried_and_whether_it_is_charged():
+    spend = repeat_and_select.epsilon_of_one([one_run()], budget=3.0, delta=1e-5, mean=8.0)
+    run = one_run(epsilon=spend)
+    mine = statement_of(run, spend)
+    assert repeat_and_select.mechanisms(json.loads(json.dumps(mine))) == (run,)
+
+    facts = {"method": "random", "metric": "held-out accuracy", "points": 6}
+    free = repeat_and_select.not_charged(mine, {**facts, "runs": 7})
+    assert "among 7 runs of 6 points (random search)" in free["not_charged"][0]
+    assert free["epsilon"] == mine["epsilon"]
+    assert free["search"]["charged"] is False
+
+    paid = repeat_and_select.charged(mine, [mine, mine], {**facts, "mean": 8.0, "epsilon": 3.0})
+    assert mine["epsilon"] < spend + 1e-9 < 2.9 < paid["epsilon"] <= 3.0
+    assert paid["epsilon_by_part"] == {"train": paid["epsilon"]}
+    assert paid["epsilon_of_one_run"] == mine["epsilon"]
+    assert not any(item.startswith("the choice") for item in paid["not_charged"])
+    assert "8 in the mean" in paid["released"][-1]
+    assert f"({paid['epsilon']:.4g}, 1e-05)" in dp.ledger.to_markdown(paid)
+    with pytest.raises(ValueError, match=r"over its 2\.9"):
+        repeat_and_select.charged(mine, [mine], {**facts, "mean": 8.0, "epsilon": 2.9})
+    other = statement_of(one_run(epsilon=spend, steps=19), spend)
+    with pytest.raises(ValueError, match="cannot be charged"):
+        repeat_and_select.charged(mine, [mine, other], {**facts, "mean": 8.0, "epsilon": 3.0})
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--method=randon"], "Did you mean 'random'?"),
+        (["--metric=acuracy"], "Did you mean 'accuracy'?"),
+        (["--trials=7"], "trials=7 must be in [1, 6]"),
+        (["--method=grid", "--trials=2"], "a grid is whole"),
+        (["--storage=sqlite:///x"], "belongs to method='optuna'"),
+        (["--charge=1"], "charge=1.0 must be > 1"),
+        (["--charge=5", "--trials=3"], "their number is drawn"),
+        (["--charge=5", "--method=optuna"], "independent"),
+        (["--charge=5", "--config.private_seed=1"], "takes no overrides"),
+        (["--charge=5", ":batches"], "'batch_size' must not differ"),
+        (["--charge=5", ":fixed"], "private_seed=5 must be None"),
+        (["--charge=5", ":own"], "test_split='train[:10%]' must not be of the training data"),
+        (["--charge=5", ":audited"], "audit.count=9 must be"),
+    ],
+)
+def test_mistakes_cost_nothing(file, flags, text, tmp_path, capsys):
+    argument = next((flag for flag in flags if flag.startswith(":")), "")
+    rest = [flag for flag in flags if flag != argument]
+    workdir = tmp_path / "w"
+    assert main([f"--config={file}{argument}", f"--workdir={workdir}", *rest]) == 2
+    assert text in capsys.readouterr().err
+    assert not list(workdir.glob("trials/*"))
+
+
+def test_optuna_is_missed_clearly(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main([f"--config={file}", f"--workdir={tmp_path}", "--method=optuna"]) == 2
+    assert "pip install optuna" in capsys.readouterr().err
+
+
+def fake_point(command, path):
+    """Instead of training: the accuracy is best at the last point."""
+    path.mkdir()
+    index = int(path.name)
+    (path / "eval.json").write_text(json.dumps({"accuracy": index / 10}))
+    (path / "privacy.json").write_text(json.dumps(statement_of(one_run(), 1.0)))
+    return 0
+
+
+def test_a_random_search_and_its_statement(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "run_point", fake_point)
+    command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--trials=2", "--seed=1"]
+    assert main(command) == 0
+    statement = read(tmp_path / "w/privacy.json")
+    assert "among 2 runs of 2 points (random search)" in statement["not_charged"][0]
+    best = read(tmp_path / "w/best.json")
+    assert best["point"] == max(proposals.sample(6, 2, seed=1))
+    before = (tmp_path / "w/search.md").read_text()
+    assert main(command) == 0  # everything is done
+    assert (tmp_path / "w/search.md").read_text() == before
+    assert main([*command[:-1], "--seed=2"]) == 2
+    assert "holds another search" in capsys.readouterr().err
+    grid = [f"--config={file}", f"--workdir={tmp_path / 'g'}", "--method=grid"]
+    assert main(grid) == 0
+    assert len(list((tmp_path / "g/trials").glob("*/*/eval.json"))) == 6
+
+
+def test_a_run_that_fails_is_told(file, tmp_path, monkeypatch, capsys):
+    def fails(command, path):
+        path.with_suffix(".failed").write_text("exit 2: no such data")
+        return 2
+
+    monkeypatch.setattr(sweep, "run_point", fails)
+    monkeypatch.setattr(repeat_and_select, "draw", lambda points, mean, *, generator: [4, 0])
+    command = [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+    assert main([*command, "--trials=2"]) == 1
+    assert (tmp_path / "w/search.md").read_text().count("no such data") == 2
+    command[1] += "c"
+    assert main([*command, "--charge=3"]) == 2  # never the best of the rest
+    assert "a run of a charged search failed" in capsys.readouterr().err
+    assert not (tmp_path / "wc/privacy.json").exists()
+
+
+def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
+    """A real run, at a small epsilon; what is said to be spent is the whole budget."""
+    monkeypatch.setattr(repeat_and_select, "draw", lambda points, mean, *, generator: [4])
+    command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--charge=3"]
+    assert main(command) == 0
+    statement = read(tmp_path / "w/privacy.json")
+    assert statement["search"]["charged"] is True
+    assert 0.97 * 2.0 < statement["epsilon"] <= 2.0  # of the config
+    ran = read(tmp_path / "w/trials/000/004/privacy.json")
+    assert ran["epsilon"] == statement["epsilon_of_one_run"] < 1.2
+    assert ran["noise_multiplier"] == statement["noise_multiplier"]
+    # How many runs there were, and their scores, are hidden; the best one's weights are not.
+    for name in ("search_secret.json", "search.md", "search.csv"):
+        assert oct((tmp_path / "w" / name).stat().st_mode)[-3:] == "600"
+    assert not {"trial", "path"} & set(read(tmp_path / "w/best.json"))
+    weights = (tmp_path / "w/trials/000/004/weights.safetensors").read_bytes()
+    assert (tmp_path / "w/weights.safetensors").read_bytes() == weights
+
+
+def test_optuna_finds_the_best_and_goes_on(file, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(sweep, "run_point", fake_point)
+    command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--method=optuna"]
+    assert main([*command, "--trials=3"]) == 0
+    first = sorted(p.name for p in (tmp_path / "w/trials").iterdir())
+    assert 1 <= len(first) <= 3
+    assert main([*command, "--trials=14"]) == 0
+    points = [p.name for p in (tmp_path / "w/trials").glob("*/*") if p.is_dir()]
+    assert len(points) == len(set(points)) <= 6  # what is known is not run again
+    assert read(tmp_path / "w/best.json")["point"] == 5
+    import optuna
+
+    journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "w/optuna.journal"))
+    study = optuna.load_study(study_name=file, storage=optuna.storages.JournalStorage(journal))
+    assert len(study.trials) == 14
+
+
+def test_workers_share_a_database(file, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(sweep, "run_point", fake_point)
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    for trials in (2, 4):  # the second worker adds to the first's
+        command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", f"--storage={url}"]
+        assert main([*command, "--method=optuna", f"--trials={trials}"]) == 0
+    import optuna
+
+    assert len(optuna.load_study(study_name=file, storage=url).trials) == 4
+    assert not (tmp_path / "w/optuna.journal").exists()
+
+
+def test_optuna_needs_a_product(file, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    command = [f"--config={file}:batches", f"--workdir={tmp_path / 'w'}", "--method=optuna"]
+    assert main(command) == 2
+    assert "full product" in capsys.readouterr().err
+
+
+def test_importing_the_search_loads_no_optuna():
+    code = "import sys, dpjax.commands.search; print('optuna' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
