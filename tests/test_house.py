@@ -33,7 +33,7 @@ ROOMS = {
     "commands": _STEP | {"build", "heads", "training", "search", "audit"},
     "train": {"commands"},
 }
-CORE_IMPORTS = {"jax", "numpy", "optax", "dp_accounting", "dpjax"}
+CORE_IMPORTS = {"jax", "numpy", "optax", "dp_accounting", "scipy", "dpjax"}  # scipy is jax's own
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -41,11 +41,12 @@ PyTree = Any
 Grouping = Callable[[PyTree], tuple[int, ...]]
 
 # A float32 factor is a rounded quotient of a rounded norm, and what it multiplies is rounded once
-# more. The norm is the root of a sum of squares: XLA reduces in trees, so that the sum is off by
-# less than 50 units in the last place for any number of entries, and the norm by half of that.
-# Shrinking every factor by 32 units keeps the promise in exact arithmetic; it changes updates by
-# 2e-6 relative. Engines that measure a norm in another way add their own margin to it.
-_ROUNDING = 1.0 - 2.0**-19
+# more. The norm is the root of a sum of squares. `sum_of_squares` makes sure that XLA adds them in
+# trees with branches of 32: five levels for 3e7 entries, each of which is off by at most 31 units
+# in the last place, and half of that after the root. Shrinking every factor by 128 units keeps the
+# promise in exact arithmetic; it changes updates by 8e-6 relative. Engines that measure a norm in
+# another way add their own margin to it.
+_ROUNDING = 1.0 - 2.0**-17
 
 # Entries below 1e-19 have squares that underflow, so a norm can be measured too small by up to
 # 1e-19 * sqrt(parameters). No gradient is scaled up as if its norm were below this value, which

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dpjax import data
+from dpjax.data.prepare.archives import Arrays
 from dpjax.data.prepare.sources import Expected
 
 FINE = [f"fine_{i}" for i in range(100)]
@@ -260,7 +261,7 @@ def test_bad_archives_leave_nothing(tmp_path, monkeypatch, make, message):
 
 def test_what_is_expected_of_the_real_data_is_checked():
     splits = {
-        "train": data.sources.Arrays(pixels(20, 0), {"label": np.arange(20) % 10}),
+        "train": Arrays(pixels(20, 0), {"label": np.arange(20) % 10}),
     }
     mean = tuple(pixels(20, 0).mean((0, 1, 2)) / 255)
     std = tuple(pixels(20, 0).std((0, 1, 2)) / 255)

@@ -114,7 +114,7 @@ def test_three_processes_prepare_at_once(tmp_path):
     script = """
         import json, sys
         from dpjax import data
-        from dpjax.data import atomic
+        from dpjax.data.prepare import atomic
         made, generate = [], atomic._generate
         atomic._generate = lambda builder: (made.append(1), generate(builder))
         digest = data.load("digits", data_dir=sys.argv[1]).digest

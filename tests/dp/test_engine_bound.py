@@ -420,4 +420,4 @@ def test_ordinary_examples_are_never_handed_on():
                 np.sqrt(found.square + found.error) + found.spread
                 < root * (1 + bookkeeping._MARGIN / 2)
             )
-            assert np.all(found.mass < root * bookkeeping._CANCELLATION / 2)
+            assert np.all(found.mass < root * bookkeeping._cancellation(T) / 1.5)

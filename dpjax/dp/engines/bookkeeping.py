@@ -44,9 +44,8 @@ _LARGE_CHUNK = 2**27
 
 # An example is trusted if rounding adds at most this share to its norm, ...
 _MARGIN = 2.0**-7
-# ... if no partial sum over its tokens exceeds this many times its norm, so that it adds no more to
-# the rounding of the shared sum than a sum over this many examples has anyway, ...
-_CANCELLATION = 256.0
+
+
 # ... and if the numbers that are multiplied keep this distance from the ends of float32's range.
 _LARGE, _SCALED = 2.0**60, 2.0**120
 
@@ -174,7 +173,11 @@ def microbatch_sum(
     parts = [_kept({i: g}) for i, g in direct.items()]
     parts += [_part(made.traced, group, raw, leaves) for group, raw in zip(made.groups, raws)]
     groups, num_groups = rule.groups(params), rule.num_groups(params)
-    clip = _clip(rule, parts, groups, num_groups, loss, mask)
+    most = _cancellation(max((group.form.T for group in made.groups), default=1))
+    clip = _clip(rule, parts, groups, num_groups, loss, mask, most)
+    # A batched convolution may have spread one example's NaN over the losses of all, see reference.
+    convolutions = reference.has_convolutions(made.traced.jaxpr.jaxpr)
+    doubtful = mask & ~clip.usable & (convolutions | jnp.isfinite(loss))
     total = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
     for part in parts:
         factors = {leaf: clip.factors[:, groups[leaf]] for leaf in part.measures}
@@ -187,9 +190,9 @@ def microbatch_sum(
         real=mask,
     )
     summed = jax.tree.unflatten(treedef, total)
-    if not made.groups and not reference.has_convolutions(made.traced.jaxpr.jaxpr):
+    if not made.groups and not convolutions:
         return summed, facts  # gradients of direct leaves are those of the reference
-    return reference.one_by_one(loss_fn, rule, params, batch, clip.doubtful, summed, facts)
+    return reference.one_by_one(loss_fn, rule, params, batch, doubtful, summed, facts)
 
 
 class _Clip(NamedTuple):
@@ -198,14 +201,21 @@ class _Clip(NamedTuple):
     Attributes:
         norms: measured.
         factors: zero for examples that the engine does not sum.
-        usable: False where recorded arrays may hold anything.
-        doubtful: examples for the reference engine.
+        usable: False where recorded arrays may hold anything, or where the bound is in doubt.
     """
 
     norms: jax.Array
     factors: jax.Array
     usable: jax.Array
-    doubtful: jax.Array
+
+
+def _cancellation(tokens: int) -> float:
+    """How many times its own norm the partial sums of a trusted gradient may reach.
+
+    Random tokens reach the root of their number. Twice that adds no more to the rounding of the
+    shared sum than a few more examples would.
+    """
+    return 4 + 2 * tokens**0.5
 
 
 def _clip(
@@ -215,34 +225,45 @@ def _clip(
     num_groups: int,
     loss: jax.Array,
     mask: jax.Array,
+    most: float,
 ) -> _Clip:
     """Adds up the leaves' measures and turns them into factors, or into doubt."""
+    finite = jnp.isfinite(loss)
+    if not num_groups:
+        empty = jnp.zeros((*mask.shape, 0), jnp.float32)
+        return _Clip(empty, empty, finite)
     zero = jnp.zeros(mask.shape, jnp.float32)
-    totals = [products.Measure(zero, zero, zero, zero, zero) for _ in range(num_groups)]
+    found = [[products.Measure(zero, zero, zero, zero, zero)] for _ in range(num_groups)]
     for part in parts:
         for leaf, measure in part.measures.items():
-            totals[groups[leaf]] = jax.tree.map(jnp.add, totals[groups[leaf]], measure)
-    if not totals:
-        empty = jnp.zeros((*mask.shape, 0), jnp.float32)
-        return _Clip(empty, empty, jnp.isfinite(loss), jnp.zeros_like(mask))
-    total = jax.tree.map(lambda *xs: jnp.stack(xs, 1), *totals)
-    norms = jnp.sqrt(total.square)
-    bounded = jnp.sqrt(total.square + total.error) + total.spread
-    # No rule treats a norm below SMALLEST_NORM as smaller than it, so bounds below it suffice.
-    floor = jnp.maximum(norms, SMALLEST_NORM)
-    trusted = (bounded <= (1 + _MARGIN) * floor) & (total.mass <= _CANCELLATION * floor)
-    trusted &= (total.peak <= _LARGE) & jnp.isfinite(norms)
+            found[groups[leaf]].append(measure)
+    # [leaves, n, groups]; leaves are orthogonal, so spread and mass add up in squares.
+    each = [jax.tree.map(lambda *xs: jnp.stack(xs), *measures) for measures in found]
+    square, error = (
+        jnp.stack([jnp.sum(getattr(m, name), 0) for m in each], 1) for name in ("square", "error")
+    )
+    spread, mass = (
+        jnp.stack([jnp.linalg.norm(getattr(m, name), axis=0) for m in each], 1)
+        for name in ("spread", "mass")
+    )
+    peak = jnp.stack([jnp.max(m.peak, 0) for m in each], 1)
+    norms = jnp.sqrt(square)
+    bounded = jnp.sqrt(square + error) + spread
+    # Below SMALLEST_NORM a factor no longer depends on the norm, so a bound below it suffices.
+    regular = norms > SMALLEST_NORM
+    trusted = bounded <= jnp.where(regular, (1 + _MARGIN) * norms, SMALLEST_NORM)
+    trusted &= mass <= most * jnp.maximum(norms, SMALLEST_NORM)
+    trusted &= (peak <= _LARGE) & jnp.isfinite(norms)
     trusted = jnp.all(trusted, 1)
     for part in parts:
         if part.within is not None:
             trusted &= part.within
-    finite = jnp.isfinite(loss)
     factors = jax.vmap(rule.factors)(jnp.where(norms > 0, bounded, norms))
     # Factors far above 1 belong to tiny bounds; what they scale must stay finite.
-    trusted &= jnp.all(factors * total.peak <= _SCALED, 1)
+    trusted &= jnp.all(factors * peak <= _SCALED, 1)
     usable = trusted & finite
     factors = jnp.where((mask & usable)[:, None], factors, 0.0)
-    return _Clip(norms, factors, usable, mask & finite & ~trusted)
+    return _Clip(norms, factors, usable)
 
 
 def _backward(
@@ -292,11 +313,12 @@ class _Part(NamedTuple):
 
 def _kept(gradients: dict[int, jax.Array]) -> _Part:
     """Leaves with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
-    gradients = jax.lax.optimization_barrier(gradients)  # or XLA may form them twice, see reference
+    flat = reference.flattened(gradients)
     return _Part(
-        {leaf: products.kept_measure(g) for leaf, g in gradients.items()},
+        {leaf: products.kept_measure(g) for leaf, g in flat.items()},
         lambda factors, usable: {
-            leaf: products.weigh(g, factors[leaf], usable) for leaf, g in gradients.items()
+            leaf: products.weigh(g, factors[leaf], usable).reshape(gradients[leaf].shape[1:])
+            for leaf, g in flat.items()
         },
     )
 
@@ -323,7 +345,9 @@ def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
     narrow = float(group.limit < products.LARGEST)
     raw = jax.lax.optimization_barrier(raw)  # one recording for the norm and for the sum
     measured, gradients = _chunked(measure, raw, _temporary(group))
-    within = measured.mass < group.limit / 4 if narrow else None
+    # In both places: before the constant factor of a scaled weight, and behind it.
+    reach = measured.mass * max(1.0, 1 / abs(view.scale))
+    within = reach < group.limit / 4 if narrow else None
     if group.norm == "outer":
         measured = measured._replace(mass=jnp.zeros_like(measured.mass))
 
@@ -367,21 +391,23 @@ def _derived_part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) ->
 
     def measure(raw: Raw) -> tuple[dict[int, products.Measure], jax.Array]:
         pulled, within = gradients(raw)
-        return {leaf: products.kept_measure(g) for leaf, g in pulled.items()}, within
+        flat = reference.flattened(pulled)
+        return {leaf: products.kept_measure(g) for leaf, g in flat.items()}, within
 
     measures, within = _chunked(measure, raw, _temporary(group))
 
     def total(factors: dict[int, jax.Array], usable: jax.Array) -> dict[int, jax.Array]:
         def chunk(total: dict[int, jax.Array], part: Any) -> tuple[dict[int, jax.Array], None]:
             raw, factors, usable, squares = part
-            pulled = jax.lax.optimization_barrier(gradients(raw)[0])
+            pulled = reference.flattened(gradients(raw)[0])
             for leaf, g in pulled.items():
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
                 again = products.kept_measure(g).square
                 shrink = jnp.where(again > squares[leaf], jnp.sqrt(squares[leaf] / again), 1.0)
                 fine = usable & jnp.isfinite(again)
-                total[leaf] += products.weigh(g, factors[leaf] * shrink, fine)
+                weighed = products.weigh(g, factors[leaf] * shrink, fine)
+                total[leaf] += weighed.reshape(total[leaf].shape)
             return total, None
 
         squares = {leaf: measured.square for leaf, measured in measures.items()}

@@ -148,8 +148,7 @@ class Measure(NamedTuple):
 def kept_measure(gradients: jax.Array) -> Measure:
     """Of gradients `[n, ...]` that are summed as they are."""
     zero = jnp.zeros(gradients.shape[0], jnp.float32)
-    square = jnp.sum(jnp.square(gradients), tuple(range(1, gradients.ndim)))
-    return Measure(square, zero, zero, zero, zero)
+    return Measure(_total(jnp.square(gradients)), zero, zero, zero, zero)
 
 
 def gram_measure(x: jax.Array, g: jax.Array) -> Measure:
@@ -170,7 +169,7 @@ def gram_measure(x: jax.Array, g: jax.Array) -> Measure:
         + _REDUCTION * jnp.abs(products)
     )  # fmt: skip
     underflow = _TINY * (d * jnp.abs(gg) + p * jnp.abs(xx) + 1)
-    square = jnp.maximum(jnp.sum(products, (1, 2, 3)), 0.0)
+    square = jnp.maximum(_total(products), 0.0)
     error = jnp.sum(rounding + underflow, (1, 2, 3))
     return _unkept(square, error, x_square, g_square, x, g, times=1)
 
@@ -178,7 +177,7 @@ def gram_measure(x: jax.Array, g: jax.Array) -> Measure:
 def outer_measure(x: jax.Array, g: jax.Array) -> tuple[Measure, jax.Array]:
     """Of x_i^T g_i, materialized here but summed by another product; also the gradients."""
     gradients = materialise(x, g)
-    square = jnp.sum(jnp.square(gradients), (1, 2, 3))
+    square = _total(jnp.square(gradients))
     zero = jnp.zeros_like(square)
     # The gradient that is measured and the one that is summed are both rounded.
     return _unkept(square, zero, _squares(x), _squares(g), x, g, times=2), gradients
@@ -199,6 +198,13 @@ def _unkept(
     mass = jnp.sqrt(jnp.sum(jnp.square(jnp.sum(lengths, 2)), 1))
     spread = (times * (x.shape[2] + 4) * _UNIT + _split(x, g)) * mass
     return Measure(square, error, spread, mass, _peak(x_square, g_square))
+
+
+def _total(array: jax.Array) -> jax.Array:
+    """The sum of each example's numbers, in a tree; XLA needs one long axis for that."""
+    flat = array if array.ndim == 2 else array.reshape(array.shape[0], -1)
+    # The barrier keeps XLA from undoing the reshape.
+    return jnp.sum(flat if array.ndim == 2 else jax.lax.optimization_barrier(flat), 1)
 
 
 def _squares(array: jax.Array) -> jax.Array:
@@ -308,7 +314,7 @@ def lookup_measure(rows: jax.Array, g: jax.Array) -> Measure:
     squares = _squares(g)
     g = g[:, 0].astype(jnp.float32)
     summed = jax.vmap(lambda rows, g: jnp.zeros_like(g).at[rows].add(g))(first, g)
-    square = jnp.sum(jnp.square(summed), (1, 2))
+    square = _total(jnp.square(summed))
     lengths = _length(squares, g.shape[2])
     # The squared mass of a row is the sum over pairs of its tokens.
     mass = jnp.sqrt(jnp.sum(same[:, 0] * _outer(lengths[:, 0]), (1, 2)))
