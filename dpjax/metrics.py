@@ -1,7 +1,8 @@
-"""Evaluation metrics as masked sums that add over chunks, and what is read off them at the end.
+"""Evaluation metrics: masked sums that add over chunks, turned into metrics at the end.
 
-Calibration follows Guo et al. 2017 (1706.04599, equations 3 and 5): the confidence of a prediction
-is its largest softmax probability; bins of equal width, open on the left, over (0, 1].
+Calibration follows Guo et al. 2017 (arXiv 1706.04599, equations 3 and 5): the confidence of a
+prediction is its largest softmax probability; bins have equal width and are open on the left, over
+(0, 1].
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class EvalSums(NamedTuple):
         """Elementwise; without this, tuples would concatenate."""
         if not isinstance(other, EvalSums):
             return NotImplemented
-        return EvalSums(*(mine + theirs for mine, theirs in zip(self, other)))
+        return EvalSums(*(a + b for a, b in zip(self, other)))
 
 
 class Reliability(NamedTuple):
@@ -46,18 +47,20 @@ class Reliability(NamedTuple):
 def eval_sums(
     logits: jax.Array, labels: jax.Array, mask: jax.Array, num_classes: int, bins: int = 15
 ) -> EvalSums:
-    """Sums of one chunk; pure, to be called inside jit.
+    """Returns the sums of one chunk; pure, for use inside jit.
 
     Args:
-      logits: `[batch, num_classes]`, any float type; computed with in float32.
-      labels: `[batch]` integers in 0..num_classes-1. One outside makes the NLL nan.
-      mask: `[batch]` bool, False for padding.
-      num_classes: checked against the logits.
-      bins: number of confidence bins.
+        logits: `[batch, num_classes]`, any float dtype; converted to float32.
+        labels: `[batch]` integers in [0, num_classes). A label out of range makes the NLL NaN.
+        mask: `[batch]` bool, False for padding.
+        num_classes: checked against the logits.
+        bins: number of confidence bins.
+
     Guarantees:
-      Padding contributes exactly zero, whatever its logits (nan too) and label.
+        Padding contributes exactly zero, whatever its label and logits, NaN included.
+
     Raises:
-      ValueError: shapes that do not fit, at trace time.
+        ValueError: at trace time, if the shapes do not fit.
     """
     batch = logits.shape[:1]
     if logits.ndim != 2 or logits.shape[1] != num_classes:
@@ -70,13 +73,16 @@ def eval_sums(
         raise ValueError(f"bins={bins} must be >= 1.")
     mask = mask.astype(bool)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    # "fill": the default mode would clamp a label out of range and hide the mistake.
     label_log_prob = jnp.take_along_axis(
         log_probs, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan
     )[:, 0]
     confidence = jnp.exp(jnp.max(log_probs, axis=-1))
     correct = (jnp.argmax(log_probs, axis=-1) == labels).astype(jnp.float32)
+    # Bin k is (k / bins, (k + 1) / bins], hence ceil - 1; the clip guards against rounding.
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
-    index = jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)  # its nan shows in bin 0
+    # A NaN confidence goes to bin 0, whose sum becomes NaN; casting NaN to int is undefined.
+    index = jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)
     in_class = mask[:, None] & (labels[:, None] == jnp.arange(num_classes)[None, :])
     in_bin = mask[:, None] & (index[:, None] == jnp.arange(bins)[None, :])
     return EvalSums(
@@ -92,12 +98,12 @@ def eval_sums(
 
 
 def summarise(sums: EvalSums) -> dict[str, float]:
-    """Flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/0, /1, ...
+    """Returns flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/0, /1, ...
 
-    Classes without an example have no entry. `mce` is the largest gap over non-empty bins.
+    Classes without examples have no entry. `mce` is the largest gap over non-empty bins.
 
     Raises:
-      ValueError: no example was counted.
+        ValueError: no example was counted.
     """
     total = float(sums.count)
     if not total > 0:
@@ -120,15 +126,16 @@ def summarise(sums: EvalSums) -> dict[str, float]:
 
 
 def reliability(sums: EvalSums) -> Reliability:
-    """The arrays of a reliability diagram, in float64 on the host."""
+    """Returns the arrays of a reliability diagram, in float64 on the host."""
     count, correct, confidence = (
         np.asarray(value, np.float64)
         for value in (sums.bin_count, sums.bin_correct, sums.bin_confidence)
     )
-    some = np.maximum(count, 1.0)
+    divisor = np.maximum(count, 1.0)  # an empty bin gives 0, not 0 / 0
     edges = np.linspace(0.0, 1.0, len(count) + 1)
-    return Reliability(edges, count, confidence / some, correct / some)
+    return Reliability(edges, count, confidence / divisor, correct / divisor)
 
 
 def _sum(keep: jax.Array, value: jax.Array) -> jax.Array:
+    # `where`, not a product with the mask: 0 * NaN is NaN.
     return jnp.sum(jnp.where(keep, value, 0.0), axis=0)

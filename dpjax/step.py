@@ -3,7 +3,7 @@
 One logical step is `begin`, any number of `accumulate` calls, one per physical chunk of the batch,
 and `update`. Each device keeps its own partial sum, so the only collective of a step is the sum
 over devices at the start of `update`, right before the noise is drawn, once, in the global view.
-(Spread parameters are gathered before the first chunk, and their sums are scattered.)
+(Under fsdp the parameters are also gathered in `begin`, and `update` scatters their gradient sums.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
@@ -23,24 +24,27 @@ from dpjax.models import Params
 from dpjax.models.finetune import join
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "at_bound", "carry_over",
-           "eval_step", "make_steps", "moving_average"]  # fmt: skip
+__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_updates", "at_bound",
+           "carry_over", "draws", "eval_step", "fact_sums", "make_steps",
+           "moving_average"]  # fmt: skip
 
 Batch = dict[str, jax.Array]
-"""`input` [n, ...], `label` [n] int32, `index` [n] int32, `mask` [n] bool (False is padding)."""
+"""`input` [n, ...], `label` [n] int32, `mask` [n] bool (False is padding); in training also
+`identity` [n] uint32, a hash of each example's content, from `Dataset.identities`."""
 
 LossFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
+"""`(params, example) -> scalar loss` of ONE example, in nats."""
 
 
 class TrainState(NamedTuple):
-    """What a step changes. Frozen parameters are not state.
+    """Everything a step changes. Frozen parameters are not state.
 
     Attributes:
         step: int32 scalar, executed steps, over all phases.
-        trainable: parameters that train.
-        opt: state of the optimiser, noise transform included.
-        average: moving average of `trainable`; None without.
-        bound: clip bound of the next step, float32 scalar; None if it does not adapt.
+        trainable: the trainable parameters.
+        opt: state of the optimizer, noise transform included.
+        average: moving average of `trainable`; None if none is kept.
+        bound: clip bound of the next step, float32 scalar; None if the bound does not adapt.
     """
 
     step: jax.Array
@@ -55,14 +59,16 @@ class Hyper(NamedTuple):
 
     Attributes:
         learning_rate: base learning rate.
-        noise_multiplier: sigma of the gradient; ignored without privacy.
+        noise_multiplier: sigma, noise of the gradient sum per unit of its sensitivity; ignored
+            without privacy.
         rule: clipping rule; None trains without privacy.
-        noise_key: key of the noise; None without privacy.
+        noise_key: key of the gradient noise; None without privacy.
         augment_key: public key of the augmentations.
         batch_size: expected batch size B.
-        ema_decay: of the average of the parameters; None keeps none.
-        adaptive: how the bound follows a quantile; None leaves it as it is in `rule`.
-        count_noise: standard deviation of the noise on the count that `adaptive` looks at.
+        ema_decay: decay of the parameter average; None keeps no average.
+        adaptive: how the bound follows a quantile; None keeps the bound of `rule`.
+        count_noise: standard deviation of the noise on the count that `adaptive` reads, in
+            examples.
         count_key: key of that noise.
     """
 
@@ -79,13 +85,13 @@ class Hyper(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the chunks seen so far of one step; a leading axis `[devices]` on every leaf.
+    """Sums over the chunks of one step so far; every leaf has a leading axis `[devices]`.
 
     Attributes:
         grads: a `ClippedSum`, or without privacy a plain tree of gradient sums.
         facts: sums over examples, NOT private: count, loss, norm, clipped, dropped, and "below",
-            the centred count, which leaves `update` noised or not at all; and "diverged", which is
-            > 0 if a parameter was not finite before the step.
+            the centered count that an adaptive bound reads (`update` drops it or adds noise to
+            it); also "diverged", > 0 if a parameter was not finite before the step.
     """
 
     grads: Any
@@ -97,9 +103,9 @@ class Steps(NamedTuple):
 
     Attributes:
         init: `(trainable, hyper) -> TrainState`.
-        begin: `(state) -> (whole trainable parameters, empty Totals)`.
-        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`, with parameters
-            that are whole on every device, and `at_bound(hyper, state)`; donates totals.
+        begin: `(state) -> (trainable parameters, gathered on every device; empty Totals)`.
+        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`; takes the gathered
+            parameters and `at_bound(hyper, state)`; donates totals.
         update: `(state, totals, hyper) -> (TrainState, facts)`; donates state.
     """
 
@@ -123,11 +129,11 @@ def make_steps(
     Args:
         loss_fn: `(params, example) -> scalar` for ONE example with `input`, `label` and a `key`
             of its own for augmentation.
-        optimizer: makes the transform from traced values; it takes a `ClippedSum` if private.
-        layout: mesh, and how parameters and optimiser state lie on it.
-        private: whether gradients are clipped; without it the sum is an ordinary gradient.
+        optimizer: builds the transform from traced values; its input is a `ClippedSum` if private.
+        layout: the mesh, and how parameters and optimizer state are sharded over it.
+        private: whether per-example gradients are clipped; if not, the sum is the plain gradient.
         method: clipping engine, see `dp.clipped_sum`.
-        microbatch_size: examples per device in memory at once; None for a whole chunk.
+        microbatch_size: examples per device in memory at once; None takes all of a chunk.
 
     Returns:
         The jitted functions.
@@ -138,8 +144,9 @@ def make_steps(
         totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, rule: Any
     ) -> Totals:
         examples = {"input": batch["input"], "label": batch["label"]}
-        # An example's augmentation depends on the step and the example. By its position in the
-        # data it would change when another example is removed, and the sum by more than the bound.
+        # An example's augmentation depends on the step and on the example's content. If it
+        # depended on the position in the data set, removing one example would shift all later
+        # ones, change their gradients, and so change the sum by more than the clip bound.
         examples["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["identity"])
 
         def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
@@ -151,12 +158,12 @@ def make_steps(
         else:
             engine = functools.partial(_gradient_sum, loss)
         grads, facts = engine(trainable, examples, batch["mask"])
+        # In shard_map every device sees its own slice of the totals, with a leading axis of 1.
         before = jax.tree.map(lambda x: x[0], totals.grads)
+        # `ClippedSum.__add__` keeps the sensitivity: an example is in one chunk only.
         after = before + grads if private else jax.tree.map(jnp.add, before, grads)
-        groups = facts.norms.shape[1]
-        limits = rule.thresholds(groups) if private else jnp.full((groups,), jnp.inf)
         sums = {name: value[0] for name, value in totals.facts.items()}
-        for name, value in _fact_sums(facts, limits).items():
+        for name, value in fact_sums(facts, rule if private else None).items():
             sums[name] += value
         return jax.tree.map(lambda x: x[None], Totals(after, sums))
 
@@ -174,7 +181,9 @@ def make_steps(
             mesh=mesh,
             in_specs=(rows, everywhere, everywhere, rows, everywhere, everywhere),
             out_specs=rows,
-            check_vma=False,  # a parameter's cotangent would otherwise be summed over devices here
+            # With the check, JAX sums the gradient of a replicated parameter over devices before
+            # it can be clipped: examples would mix, and every leaf would cost a collective.
+            check_vma=False,
         )
         return sharded(totals, trainable, frozen, batch, key, hyper.rule)
 
@@ -185,6 +194,8 @@ def make_steps(
         if private:
             grads = dp.ClippedSum(grads, jnp.zeros((mesh.size,), jnp.float32))
         facts = {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS}
+        # Checked here, where the parameters are gathered anyway. The host reads it with the other
+        # facts of the step, without an extra wait. Every device adds the same 0 or 1.
         bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable)]
         facts["diverged"] += jnp.any(jnp.stack(bad), keepdims=True)
         return Totals(grads, facts)
@@ -205,34 +216,36 @@ def make_steps(
         state: TrainState, totals: Totals, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         value = totals.grads.value if private else totals.grads
-        whole = jax.tree.map(lambda fact: -1, totals.facts)
+        # One call for gradients and facts: one all-reduce carries the facts and all replicated
+        # gradient sums. Facts are replicated (-1); a gradient sum is sharded like its parameter.
+        not_sharded = jax.tree.map(lambda fact: -1, totals.facts)
         grads, facts = sum_over_devices(
-            (value, totals.facts), (layout.axes(state.trainable), whole), mesh
+            (value, totals.facts), (layout.axes(state.trainable), not_sharded), mesh
         )
         if private:
-            # The same number on every device: the first device's is taken, nothing is sent.
+            # The sensitivity is the same on every device and must not be summed: each device keeps
+            # its own copy, and nothing is sent.
             first = jax.shard_map(
                 lambda x: x[0], mesh=mesh, in_specs=rows, out_specs=everywhere, check_vma=False
             )
             grads = dp.ClippedSum(grads, first(totals.grads.sensitivity))
-        transform = optimizer(at_bound(hyper, state))
-        updates, opt = transform.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average, bound, below = state.average, state.bound, facts.pop("below")
-        if average is not None:
-            average = moving_average(average, trainable, jnp.asarray(hyper.ema_decay), state.step)
-        if bound is not None:
-            facts["bound"] = bound
-            bound = _next_bound(hyper, state, below)
-        after = TrainState(state.step + 1, trainable, opt, average, bound)
+        # The noise is drawn here, once, in the global view: the same on any number of devices.
+        after = apply_updates(optimizer(at_bound(hyper, state)), grads, state, hyper.ema_decay)
+        # The exact count below the bound ends here: only its noised version moves the next bound.
+        below = facts.pop("below")
+        if state.bound is not None:
+            facts["bound"] = state.bound
+            after = after._replace(bound=_next_bound(hyper, state, below))
+        # Without the constraint XLA may choose another sharding for the result; the next step would
+        # then recompile, and the donated buffers could not be reused.
         return jax.lax.with_sharding_constraint(after, layout.shardings(after)), facts
 
     def first_state(trainable: Params, hyper: Hyper) -> TrainState:
         state = init(trainable, hyper)
         return jax.lax.with_sharding_constraint(state, layout.shardings(state))
 
-    spread = batch_sharding(mesh)
-    empty = jax.jit(zeros, out_shardings=spread)
+    per_device = batch_sharding(mesh)  # the leading axis of `Totals` is the device
+    empty = jax.jit(zeros, out_shardings=per_device)
 
     def begin(state: TrainState) -> tuple[Params, Totals]:
         trainable = layout.gather(state.trainable)
@@ -241,41 +254,90 @@ def make_steps(
     return Steps(
         init=jax.jit(first_state),
         begin=begin,
-        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=spread),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=per_device),
         update=jax.jit(update, donate_argnums=0),
     )
 
 
+def apply_updates(
+    transform: optax.GradientTransformation,
+    grads: Any,
+    state: TrainState,
+    ema_decay: jax.typing.ArrayLike | None,
+) -> TrainState:
+    """Returns the state after one more step of the optimizer; its bound is not changed.
+
+    Args:
+        transform: noise transform and optimizer; without privacy the optimizer alone.
+        grads: what `transform` takes, summed over the whole batch.
+        state: before the step.
+        ema_decay: see `moving_average`; not needed if the state has no average.
+    """
+    updates, opt = transform.update(grads, state.opt, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    average = state.average
+    if average is not None:
+        average = moving_average(average, trainable, jnp.asarray(ema_decay), state.step)
+    return TrainState(state.step + 1, trainable, opt, average, state.bound)
+
+
+def draws(
+    mechanism: dp.Mechanism | None, seed: int, *, num_examples: int, batch_size: int
+) -> Callable[[int], np.ndarray]:
+    """Returns the map from a step to the indices of its batch.
+
+    Args:
+        mechanism: draws them; None for Poisson sampling without privacy.
+        seed: of the sampler.
+        num_examples: of the data, where no mechanism says it.
+        batch_size: expected batch size, where no mechanism says it.
+    """
+    if mechanism is not None:
+        return functools.partial(mechanism.indices, seed)
+    # Without privacy the batches are Poisson samples too, so that a private run and its baseline
+    # differ in clipping and noise only.
+    prob = batch_size / num_examples
+    return functools.partial(
+        dp.sampling.poisson, seed, num_examples=num_examples, sampling_prob=prob
+    )
+
+
 def at_bound(hyper: Hyper, state: TrainState) -> Hyper:
-    """Returns the values of one step: those of the run, with the state's bound if it adapts."""
+    """Returns `hyper` for the next step: with the state's clip bound, if the bound adapts."""
     if state.bound is None or hyper.rule is None:
         return hyper
     return hyper._replace(rule=dataclasses.replace(hyper.rule, threshold=state.bound))
 
 
 def carry_over(state: TrainState, before: TrainState, *, moments: bool = True) -> TrainState:
-    """Returns a training's first state with what goes on from the training before it.
+    """Returns the initial state of the next training, carrying over state from the previous one.
 
-    That is the number of executed steps, the bound, and the averages of the leaves that trained
-    before; with `moments` also the optimiser's moments of those leaves. The optimiser's counters
-    start anew, for the learning rate has a schedule of its own, the noise a key of its own, and the
-    leaves that begin to train have moments of zero to be corrected for.
+    The number of executed steps, the clip bound and the averages of leaves that trained before are
+    carried over. The optimizer's counters restart: the next training has its own learning-rate
+    schedule and its own noise key, and Adam must correct the zero moments of newly trained leaves.
+
+    Args:
+        state: fresh state of the next training.
+        before: last state of the previous one.
+        moments: also carries over the optimizer's moments of leaves that trained before.
     """
     average = _overlay(state.average, before.average)
     opt = state.opt
     if moments:
+        # Moments are the leaves of the optimizer state whose path ends in a parameter's path;
+        # counters do not, and keep their fresh value.
         trained = [keystr(path) for path, _ in tree_leaves_with_path(state.trainable)]
         opt = _overlay(opt, before.opt, lambda name: name.endswith(tuple(trained)))
     return TrainState(before.step, state.trainable, opt, average, before.bound)
 
 
-def _overlay(tree: Any, before: Any, chosen: Callable[[str], bool] = lambda name: True) -> Any:
-    """Replaces the chosen leaves by those of `before` at the same path, where there are any."""
+def _overlay(tree: Any, before: Any, select: Callable[[str], bool] = lambda name: True) -> Any:
+    """Replaces selected leaves of `tree` by the leaf of `before` at the same path, if it exists."""
     known = {keystr(path): leaf for path, leaf in tree_leaves_with_path(before)}
 
     def leaf_of(path: Any, leaf: jax.Array) -> jax.Array:
         name = keystr(path)
-        return known.get(name, leaf) if chosen(name) else leaf
+        return known.get(name, leaf) if select(name) else leaf
 
     return jax.tree_util.tree_map_with_path(leaf_of, tree)
 
@@ -286,8 +348,8 @@ def moving_average(average: Any, params: Any, decay: jax.typing.ArrayLike, step:
     Args:
         average: the average so far, float32.
         params: the new iterate.
-        decay: in [0, 1); early on (1 + t) / (10 + t) if that is smaller, so that the start is soon
-            forgotten.
+        decay: in [0, 1). Capped at (1 + t) / (10 + t), so that the average soon forgets the
+            initial parameters.
         step: t, the number of iterates before this one.
 
     Source: De et al. 2022, arXiv 2204.13650.
@@ -311,7 +373,7 @@ def _next_bound(hyper: Hyper, state: TrainState, below: jax.Array) -> jax.Array:
 def eval_step(
     apply: Callable[[Params, jax.Array], jax.Array], num_classes: int, layout: Layout
 ) -> Callable[[Params, Batch], metrics.EvalSums]:
-    """Returns the jitted `(params, batch) -> EvalSums` of whole parameters; sums add."""
+    """Returns the jitted `(params, batch) -> EvalSums`; the parameters are gathered, sums add."""
 
     def step(params: Params, batch: Batch) -> metrics.EvalSums:
         logits = apply(params, batch["input"])
@@ -323,17 +385,21 @@ def eval_step(
 _FACTS = ("count", "loss", "norm", "clipped", "dropped", "below", "diverged")
 
 
-def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Array]:
+def fact_sums(facts: dp.PerExample, rule: dp.ClipRule | None) -> dict[str, jax.Array]:
+    """Sums of a chunk's per-example facts, by name; those of `Totals` without "diverged"."""
+    groups = facts.norms.shape[1]
+    thresholds = jnp.full((groups,), jnp.inf) if rule is None else rule.thresholds(groups)
     finite = facts.real & jnp.isfinite(facts.loss) & jnp.all(jnp.isfinite(facts.norms), axis=1)
-    norms = jnp.sqrt(jnp.sum(jnp.square(facts.norms), axis=1))
-    above = jnp.any(facts.norms > thresholds[None], axis=1)
+    norms = jnp.sqrt(jnp.sum(jnp.square(facts.norms), axis=1))  # over the groups of a rule
+    above = jnp.any(facts.norms > thresholds[None], axis=1)  # clipped in at least one group
     return {
         "count": jnp.sum(facts.real, dtype=jnp.float32),
         "loss": jnp.sum(jnp.where(finite, facts.loss, 0.0)),
         "norm": jnp.sum(jnp.where(finite, norms, 0.0)),
         "clipped": jnp.sum(finite & above, dtype=jnp.float32),
         "dropped": jnp.sum(facts.real & ~finite, dtype=jnp.float32),
-        # Exactly 1/2 or -1/2 an example, also where a norm is not a number.
+        # Centered at 1/2, the count changes by 1/2, not 1, when an example is removed: half the
+        # sensitivity (arXiv 1905.03871). A NaN norm counts as above, so the bound holds for it too.
         "below": jnp.sum(jnp.where(facts.real, jnp.where(finite & ~above, 0.5, -0.5), 0.0)),
     }
 
@@ -341,7 +407,7 @@ def _fact_sums(facts: dp.PerExample, thresholds: jax.Array) -> dict[str, jax.Arr
 def _gradient_sum(
     loss_fn: LossFn, params: Params, batch: Any, mask: jax.Array
 ) -> tuple[Params, dp.PerExample]:
-    """The ordinary, non-private gradient of the summed loss over the real examples."""
+    """Non-private gradient of the loss summed over the real examples, with the same return type."""
 
     def total(params: Params) -> tuple[jax.Array, jax.Array]:
         losses = jax.vmap(loss_fn, (None, 0))(params, batch)
@@ -349,6 +415,7 @@ def _gradient_sum(
         return jnp.sum(losses), losses
 
     grads, losses = jax.grad(total, has_aux=True)(params)
+    # Per-example norms are unknown here: zeros, and a factor of 1 for every example.
     ones = jnp.ones((mask.shape[0], 1), jnp.float32)
     facts = dp.PerExample(losses, 0 * ones, ones, mask)
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), facts

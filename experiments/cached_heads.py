@@ -1,7 +1,8 @@
-"""Runs of a study that train a head alone, on features computed once: minutes become seconds.
+"""Runs of a study that train only a head, on features computed once: minutes become seconds.
 
-The files a run leaves are those of `dpjax.training.loop`, and so is the head, up to rounding (see
-`dpjax.heads`); only checkpoints are missing, and `weights.safetensors` holds the head alone.
+A run writes the same files as `dpjax.training.loop`, with the same head up to rounding (see
+`dpjax.heads`), except that there are no checkpoints and `weights.safetensors` contains only the
+head.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Job:
 
 
 def fits(config: ConfigDict) -> bool:
-    """Whether a run is one that `dpjax.heads` trains: a head, and nothing that needs the images."""
+    """Whether `dpjax.heads` can do a run: it trains a head, and needs features only, not images."""
     if config.finetune != "head" or config.dp is None or config.private_seed is None:
         return False
     if not isinstance(build.model.model(config.model, 1).input, InputSpec):
@@ -114,7 +115,7 @@ def train_group(
 
 
 def _built(jobs: list[Job]) -> list[tuple[Job, build.Run]]:
-    """Each job's run; data, model and calibration are shared by jobs of one epsilon."""
+    """Returns the run of each job; jobs of one epsilon share data, model and calibration."""
     made: dict[float, build.Run] = {}
     for job in jobs:
         if job.config.dp.epsilon not in made:
@@ -123,7 +124,7 @@ def _built(jobs: list[Job]) -> list[tuple[Job, build.Run]]:
 
 
 def _build(config: ConfigDict) -> build.Run:
-    """`build.build`, without opening data and weights again that the last group had."""
+    """Like `build.build`, but does not open the data and weights of the last group again."""
     shared = default()
     with shared.unlocked():
         for name in ("seed", "data", "model", "finetune"):

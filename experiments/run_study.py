@@ -3,18 +3,18 @@
     python -m experiments.run_study --config=experiments/calibration/study.py:laptop --workdir=DIR
     python -m dpjax.commands.report DIR
 
-The first line is resumable: finished points are kept, cut ones go on, failed ones are tried anew.
-The second rebuilds tables and figures from the files alone. Points run one after the other in this
-process, through `dpjax.training.loop`, or, where only a head trains, together on cached features
-(see `experiments.cached_heads`). An array job runs point k with
+The first command can be repeated: finished points are skipped, interrupted ones resume, failed ones
+are retried. The second rebuilds tables and figures from the files alone. Points run one after the
+other in this process through `dpjax.training.loop`; those that only train a head run together on
+cached features (see `experiments.cached_heads`). An array job runs point k with
 
     python -m dpjax.train --config=experiments/calibration/study.py:paper --workdir=DIR \\
         --sweep_index=k
 
-and the first line then does the rest. A study may define, besides `get_config`, `sweep` and
-`report`: `measure(run, initial, final)`, JSON values found from the weights before and after
-training, kept in `measured.json` of every point; and `theory(arg)`, JSON values that need no run,
-kept in `theory.json`. Exit codes: 0 all finished, 1 some failed, 2 a mistake, 75 stopped.
+and the first command then does the rest. Besides `get_config`, `sweep` and `report`, a study may
+define `measure(run, initial, final)`, which computes JSON values from the weights before and after
+training (`measured.json` of every point), and `theory(arg)`, which computes JSON values without any
+run (`theory.json`). Exit codes: 0 all finished, 1 some failed, 2 a mistake, 75 stopped.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def plan(
 
     Args:
         file: "FILE" or "FILE:SIZE".
-        workdir: new, or of the same study.
-        data_dir: where the data is, if the study does not say.
-        weights: file, or name of published weights, if the study does not say.
+        workdir: a new directory, or one of the same study.
+        data_dir: directory of the data, if the study does not set it.
+        weights: file or name of published weights, if the study does not set them.
 
     Raises:
-        ValueError: a mistake in the study, or a directory that holds another one.
+        ValueError: a mistake in the study, or the directory contains another study.
     """
     base = config.load(file)
     base.data.data_dir = data_dir or base.data.data_dir
@@ -106,7 +106,7 @@ def _theory(theory: Any, size: str | None, workdir: Path) -> None:
 
 
 def _run_all(jobs: Sequence[cached_heads.Job], measure: Any, stop: Callable[[int], bool]) -> bool:
-    """Runs what is missing; returns whether something failed other than by diverging."""
+    """Runs the missing points; returns whether a run failed other than by diverging."""
     wanted = "eval.json" if measure is None else "measured.json"
     missing = [job for job in jobs if not (job.path / wanted).is_file()]
     missing = [job for job in missing if not _diverged(job.path)]
@@ -129,7 +129,7 @@ def _diverged(path: Path) -> bool:
 
 
 def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int], bool]) -> bool:
-    """Trains one point through the loop; returns whether it ended as it should."""
+    """Trains one point through the loop; returns whether it finished or diverged."""
     failed, log = path.with_suffix(".failed"), path.with_suffix(".log")
     failed.unlink(missing_ok=True)
     with open(log, "a") as file, contextlib.redirect_stderr(file):

@@ -1,4 +1,4 @@
-"""What every study's report shares: runs read back from their files, statistics, tables, figures.
+"""The common part of all study reports: reading runs from files, statistics, tables, figures.
 
 A study is a file with `get_config(arg)`, `sweep(arg)`, which yields flat overrides, and
 `report(workdir)`, which rebuilds all tables and figures from the files of the runs. `arg` is its
@@ -36,16 +36,17 @@ Row = dict[str, Any]
 
 
 class Result(NamedTuple):
-    """One point of a study, as its files tell it.
+    """One point of a study, read from its files.
 
     Attributes:
         path: its directory.
-        overrides: what the sweep set.
-        status: "finished", "diverged" (stopped, not finite), "waiting", "cut", or "exit N: ...".
+        overrides: the fields that the sweep set.
+        status: "finished", "diverged" (exit 3: parameters not finite), "waiting", "interrupted", or
+            "exit N: ...".
         config: every field of the run; empty if it never started.
         evaluation: `eval.json`, on held-out data; empty unless finished.
         privacy: `privacy.json`; None without privacy.
-        measured: what the study's `measure` found; empty if it has none.
+        measured: results of the study's `measure`; empty if it has none.
     """
 
     path: Path
@@ -183,9 +184,9 @@ def summarise(
     """Averages runs that agree in some fields, over whatever else differs: the seeds.
 
     Args:
-        results: of any status; those that never ended count for nothing.
-        by: column name to config field.
-        metrics: column name to what it shows of a finished run.
+        results: runs of any status; unfinished ones are ignored.
+        by: maps column names to config fields.
+        metrics: maps column names to functions of a finished run.
 
     Returns:
         A row per group, in order of its fields: fields, "runs", "diverged" and per metric `name`
@@ -258,15 +259,16 @@ def heatmap(
     """Draws a grid of numbers with the numbers in it.
 
     Args:
-        axes: to draw on.
-        cells: (x, y) to value; a nan is drawn grey and called `empty`, what is absent stays white.
-        xlabel: with its unit.
-        ylabel: with its unit.
-        title: with the unit of the values.
-        limits: of the colours; by default the extremes.
-        cmap: name of a colour map.
+        axes: axes to draw on.
+        cells: maps (x, y) to a value; NaN is drawn gray and labeled `empty`, missing cells are
+            white.
+        xlabel: label with its unit.
+        ylabel: label with its unit.
+        title: title with the unit of the values.
+        limits: limits of the colors; by default the extremes.
+        cmap: name of a color map.
         text: format of a value.
-        empty: what nan means.
+        empty: the meaning of NaN.
     """
     xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
     grid = np.array([[cells.get((x, y), math.nan) for x in xs] for y in ys], np.float64)
@@ -299,10 +301,10 @@ def write(
     """Writes `report.md`, and every table and figure beside it.
 
     Args:
-        workdir: of the study.
-        title: of the report.
-        parts: text, tables and figures in their order.
-        results: all points, to tell what is missing.
+        workdir: directory of the study.
+        title: title of the report.
+        parts: text, tables and figures, in order.
+        results: all points, to report the missing ones.
 
     Returns:
         The files written.
@@ -329,7 +331,7 @@ def write(
 
 
 def _progress(results: Sequence[Result]) -> str:
-    """How many points ended, and which did not."""
+    """Returns how many points finished, and which did not."""
     ended = [r for r in results if r.status == "finished"]
     diverged = [r for r in results if r.status == "diverged"]
     lines = [f"{len(ended)} of {len(results)} runs finished, {len(diverged)} diverged."]

@@ -270,8 +270,8 @@ CHECKS = (
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("threshold", "gamma"),
-    meta_fields=("grouping", "kind", "normalised"),
+    data_fields=("threshold", "parameters"),
+    meta_fields=("function", "grouping", "normalised"),
 )
 class Unclipped(dp.ClipRule):
     """The mistake: factors of 1 whatever the norm."""

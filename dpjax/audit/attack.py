@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from tqdm import tqdm
@@ -42,8 +41,8 @@ from dpjax.audit.canaries import CANARIES, make
 from dpjax.build import Phase, Run
 from dpjax.dp import lower_bound, seeds
 from dpjax.models import Params, finetune
-from dpjax.runtime import Workdir, hosts, sharding
-from dpjax.step import TrainState, at_bound
+from dpjax.runtime import Workdir, hosts
+from dpjax.step import TrainState
 from dpjax.training import capacity, feed, phases
 
 matplotlib.use("agg")
@@ -210,35 +209,20 @@ def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
 
 def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     """Executes a run with the functions of the train loop, and charges it; keeps no files."""
-    ledger, params, layout = run.ledger, run.params, run.layout
+    ledger, params = run.ledger, run.params
     if ledger is None:
         raise ValueError("dp=None: a run without privacy has no ledger.")
     run = run._replace(phases=tuple(_of_size(phase, len(run.train)) for phase in run.phases))
-    size = capacity.physical_batch(run, private_seed)
+    size, seed = capacity.physical_batch(run, private_seed), seeds.sampler_seed(private_seed)
     state: TrainState | None = None
-    first = 0
-    for index, phase in enumerate(run.phases):
-        ledger = ledger.charge(index, phase.steps)
-        steps, hyper = phases.prepare(run, index, private_seed)
-        trainable, frozen = finetune.split(params, phase.trainable)
-        frozen = sharding.place(frozen, layout.whole(frozen))
-        state = phases.first_state(run, index, steps, hyper, trainable, state)
-        span = range(first, first + phase.steps)
-        first = span.stop
-        chunks = feed.chunks(
-            run, phase, layout, seed=seeds.sampler_seed(private_seed), size=size, steps=span
-        )
+    for index, span in enumerate(phases.spans(run)):
+        ledger = ledger.charge(index, len(span))
+        execute, frozen, state = phases.begin(run, index, params, state, private_seed=private_seed)
+        chunks = feed.chunks(run, run.phases[index], seed=seed, size=size, steps=span)
         for step in span:
-            whole, totals = steps.begin(state)
-            now, number = at_bound(hyper, state), jnp.asarray(step, jnp.int32)
-            for chunk in chunks:
-                batch = sharding.to_mesh(chunk.batch, layout.mesh)
-                totals = steps.accumulate(totals, whole, frozen, batch, number, now)
-                if chunk.last:
-                    break
-            state, _ = steps.update(state, totals, hyper)
+            state, *_ = execute(state, step, chunks)
             bar.update()
-        params = finetune.join(layout.gather(state.trainable), frozen)
+        params = finetune.join(run.layout.gather(state.trainable), frozen)
     return params, ledger
 
 

@@ -1,11 +1,11 @@
-"""Data sets in random access, their preparation, and the path from disk to the step."""
+"""Random-access data sets: preparing, opening, choosing subsets, and feeding them to the step."""
 
 from dpjax.data import prepare
 from dpjax.data.dataset import Dataset, Source, distinct_rows, from_arrays, splits_overlap
 from dpjax.data.directory import open_directory
 from dpjax.data.images import ImageSpec
 from dpjax.data.load import load, load_text
-from dpjax.data.prefetch import Prefetcher, chunks, prefetch
+from dpjax.data.prefetch import Prefetcher, chunks
 from dpjax.data.prepare import prepare as prepare_archive
 from dpjax.data.preprocess import chain, preprocess, random_crop, random_flip, random_shift
 from dpjax.data.subsets import holdout, random_share, subset
@@ -23,7 +23,6 @@ __all__ = [
     "load",
     "load_text",
     "open_directory",
-    "prefetch",
     "prepare",
     "prepare_archive",
     "preprocess",

@@ -1,4 +1,4 @@
-"""A data set in random access: labels in memory, inputs fetched by index."""
+"""A random-access data set: labels in memory, inputs read by index."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Dataset", "Source", "distinct_rows", "from_arrays"]
 
 
 class Source(NamedTuple):
-    """Where the inputs of one whole split come from.
+    """Where the inputs of a split come from.
 
     Attributes:
-      read: maps distinct or repeated positions [n] of the split to inputs [n, ...]; raises
-        ValueError naming the position of an input that cannot be read.
-      keys: one digest per example, uint8 [examples, 16].
-      dtype: of the inputs, uint8 for images and int32 for tokens.
+        read: maps positions [n] in the split, possibly repeated, to inputs [n, ...]; raises a
+            ValueError that names the position of an unreadable input.
+        keys: a digest of each input, uint8 [examples, 16].
+        dtype: of the inputs, uint8 for images and int32 for tokens.
     """
 
     read: Callable[[np.ndarray], np.ndarray]
@@ -31,20 +31,20 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Labelled examples in random access; nothing about it is mutable.
+    """Labeled examples with random access; immutable.
 
     Attributes:
-      name: the data set's name.
-      split: the split expression it was read from, e.g. "train+validation".
-      labels: int32 [examples], each in [0, num_classes).
-      class_names: one name per class.
-      shape: of one input, (H, W, C) for images and (L,) for tokens.
-      rows: int64 [examples], positions in the split as it was read; not arange only after
-        `subset` or `holdout`.
-      source: where inputs come from.
+        name: the data set's name.
+        split: the split expression it was read from, e.g. "train+validation".
+        labels: int32 [examples], each in [0, num_classes).
+        class_names: one name per class.
+        shape: of one input, (H, W, C) for images and (L,) for tokens.
+        rows: int64 [examples], positions in the split as read: 0, 1, 2, ... unless examples were
+            selected, for example by `subset` or `holdout`.
+        source: where the inputs come from.
 
     Raises:
-      ValueError: if a label is outside [0, num_classes), or lengths disagree.
+        ValueError: if a label is outside [0, num_classes), or lengths disagree.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Dataset:
                 f"labels of shape {self.labels.shape} must be one per example, {self.rows.shape}."
             )
         if self.labels.size == 0:
-            raise ValueError(f"split={self.split!r} of {self.name!r} holds no examples.")
+            raise ValueError(f"split={self.split!r} of {self.name!r} has no examples.")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if wrong.size:
             first = int(wrong[0])
@@ -96,17 +96,17 @@ class Dataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 over labels and stored inputs in order; where they lie is no part of it."""
+        """SHA-256 of the labels and stored inputs, in order; it does not depend on their path."""
         digest = hashlib.sha256(repr((self.shape, self.num_classes)).encode())
         digest.update(self.labels.astype("<i4").tobytes())
         digest.update(np.ascontiguousarray(self.source.keys[self.rows]).tobytes())
         return digest.hexdigest()
 
     def identities(self, indices: np.ndarray) -> np.ndarray:
-        """32 bits of each example's own digest, uint32: the same wherever the example stands.
+        """Returns 32 bits of each input's digest, uint32: the same at any position.
 
         Args:
-          indices: integers [n], each in [-1, num_examples); -1 is padding.
+            indices: integers [n], each in [-1, num_examples); -1 is padding.
         """
         keys = self.source.keys[self.rows[np.maximum(indices, 0)]]
         return np.ascontiguousarray(keys[:, :4]).view("<u4")[:, 0].astype(np.uint32)
@@ -115,13 +115,13 @@ class Dataset:
         """Reads examples by index; -1 is padding.
 
         Args:
-          indices: integers of any shape, each in [-1, num_examples).
+            indices: integers of any shape, each in [-1, num_examples).
 
         Returns:
-          {"input": [*indices.shape, *shape], "label": int32 [*indices.shape]}; zeros at padding.
+            {"input": [*indices.shape, *shape], "label": int32 [*indices.shape]}; zeros at padding.
 
         Raises:
-          ValueError: on an index out of range, or an input that cannot be read (naming it).
+            ValueError: an index is out of range, or an input is unreadable (the message names it).
         """
         indices = np.asarray(indices)
         if indices.dtype.kind not in "iu":
@@ -142,21 +142,24 @@ class Dataset:
         }
 
     def select(self, indices: np.ndarray) -> Dataset:
-        """The data set of some examples, in the order given.
+        """Returns a data set of some of the examples, in the given order.
 
         Args:
-          indices: integers [n], each in [0, num_examples), all different: an example that
-            occurred twice would count twice against its own privacy.
+            indices: integers [n], each in [0, num_examples), all different: an example that
+                occurs twice would be clipped twice and could contribute twice the bound.
 
         Raises:
-          ValueError: on an index out of range or repeated.
+            ValueError: an index is out of range or repeated.
         """
         indices = distinct_rows(indices, len(self))
         return dataclasses.replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
 
 def splits_overlap(one: str, other: str) -> bool:
-    """Whether two split names, such as "train[:80%]", may name a common example of a data set."""
+    """Whether two split expressions, such as "train[:80%]", may share an example.
+
+    It compares names only: "train[:50%]" and "train[50%:]" are reported as overlapping.
+    """
     names = [set(re.findall(r"[A-Za-z_]\w*", split)) for split in (one, other)]
     return bool(names[0] & names[1]) or "all" in names[0] | names[1]
 
@@ -169,17 +172,18 @@ def from_arrays(
     class_names: Sequence[str],
     split: str = "train",
 ) -> Dataset:
-    """A data set of arrays in memory.
+    """Returns a data set of arrays in memory.
 
     Args:
-      name: its name.
-      inputs: uint8 [examples, H, W, C] or int32 [examples, L].
-      labels: integers [examples].
-      class_names: one name per class.
-      split: what to call the split.
+        name: name of the data set.
+        inputs: uint8 [examples, H, W, C] or int32 [examples, L].
+        labels: integers [examples].
+        class_names: one name per class.
+        split: name of the split. Data sets of one name whose splits share a name count as one
+            split: evaluations on it are then logged as `nonprivate/...`.
 
     Raises:
-      ValueError: on a wrong dtype or rank, or a label out of range.
+        ValueError: a wrong dtype or rank, or a label out of range.
     """
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     if (inputs.dtype, inputs.ndim) not in ((np.dtype(np.uint8), 4), (np.dtype(np.int32), 2)):
@@ -188,7 +192,7 @@ def from_arrays(
             "or int32 [n, L]."
         )
     if len(inputs) != len(labels):
-        raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels must be equally many.")
+        raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels must be equal in number.")
     digests = [hashlib.sha256(np.ascontiguousarray(item).tobytes()).digest() for item in inputs]
     keys = np.frombuffer(b"".join(d[:16] for d in digests), np.uint8).reshape(-1, 16)
     return Dataset(
@@ -206,13 +210,13 @@ def distinct_rows(indices: np.ndarray, length: int) -> np.ndarray:
     """Returns indices as int64, each in [0, length) and all different.
 
     Raises:
-      ValueError: an index is out of range or repeated: an example that occurred twice would count
-        twice against its own privacy.
+        ValueError: an index is out of range or repeated. An example that occurs twice would be
+            clipped twice and could contribute twice the bound.
     """
     indices = np.asarray(indices, np.int64)
     wrong = indices[(indices < 0) | (indices >= length)]
     if wrong.size:
         raise ValueError(f"index={int(wrong[0])} must be in [0, {length}).")
     if len(np.unique(indices)) != len(indices):
-        raise ValueError("indices must be all different; some example is repeated.")
+        raise ValueError("indices must all be different; an example is repeated.")
     return indices

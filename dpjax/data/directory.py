@@ -28,47 +28,49 @@ _SPLIT = re.compile(r"\s*(?P<name>[\w-]+)\s*(\[.*\])?\s*")
 
 
 def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
-    """`data_dir`, or $DPJAX_DATA_DIR, or $DPJAX_CACHE_DIR/data, or ~/.cache/dpjax/data."""
-    chosen = data_dir or os.environ.get("DPJAX_DATA_DIR")
-    if not chosen:
+    """Returns `data_dir`, $DPJAX_DATA_DIR, $DPJAX_CACHE_DIR/data or ~/.cache/dpjax/data."""
+    directory = data_dir or os.environ.get("DPJAX_DATA_DIR")
+    if not directory:
         return cache_dir("data")
-    return Path(chosen).expanduser()
+    return Path(directory).expanduser()
 
 
 def split_name(name: str) -> tuple[str, str | None, str | None]:
-    """(name, config, version) of "name/config:1.0.0"."""
+    """Returns (name, config, version) of "name/config:1.0.0"."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"dataset={name!r} must read name, name/config or name/config:1.0.0.")
+        raise ValueError(
+            f"dataset={name!r} must have the form name, name/config or name/config:1.0.0."
+        )
     return match["name"], match["config"], match["version"]
 
 
 def find_directory(name: str, data_dir: Path) -> Path | None:
-    """The prepared directory of a data set, or None if nothing of it is there.
+    """Returns the prepared directory of a data set, or None if it has not been prepared.
 
     Args:
-      name: "name", "name/config" or either with ":1.0.0"; the newest version otherwise.
-      data_dir: where TFDS data sets lie.
+        name: "name" or "name/config", either with ":1.0.0"; without a version, the newest.
+        data_dir: directory of the TFDS data sets.
 
     Raises:
-      ValueError: if a preparation was left half-written, a version or config is not there, or
-        several configs are and none was named.
+        ValueError: a preparation was interrupted, the version or config does not exist, or several
+            configs exist and none was named.
     """
     base, config, version = split_name(name)
     root = data_dir / base / config if config else data_dir / base
     if not root.is_dir():
         return None
-    found = sorted(
+    versions = sorted(
         (path for path in root.iterdir() if _VERSION.fullmatch(path.name) and path.is_dir()),
         key=lambda path: tuple(int(part) for part in path.name.split(".")),
     )
     if version:
-        listed = [path.name for path in found]
-        if found and version not in listed:
-            raise ValueError(f"dataset={name!r}: version {version} is not among {listed}.")
-        found = [path for path in found if path.name == version]
-    if found:
-        return found[-1]
+        names = [path.name for path in versions]
+        if versions and version not in names:
+            raise ValueError(f"dataset={name!r}: version {version} is not among {names}.")
+        versions = [path for path in versions if path.name == version]
+    if versions:
+        return versions[-1]
     configs = sorted(
         path.name for path in root.iterdir() if path.is_dir() and any(path.glob("*.*.*/"))
     )
@@ -83,16 +85,16 @@ def find_directory(name: str, data_dir: Path) -> Path | None:
 
 
 def open_directory(directory: Path) -> Any:
-    """Opens a prepared directory as a TFDS builder, after checking that it is whole.
+    """Opens a prepared directory as a TFDS builder, after checking that it is complete.
 
     Args:
-      directory: data_dir/name[/config]/version.
+        directory: data_dir/name[/config]/version.
 
     Returns:
-      A read-only TFDS builder with random access.
+        A read-only TFDS builder with random access.
 
     Raises:
-      ValueError: if a file is missing, cut short or of a format without random access.
+        ValueError: a file is missing or truncated, or its format has no random access.
     """
     for required in ("dataset_info.json", "features.json"):
         if not (directory / required).is_file():
@@ -100,7 +102,7 @@ def open_directory(directory: Path) -> Any:
     try:
         builder = tfds.builder_from_directory(directory)
         splits = dict(builder.info.splits)
-    except Exception as error:  # a cut JSON file raises many types
+    except Exception as error:  # a truncated JSON file raises many types
         raise ValueError(_half_written(directory, f"its description: {error}")) from error
     file_format = builder.info.file_format
     file_format = getattr(file_format, "value", file_format)
@@ -118,15 +120,15 @@ def open_directory(directory: Path) -> Any:
 
 
 def check_split(builder: Any, split: str) -> None:
-    """Refuses a split expression that names no split, is empty or overlaps itself.
+    """Rejects a split expression that names an unknown split, is empty or overlaps itself.
 
     Args:
-      builder: an opened TFDS builder.
-      split: TFDS slicing syntax, e.g. "train", "train[:80%]", "train+validation".
+        builder: an opened TFDS builder.
+        split: TFDS slicing syntax, e.g. "train", "train[:80%]", "train+validation".
 
     Raises:
-      ValueError: naming the known splits. An overlap is refused because an example read twice
-        would count twice against its own privacy.
+        ValueError: one of these is the case. An overlap is rejected because an example that is read
+            twice would be clipped twice and could contribute twice the bound.
     """
     known = sorted(builder.info.splits)
     for part in split.split("+"):
@@ -141,6 +143,7 @@ def check_split(builder: Any, split: str) -> None:
         pieces = builder.info.splits[split].file_instructions
     except Exception as error:
         raise ValueError(f"split={split!r} cannot be read as a slice: {error}") from error
+    # TFDS has resolved the expression to (file, first record, number of records).
     spans: dict[str, list[tuple[int, int]]] = {}
     for piece in pieces:
         spans.setdefault(str(piece.filename), []).append((piece.skip, piece.skip + piece.take))
@@ -148,38 +151,39 @@ def check_split(builder: Any, split: str) -> None:
         intervals.sort()
         for (_, end), (start, _) in itertools.pairwise(intervals):
             if start < end:
-                raise ValueError(f"split={split!r} must not hold an example twice.")
+                raise ValueError(f"split={split!r} must not contain an example twice.")
     if sum(end - start for intervals in spans.values() for start, end in intervals) == 0:
-        raise ValueError(f"split={split!r} holds no examples.")
+        raise ValueError(f"split={split!r} has no examples.")
 
 
 def find_feature(builder: Any, kind: type, key: str | None, field: str) -> str:
-    """The one feature of a kind, or the supervised one if there are several.
+    """Returns the name of the only feature of a kind, or of the supervised one among several.
 
     Args:
-      builder: an opened TFDS builder.
-      kind: tfds.features.Image, ClassLabel or Text.
-      key: the feature asked for; None finds it.
-      field: what to call it in errors, e.g. "label_key".
+        builder: an opened TFDS builder.
+        kind: tfds.features.Image, ClassLabel or Text.
+        key: name of the feature; None finds it.
+        field: name of the argument in messages, e.g. "label_key".
 
     Raises:
-      ValueError: if the feature asked for is not there or of another kind, or none or several fit.
+        ValueError: the named feature does not exist or is of another kind, or the choice is not
+            unique.
     """
     features = builder.info.features
-    fitting = sorted(name for name, feature in features.items() if isinstance(feature, kind))
+    of_kind = sorted(name for name, feature in features.items() if isinstance(feature, kind))
     if key is not None:
-        if key not in fitting:
+        if key not in of_kind:
             raise ValueError(
-                f"{field}={key!r} must be one of {fitting}, the {kind.__name__} features of "
-                f"{builder.info.name!r}.{did_you_mean(key, fitting)}"
+                f"{field}={key!r} must be one of {of_kind}, the {kind.__name__} features of "
+                f"{builder.info.name!r}.{did_you_mean(key, of_kind)}"
             )
         return key
-    supervised = [name for name in builder.info.supervised_keys or () if name in fitting]
-    candidates = supervised or fitting
+    supervised = [name for name in builder.info.supervised_keys or () if name in of_kind]
+    candidates = supervised or of_kind
     if len(candidates) != 1:
         raise ValueError(
             f"{field}=None must name one {kind.__name__} feature of {builder.info.name!r}; it has "
-            f"{fitting}."
+            f"{of_kind}."
         )
     return candidates[0]
 
@@ -191,12 +195,12 @@ def _check_shard(directory: Path, path: Path, length: int, file_format: str) -> 
         return
     try:
         with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
-            found = reader.num_records()
+            records = reader.num_records()
     except Exception as error:
         raise ValueError(_half_written(directory, f"{path.name} is damaged: {error}")) from error
-    if found != length:
+    if records != length:
         raise ValueError(
-            _half_written(directory, f"{path.name} holds {found} of {length} examples")
+            _half_written(directory, f"{path.name} holds {records} of {length} examples")
         )
 
 

@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 pixels of one shape, on the host, with Pillow."""
+"""Decodes images to uint8 pixels of one shape, on the host, with Pillow."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class ImageSpec:
     """How the host brings images to one shape.
 
     Attributes:
-      image_size: side of the square result; None keeps the stored size, which must then be fixed.
-      resize: "crop" scales the shorter side to `image_size` and cuts the centre; "stretch" scales
-        both sides.
-      resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
-      channels: what the data set must have, 1 or 3; None takes what it has. Grey is not made
-        colour here: `preprocess` does that inside the step.
-      image_key: the image feature; None finds it.
-      label_key: the label feature; None finds it.
+        image_size: side of the square result, in pixels; None keeps the stored size, which must
+            then be fixed.
+        resize: "crop" scales the shorter side to `image_size` and cuts out the center; "stretch"
+            scales both sides.
+        resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
+        channels: number of channels the data set must have, 1 or 3; None accepts either. Gray is
+            not converted to color here: `preprocess` does that inside the step.
+        image_key: the image feature; None finds it.
+        label_key: the label feature; None finds it.
     """
 
     image_size: int | None = None
@@ -53,19 +54,19 @@ class ImageSpec:
 
 
 def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, int, int]:
-    """Shape [H, W, C] of decoded images.
+    """Returns the shape [H, W, C] of decoded images.
 
     Args:
-      stored: shape of the image feature, None where it varies.
-      spec: how images are resized, and the channel count expected.
+        stored: shape of the image feature, None where it varies.
+        spec: how images are resized, and the expected number of channels.
 
     Raises:
-      ValueError: if the channel count differs from `spec.channels`, or sizes vary and
-        `spec.image_size` is None.
+        ValueError: the number of channels differs from `spec.channels`, or sizes vary and
+            `spec.image_size` is None.
     """
     height, width, channels = stored
     if channels is None:
-        channels = spec.channels or 3  # what is stored in any mode is read as colour
+        channels = spec.channels or 3  # images of mixed modes are read as color
     if channels not in _MODES:
         raise ValueError(f"channels={channels} of the stored images must be 1 or 3.")
     if spec.channels is not None and channels != spec.channels:
@@ -86,15 +87,15 @@ def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndar
     """Decodes one image.
 
     Args:
-      data: an encoded image (PNG, JPEG, ...).
-      shape: [H, W, C] from `output_shape`.
-      spec: how to resize.
+        data: an encoded image (PNG, JPEG, ...).
+        shape: [H, W, C] from `output_shape`.
+        spec: how the image is resized.
 
     Returns:
-      uint8 [H, W, C].
+        uint8 [H, W, C].
 
     Raises:
-      ValueError: if the bytes are not a whole image, or its mode or size does not fit.
+        ValueError: the bytes are not a complete image, or its mode or size does not fit.
     """
     height, width, channels = shape
     try:
@@ -111,7 +112,7 @@ def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndar
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Lossless PNG of uint8 pixels [H, W], [H, W, 1] or [H, W, 3]."""
+    """Returns uint8 pixels [H, W], [H, W, 1] or [H, W, 3] as a lossless PNG."""
     if pixels.dtype != np.uint8:
         raise ValueError(f"pixels of dtype {pixels.dtype} must be uint8.")
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
@@ -126,7 +127,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == mode:
         return image
     if channels == 3 and not image.mode.startswith(("I", "F")):
-        return image.convert("RGB")  # grey is repeated, alpha dropped, a palette looked up
+        return image.convert("RGB")  # gray is repeated, alpha dropped, a palette looked up
     if image.mode == "1":
         return image.convert("L")
     raise ValueError(f"mode {image.mode} cannot be read as {channels} channels of 8 bits")
@@ -138,7 +139,7 @@ def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
         return image
     box = None
     if spec.resize == "crop":
-        # One resampling of the centred square equals scaling the shorter side, then cropping.
+        # One resampling of the centered square equals scaling the shorter side, then cropping.
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)

@@ -1,4 +1,4 @@
-"""`load`: a data set by name. Every mistake a user can make is answered here, before training."""
+"""Opens a data set by name, and checks it: mistakes are reported here, before training."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def load(
     """Opens an image-classification data set.
 
     Args:
-      name: "digits" and "mnist5k" are prepared on first use. Any other TFDS data set must have been
-        prepared in `data_dir` with file_format array_record (or parquet); "name/config:1.0.0" picks
-        a config and a version.
-      split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
-      data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
-      spec: size, channels and features; default: as stored.
-      memory_limit: bytes of decoded pixels up to which a split is held in memory.
-      download: lets TFDS download and prepare what is not there. Most TFDS builders then need
-        TensorFlow. Otherwise the network is never touched.
+        name: "digits" and "mnist5k" are prepared on first use. Any other TFDS data set must have
+            been prepared in `data_dir` with file_format array_record (or parquet);
+            "name/config:1.0.0" picks a config and a version.
+        split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
+        data_dir: directory of the TFDS data sets; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
+        spec: size, channels and features; by default as stored.
+        memory_limit: a split whose decoded pixels take at most this many bytes is held in memory.
+        download: lets TFDS download and prepare a missing data set, for which most TFDS builders
+            need TensorFlow. If False, the network is never used.
 
     Returns:
-      The data set, checked: splits, features, channels, label range, images.
+        The data set, with splits, features, channels, label range and images checked.
 
     Raises:
-      ValueError: naming the argument and its value.
+        ValueError: the message names the argument and its value.
     """
     builder = _open(name, data_dir, download)
     return images_dataset(builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit)
@@ -66,20 +66,20 @@ def load_text(
     data_dir: str | os.PathLike[str] | None = None,
     tokenize: Callable[[list[str]], np.ndarray],
 ) -> Dataset:
-    """Opens a text-classification data set and tokenises it.
+    """Opens a text-classification data set and tokenizes it.
 
     Args:
-      name: e.g. "newsgroups20", prepared in `data_dir`.
-      split: TFDS slicing syntax.
-      data_dir: as for `load`.
-      tokenize: texts [n] to int32 tokens [n, L]; 0 should be its padding token, because padding
-        examples are zeros.
+        name: e.g. "newsgroups20", prepared in `data_dir`.
+        split: TFDS slicing syntax.
+        data_dir: as for `load`.
+        tokenize: maps texts [n] to int32 tokens [n, L]; its padding token should be 0, because
+            padding examples are zeros.
 
     Returns:
-      The data set; inputs are int32 [L].
+        The data set; inputs are int32 [L].
 
     Raises:
-      ValueError: as `load`, and if `tokenize` returns something else.
+        ValueError: as for `load`, or `tokenize` returns another dtype or shape.
     """
     return text_dataset(_open(name, data_dir, False), name, split, tokenize=tokenize)
 
@@ -99,13 +99,13 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) ->
 
 def _check_name(name: str, root: Path) -> None:
     base = split_name(name)[0]
-    there = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    prepared = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     known = {*EMBEDDED, *SOURCES, *tfds.list_builders(with_community_datasets=False)}
-    if base not in known and base not in there:
-        here = sorted({*EMBEDDED, *SOURCES, *(item for item in there if item.isidentifier())})
-        # TFDS registers hundreds of names, so ours and what is there are looked at first.
-        hint = did_you_mean(base, here, cutoff=0.75) or did_you_mean(base, {*known, *here})
-        raise ValueError(f"dataset={name!r} is unknown.{hint} Known without TFDS: {here}.")
+    if base not in known and base not in prepared:
+        local = sorted({*EMBEDDED, *SOURCES, *(item for item in prepared if item.isidentifier())})
+        # TFDS registers hundreds of names; one that is available here is the likelier intention.
+        hint = did_you_mean(base, local, cutoff=0.75) or did_you_mean(base, {*known, *local})
+        raise ValueError(f"dataset={name!r} is unknown.{hint} Known without TFDS: {local}.")
 
 
 def _not_prepared(name: str, root: Path) -> str:
@@ -118,7 +118,7 @@ def _not_prepared(name: str, root: Path) -> str:
             f"FILE one of: {SOURCES[base].files}."
         )
     return message + (
-        "Prepare it with TFDS on a machine with a network, "
+        "Prepare it with TFDS on a machine with network access, "
         f"tfds build {base} --file_format=array_record --data_dir={root}, or pass download=True."
     )
 
@@ -129,7 +129,7 @@ def _download(name: str, root: Path) -> Path | None:
         builder.download_and_prepare()
     except ImportError as error:
         raise ValueError(
-            f"dataset={name!r} cannot be prepared here, its TFDS builder needs {error.name}. "
+            f"dataset={name!r} cannot be prepared here: its TFDS builder needs {error.name}. "
             + _not_prepared(name, root)
         ) from error
     return Path(builder.data_path)

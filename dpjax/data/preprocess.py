@@ -1,4 +1,4 @@
-"""From stored pixels to model input inside a jitted step, one example at a time; pure JAX."""
+"""Turns stored pixels into model input inside the jitted step, one example at a time; pure JAX."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def preprocess(
     channels: int,
     resample: str = "bilinear",
 ) -> jax.Array:
-    """Scales, resizes, repeats grey to colour and normalises ONE image.
+    """Scales, resizes, repeats gray to color and normalizes ONE image.
 
     Args:
-      image: uint8 [H, W, C].
-      image_size: side of the result. The image is stretched to a square (crop on the host when
-        the proportions matter). Downscaling is antialiased, as in Pillow.
-      mean: per channel, subtracted from pixels in [0, 1]; length `channels` or 1.
-      std: per channel, divided by; length `channels` or 1.
-      channels: of the result. A grey image is repeated to 3 channels.
-      resample: "nearest", "bilinear" or "bicubic".
+        image: uint8 [H, W, C].
+        image_size: side of the result, in pixels. The image is stretched to a square (crop on the
+            host if proportions matter). Downscaling is antialiased, as in Pillow.
+        mean: per-channel mean to subtract from pixels in [0, 1]; length `channels` or 1.
+        std: per-channel divisor; length `channels` or 1.
+        channels: number of channels of the result. A gray image is repeated to 3 channels.
+        resample: "nearest", "bilinear" or "bicubic".
 
     Returns:
-      float32 [image_size, image_size, channels].
+        float32 [image_size, image_size, channels].
 
     Raises:
-      ValueError: on a wrong rank, dtype, channel count, statistic or resample name.
+        ValueError: a wrong rank, dtype, channel count, statistic or resample name.
     """
     if image.ndim != 3:
         raise ValueError(f"image of shape {image.shape} must be one image [H, W, C].")
@@ -59,7 +59,7 @@ def preprocess(
     if (height, width) != (image_size, image_size):
         shape = (image_size, image_size, depth)
         pixels = jax.image.resize(pixels, shape, method=_RESAMPLE[resample], antialias=True)
-        pixels = jnp.clip(pixels, 0.0, 1.0)  # bicubic overshoots; stored pixels could not
+        pixels = jnp.clip(pixels, 0.0, 1.0)  # bicubic resampling overshoots
     if depth != channels:
         pixels = jnp.repeat(pixels, channels, axis=-1)
     centre = jnp.asarray(mean, jnp.float32)[None, None]
@@ -77,16 +77,16 @@ def random_crop(
     """Pads ONE image and cuts a window of its own size at a uniformly random place.
 
     Args:
-      image: [H, W, C], any dtype.
-      key: used once.
-      padding: pixels added on each side, >= 0.
-      mode: "reflect", "edge" or "zero". Zeros are black before normalisation only.
+        image: [H, W, C], any dtype.
+        key: used once.
+        padding: pixels added on each side, >= 0.
+        mode: "reflect", "edge" or "zero". Zero is black only before normalization.
 
     Returns:
-      [H, W, C], same dtype.
+        [H, W, C], same dtype.
 
     Raises:
-      ValueError: on a negative padding, a reflection wider than the image, or an unknown mode.
+        ValueError: a negative padding, a reflection wider than the image, or an unknown mode.
     """
     if mode not in _PAD:
         raise ValueError(f"mode={mode!r} must be one of {sorted(_PAD)}.")
@@ -103,16 +103,16 @@ def random_shift(
     """Moves ONE image by up to `max_shift` pixels each way.
 
     Args:
-      image: [H, W, C], any dtype.
-      key: used once.
-      max_shift: pixels, >= 0; rows and columns move independently and uniformly.
-      fill: value that moves in; after normalisation, give the normalised background.
+        image: [H, W, C], any dtype.
+        key: used once.
+        max_shift: in pixels, >= 0; rows and columns move independently and uniformly.
+        fill: value of the pixels that move in; after normalization, pass the normalized background.
 
     Returns:
-      [H, W, C], same dtype.
+        [H, W, C], same dtype.
 
     Raises:
-      ValueError: on a negative shift.
+        ValueError: a negative shift.
     """
     _check_padding(image, max_shift)
     widths = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))

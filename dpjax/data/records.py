@@ -1,4 +1,4 @@
-"""Records of a prepared TFDS split to a `Dataset`: decoded once, or on demand by threads."""
+"""Turns the records of a prepared TFDS split into a `Dataset`, decoded at once or on demand."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ def images_dataset(
     """Reads one split of an image-classification data set.
 
     Args:
-      builder: an opened TFDS builder.
-      name: what to call it.
-      split: TFDS slicing syntax.
-      spec: how images are brought to one shape.
-      memory_limit: bytes; a split whose decoded pixels take at most this is decoded now, a larger
-        one on demand.
+        builder: an opened TFDS builder.
+        name: name of the data set.
+        split: TFDS slicing syntax.
+        spec: how images are brought to one shape.
+        memory_limit: bytes; a split whose decoded pixels take at most this is decoded now, a larger
+            one on demand.
 
     Returns:
-      The data set. Every record was read once: labels are checked, and every image is decoded if
-      the split is held in memory; otherwise its first and last bytes are looked at.
+        The data set. Every record has been read once: its label is checked, and its image is
+        decoded if the split is held in memory. Otherwise the image's first and last bytes are
+        checked.
 
     Raises:
-      ValueError: as `check_split`, `find_feature`, `output_shape` and `Dataset` do, and for an
-        image that cannot be read, naming its position in the split.
+        ValueError: as for `check_split`, `find_feature`, `output_shape` and `Dataset`, or an image
+            is unreadable; the message names its position in the split.
     """
     check_split(builder, split)
     image_key = find_feature(builder, tfds.features.Image, spec.image_key, "image_key")
@@ -57,8 +58,8 @@ def images_dataset(
         raise ValueError(f"dtype={features[image_key].np_dtype} of {name!r} images must be uint8.")
     shape = output_shape(features[image_key].shape, spec)
     records = _records(builder, split)
-    held = len(records) * int(np.prod(shape)) <= memory_limit
-    pixels = np.zeros((len(records), *shape), np.uint8) if held else None
+    in_memory = len(records) * int(np.prod(shape)) <= memory_limit
+    pixels = np.zeros((len(records), *shape), np.uint8) if in_memory else None
 
     def decoded(row: int, data: bytes) -> np.ndarray:
         try:
@@ -88,16 +89,17 @@ def images_dataset(
             for position, example in zip(positions, examples, strict=True):
                 out[position] = decoded(int(rows[position]), example[image_key])
 
+        # More pieces than threads: images differ in size, and no thread should end up waiting.
         pieces = np.array_split(np.arange(len(rows)), min(len(rows), 4 * _workers()))
-        for _ in pool.map(fill, pieces):
+        for _ in pool.map(fill, pieces):  # consumed, so that an exception is raised here
             pass
         return out
 
     pool = ThreadPoolExecutor(_workers(), thread_name_prefix="dpjax-decode")
     labels, keys = _scan(pool, scan, len(records), f"Reading {name} {split}")
-    if held:
-        pool.shutdown()
-    # Pixels depend on how they were resized, so the digest must too.
+    if in_memory:
+        pool.shutdown()  # otherwise `read` keeps using it
+    # The keys are of the encoded bytes. Pixels also depend on the resizing, so the digest must too.
     salt = repr((spec.resize, spec.resample) if spec.image_size else ())
     return Dataset(
         name=name,
@@ -113,20 +115,20 @@ def images_dataset(
 def text_dataset(
     builder: Any, name: str, split: str, *, tokenize: Callable[[list[str]], np.ndarray]
 ) -> Dataset:
-    """Reads and tokenises one split of a text-classification data set.
+    """Reads and tokenizes one split of a text-classification data set.
 
     Args:
-      builder: an opened TFDS builder with a Text and a ClassLabel feature.
-      name: what to call it.
-      split: TFDS slicing syntax.
-      tokenize: texts [n] to int32 tokens [n, L] with one L for all calls; called on a few hundred
-        at a time, in order.
+        builder: an opened TFDS builder with a Text and a ClassLabel feature.
+        name: name of the data set.
+        split: TFDS slicing syntax.
+        tokenize: maps texts [n] to int32 tokens [n, L], with the same L in all calls; called on a
+            few hundred texts at a time, in order.
 
     Returns:
-      The data set of tokens, held in memory.
+        The data set of tokens, held in memory.
 
     Raises:
-      ValueError: as for images, and if `tokenize` returns another dtype, rank or length.
+        ValueError: as for images, or `tokenize` returns another dtype, rank or length.
     """
     check_split(builder, split)
     features = builder.info.features
@@ -139,7 +141,7 @@ def text_dataset(
     tokens: list[np.ndarray] = []
     labels: list[int] = []
     keys: list[bytes] = []
-    for rows in progress(_pieces(len(records)), f"Tokenising {name} {split}", unit="piece"):
+    for rows in progress(_pieces(len(records)), f"Tokenizing {name} {split}", unit="piece"):
         examples = _examples(records, rows, f"{name!r} split {split!r}")
         texts = [bytes(example[text_key]).decode("utf-8", "replace") for example in examples]
         piece = np.asarray(tokenize(texts))
@@ -165,14 +167,14 @@ def text_dataset(
 
 
 def progress(iterable: Any, description: str, *, unit: str, total: int | None = None) -> Any:
-    """A progress bar on stderr around an iterable."""
+    """Wraps an iterable in a progress bar on stderr."""
     return tqdm(
         iterable, description, total=total, unit=f" {unit}", file=sys.stderr, mininterval=0.5
     )
 
 
 def _records(builder: Any, split: str) -> Any:
-    """Random access to records with every image left encoded."""
+    """Returns random access to the records, with images still encoded."""
     skip = {
         key: tfds.decode.SkipDecoding()
         for key, feature in builder.info.features.items()
@@ -182,10 +184,10 @@ def _records(builder: Any, split: str) -> Any:
 
 
 def _examples(records: Any, rows: np.ndarray, where: str) -> list[dict[str, Any]]:
-    """Reads records together; if that fails, one by one to name the one at fault."""
+    """Reads records in one call; if that fails, one by one, to name the damaged one."""
     try:
         return list(records.__getitems__(rows.tolist()))
-    except Exception:  # what a damaged record raises depends on the file format
+    except Exception:  # the type depends on the file format
         for row in rows.tolist():
             try:
                 records[row]
@@ -220,6 +222,7 @@ def _table(keys: list[bytes]) -> np.ndarray:
 
 
 def _salted(keys: np.ndarray, salt: str) -> np.ndarray:
+    # xor: keys stay distinct, and another salt changes all of them.
     return keys ^ np.frombuffer(_key(salt.encode()), np.uint8)[None]
 
 
@@ -228,7 +231,7 @@ def _class_names(feature: Any) -> tuple[str, ...]:
 
 
 def _looks_whole(data: bytes) -> bool:
-    """Whether the bytes begin and end as a PNG or JPEG does; cheap, so run over large splits."""
+    """Whether the bytes start and end like a PNG or JPEG; cheap enough for large splits."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data.endswith(b"IEND\xaeB`\x82")
     return data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9")

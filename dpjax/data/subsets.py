@@ -1,8 +1,12 @@
-"""Seeded choices of examples: stratified subsets, shots per class, held-out shares.
+"""Seeded selections of examples: stratified subsets, shots per class, held-out shares.
 
-A subset is a function of the labels and a seed, so it is a choice that depends on all examples; a
-share is one of each example by itself. Random order comes from the raw bits of a Philox
-generator, whose stream NumPy promises to keep, so a choice is the same on every machine.
+There are two kinds, with different consequences for privacy. A *subset* is stratified: which
+examples it contains depends on the labels of all of them, so adding one example may exchange
+others, and the guarantee is about the selected examples only. A *share* decides about each example
+from that example and the seed alone, so the guarantee carries over to the whole data set.
+
+A selection is the same on every machine: it uses the raw bits of a Philox generator, which NumPy
+promises not to change (unlike the numbers its `Generator` methods derive from them), and SHA-256.
 """
 
 from __future__ import annotations
@@ -15,31 +19,35 @@ from dpjax.data.dataset import Dataset
 
 __all__ = ["holdout", "random_share", "stratified_indices", "subset"]
 
-# Separate streams: a held-out split is not the start of a subset.
+# One stream for each use. With a common one, a held-out split would be the first examples of a
+# subset with the same seed, and no longer independent of it.
 _SUBSET, _HOLDOUT, _SHARE = 1, 2, 3
 
 
 def stratified_indices(
     labels: np.ndarray, amount: float | int, *, seed: int, stream: int = 0
 ) -> np.ndarray:
-    """Chooses the same share, or the same number, of every class.
+    """Selects the same fraction, or the same number, of every class.
 
     Args:
-      labels: integers [examples].
-      amount: a float in (0, 1] is a fraction; an int >= 1 is shots per class present.
-      seed: choices with one seed are nested: a larger amount holds the smaller one's examples
-        (for shots always; for fractions up to rounding).
-      stream: distinguishes independent uses of one seed.
+        labels: integers [examples].
+        amount: a float in (0, 1] is a fraction; an int >= 1 is the number of shots for each class
+            that occurs.
+        seed: selections with one seed are nested: a larger amount contains the examples of a
+            smaller one (always for shots; for fractions up to rounding).
+        stream: distinguishes independent uses of one seed.
 
     Returns:
-      Ascending indices into `labels`. For a fraction f, round(f * examples) of them, and every
-      class has f * (its size) rounded up or down.
+        Ascending indices into `labels`. For a fraction f, round(f * examples) of them, and from
+        every class f * (its size), rounded up or down.
 
     Raises:
-      ValueError: on an amount out of range, more shots than some class has, or nothing chosen.
-      TypeError: if amount is neither int nor float.
+        ValueError: the amount is out of range, a class has too few examples, or nothing is
+            selected.
+        TypeError: the amount is neither int nor float.
     """
     labels = np.asarray(labels)
+    # bool is a subclass of int: True would mean one shot per class.
     if isinstance(amount, (bool, np.bool_)) or not isinstance(
         amount, (int, float, np.integer, np.floating)
     ):
@@ -48,11 +56,11 @@ def stratified_indices(
     if isinstance(amount, (int, np.integer)):
         if amount < 1:
             raise ValueError(f"amount={amount} shots per class must be >= 1.")
-        short = np.flatnonzero(counts < amount)
-        if short.size:
+        too_small = np.flatnonzero(counts < amount)
+        if too_small.size:
             raise ValueError(
-                f"amount={amount} shots per class must be <= {counts[short[0]]}, all that class "
-                f"{classes[short[0]]} has."
+                f"amount={amount} shots per class must be <= {counts[too_small[0]]}, the number of "
+                f"examples of class {classes[too_small[0]]}."
             )
         take = np.full(len(classes), int(amount))
     else:
@@ -60,89 +68,94 @@ def stratified_indices(
             raise ValueError(f"amount={amount} as a fraction must be in (0, 1].")
         take = _apportion(counts, float(amount))
         if take.sum() == 0:
-            raise ValueError(f"amount={amount} of {len(labels)} examples must choose at least one.")
+            raise ValueError(f"amount={amount} of {len(labels)} examples must select at least one.")
     if seed < 0:
         raise ValueError(f"seed={seed} must be >= 0.")
-    # One random number per example, ordered within its class.
+    # One random number per example. The smallest `number` of a class are selected: a uniform choice
+    # without replacement, and nested, because a larger number only extends the list.
     bits = np.random.Philox(np.random.SeedSequence([seed, stream])).random_raw(len(labels))
-    chosen = []
+    selected = []
     for label, number in zip(classes, take, strict=True):
         members = np.flatnonzero(labels == label)
-        chosen.append(members[np.argsort(bits[members], kind="stable")[:number]])
-    return np.sort(np.concatenate(chosen))
+        # "stable", so that a tie, however unlikely, is broken alike on every machine.
+        selected.append(members[np.argsort(bits[members], kind="stable")[:number]])
+    # Ascending: a subset keeps the data set's order, and reads from disk are sequential.
+    return np.sort(np.concatenate(selected))
 
 
 def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
-    """A stratified part of a data set.
+    """Returns a stratified part of a data set.
 
     Args:
-      dataset: to choose from.
-      amount: a float in (0, 1] is a fraction, an int is shots per class (so 1.0 is everything
-        and 1 is one example of each class).
-      seed: of the choice; the choice does not look at the inputs.
+        dataset: the data set to select from.
+        amount: a float in (0, 1] is a fraction, an int is shots per class (so 1.0 selects
+            everything, and 1 selects one example of each class).
+        seed: seed of the selection, which depends on it and on the labels, not on the inputs.
 
     Guarantees:
-      None about the whole data set: adding one example to it may change the choice of all others.
+        None about the whole data set: adding one example may change which others are selected. A
+        private run on a subset protects the selected examples.
 
     Returns:
-      The chosen examples, in the data set's order; `rows` tells which they are.
+        The selected examples, in the data set's order; `rows` has their positions.
 
     Raises:
-      ValueError: on an amount out of range or more shots than some class has.
+        ValueError: the amount is out of range, or a class has too few examples.
     """
+    # `stratified_indices` only sees classes that occur; shots are promised for every class.
     missing = dataset.num_classes - len(np.unique(dataset.labels))
     if isinstance(amount, int) and missing:
         raise ValueError(
             f"amount={amount} shots per class: {missing} of {dataset.num_classes} classes of "
             f"{dataset.name!r} have no example."
         )
-    chosen = stratified_indices(dataset.labels, amount, seed=seed, stream=_SUBSET)
-    return dataset.select(chosen)
+    return dataset.select(stratified_indices(dataset.labels, amount, seed=seed, stream=_SUBSET))
 
 
 def holdout(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Splits a training set for tuning: `random_share`, with a stream of its own.
+    """Splits a training set for tuning; like `random_share`, with a stream of its own.
 
     Args:
-      dataset: to split.
-      share: held out, in (0, 1), the probability of each example.
-      seed: of the choice.
+        dataset: the data set to split.
+        share: probability of each example to be held out, in (0, 1).
+        seed: seed of the split.
 
     Returns:
-      (rest, held): disjoint, together the whole data set; `rows` of each tells which.
+        (rest, held out): disjoint, together the whole data set; `rows` has their positions.
 
     Guarantees:
-      Adding or removing an example moves no other one, so a guarantee for the rest is one for the
-      whole data set.
+        Adding or removing an example moves no other example, so a guarantee for the rest is one for
+        the whole data set.
 
     Raises:
-      ValueError: on a share out of range, or if either part is empty.
+        ValueError: the share is out of range, or a part is empty.
     """
-    return _each_by_itself(dataset, share, seed, _HOLDOUT)
+    return _split_independently(dataset, share, seed, _HOLDOUT)
 
 
 def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Splits a data set by chance alone, so that privacy is paid for either part on its own.
+    """Splits a data set at random into two parts whose privacy costs do not add up.
 
-    Where an example goes depends on its own input and the seed, and on nothing else: not on its
-    label, nor on its place in the split. So adding or removing an example moves no other one to
-    the other part, as parallel composition needs.
+    The part of an example depends on its own input and the seed only: not on its label, nor on its
+    position. Adding or removing an example therefore moves no other example to the other part, as
+    parallel composition requires: the cost of both parts together is that of the more expensive
+    one.
 
     Args:
-      dataset: to split.
-      share: in (0, 1), the probability of each example to be in the share.
-      seed: of the choice.
+        dataset: the data set to split.
+        share: probability of each example to be in the share, in (0, 1).
+        seed: seed of the split.
 
     Returns:
-      (rest, share): disjoint, together the whole data set.
+        (rest, share): disjoint, together the whole data set.
 
     Raises:
-      ValueError: on a share out of range, or if either part is empty.
+        ValueError: the share is out of range, or a part is empty.
     """
-    return _each_by_itself(dataset, share, seed, _SHARE)
+    return _split_independently(dataset, share, seed, _SHARE)
 
 
-def _each_by_itself(
+def _split_independently(
     dataset: Dataset, share: float, seed: int, stream: int
 ) -> tuple[Dataset, Dataset]:
     if isinstance(share, bool) or not isinstance(share, (int, float, np.integer, np.floating)):
@@ -151,20 +164,30 @@ def _each_by_itself(
         raise ValueError(f"share={share} must be in (0, 1).")
     if seed < 0:
         raise ValueError(f"seed={seed} must be >= 0.")
+    # Hash the example's digest with the seed, read 64 bits of the hash as a number in [0, 1), and
+    # compare it with the share. A random generator would deal its numbers out by position, and an
+    # added example would shift those of all later ones. Equal inputs land in the same part.
     salt = np.random.SeedSequence([seed, stream]).generate_state(4).tobytes()
     keys = dataset.source.keys[dataset.rows]
-    drawn = [int.from_bytes(hashlib.sha256(salt + key.tobytes()).digest()[:8]) for key in keys]
-    chosen = np.array(drawn, np.uint64) * 2.0**-64 < share
-    if chosen.all() or not chosen.any():
+    hashes = [int.from_bytes(hashlib.sha256(salt + key.tobytes()).digest()[:8]) for key in keys]
+    in_share = np.array(hashes, np.uint64) * 2.0**-64 < share
+    if in_share.all() or not in_share.any():
         raise ValueError(f"share={share} of {len(dataset)} examples leaves a part empty.")
-    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+    return dataset.select(np.flatnonzero(~in_share)), dataset.select(np.flatnonzero(in_share))
 
 
 def _apportion(counts: np.ndarray, fraction: float) -> np.ndarray:
-    """Whole numbers near fraction * counts with sum round(fraction * sum): largest remainders."""
+    """Returns integers near fraction * counts that sum to round(fraction * sum of counts).
+
+    Rounding each class by itself would miss the total by up to half an example per class. This is
+    the method of largest remainders: round all down, then give the missing examples to the classes
+    that lost most.
+    """
     exact = counts * fraction
     take = np.floor(exact).astype(np.int64)
-    left = int(round(fraction * counts.sum())) - int(take.sum())
-    order = np.argsort(-(exact - take), kind="stable")
-    take[order[: max(left, 0)]] += 1
+    missing = int(round(fraction * counts.sum())) - int(take.sum())
+    by_remainder = np.argsort(-(exact - take), kind="stable")
+    # Float rounding may lift a product to the next integer. `max` and `minimum` then keep the
+    # numbers valid.
+    take[by_remainder[: max(missing, 0)]] += 1
     return np.minimum(take, counts)

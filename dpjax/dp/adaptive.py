@@ -1,22 +1,23 @@
-"""A clip bound that follows a quantile of the gradient norms, its query accounted.
+"""A clip bound that follows a quantile of the gradient norms, with its query accounted.
 
-Beside the gradient, a step asks how many examples of its batch have a norm of at most the bound C,
-and moves C geometrically towards the wanted share. The count is noised, and the two are accounted
-as ONE Gaussian mechanism on one sample. An example contributes to the pair
+Besides the gradient, every step asks how many examples of its batch have a norm of at most the
+bound C, and moves C geometrically toward the wanted share. Noise is added to the count, and count
+and gradient are accounted as ONE Gaussian mechanism on one sample. An example contributes the pair
     (its clipped gradient / C,   1/2 if its norm is at most C, else -1/2)
-with norms of at most 1 and exactly 1/2; an example that is not there contributes (0, 0). With noise
-of standard deviation sigma_grad on the first and sigma_count on the second, divide each by its own:
-the noise becomes standard normal in every coordinate and the contribution's squared norm at most
+whose parts have norms of at most 1 and exactly 1/2; an absent example contributes (0, 0). With
+noise of standard deviation sigma_grad on the first part and sigma_count on the second, divide each
+part by its own: the noise becomes standard normal in every coordinate, and the squared norm of a
+contribution at most
     sigma_grad^-2 + (2 sigma_count)^-2  =:  sigma_total^-2.
-So the pair is a Gaussian mechanism with the noise multiplier sigma_total, sampled or not, and a
-release with sigma_total costs the same with the count or without it: the gradient gets the noise
+So the pair is a Gaussian mechanism with the noise multiplier sigma_total, subsampled or not. A
+release with sigma_total therefore costs the same with or without the count, if the gradient gets
     sigma_grad = (sigma_total^-2 - (2 sigma_count)^-2)^(-1/2).
-Under "replace_one" the pair moves by up to twice its norm, as the gradient alone does, and the
-accounting knows about the 2 (see `events`). What follows from the noised count, the next bound
-first of all, is post-processing.
+Under "replace_one" the pair moves by up to twice its norm, as the gradient alone does; the
+accountant applies the factor 2 (see `events`). The next bound is computed from the noisy count
+alone, so it is post-processing.
 
-Source: Andrew et al. 2021, arXiv 1905.03871, algorithm 1 and theorem 1; a lower limit
-on the bound as in arXiv 2506.01396.
+Source: Andrew et al. 2021, arXiv 1905.03871, algorithm 1 and theorem 1; the lower limit on the
+bound follows arXiv 2506.01396.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from dpjax.dp.noise import standard_normal
 __all__ = ["LARGEST_BOUND", "QuantileBound", "gradient_noise_multiplier", "quantile_bound"]
 
 LARGEST_BOUND = 1e9
-"""A bound that would leave the range of its squares in float32 stops here."""
+"""Limit of the bound: the squares of much larger norms would overflow float32."""
 
 
 class QuantileBound(NamedTuple):
-    """How the bound follows the quantile; made by `quantile_bound`. Traced values.
+    """The rule that moves the bound, from `quantile_bound`; its fields may be traced values.
 
     Attributes:
         quantile: gamma in (0, 1), the wanted share of norms that are at most the bound.
-        rate: eta > 0; a step moves the logarithm of the bound by rate * (share - quantile).
-        lower_bound: the bound never falls below it.
+        rate: eta > 0; a step moves the logarithm of the bound by rate * (quantile - share).
+        lower_bound: the bound never falls below it, in units of gradient norm.
     """
 
     quantile: jax.typing.ArrayLike
@@ -57,35 +58,28 @@ class QuantileBound(NamedTuple):
         expected_batch_size: jax.typing.ArrayLike,
         key: jax.Array,
     ) -> jax.Array:
-        """Returns the bound of the next step, a function of public values and the noised count.
+        """Returns the bound of the next step, a function of public values and the noisy count.
 
         Args:
             bound: C of this step, float32 scalar.
-            centred_count: sum over the batch of 1/2 for a norm of at most C and -1/2 for any
-                other. Private: nothing else may read it.
-            count_noise: sigma_count, of `Mechanism.count_noise`.
+            centred_count: sum over the batch of 1/2 for every norm of at most C, and -1/2 for
+                every other. Private: nothing else may read it.
+            count_noise: sigma_count, from `Mechanism.count_noise`, in examples.
             expected_batch_size: B, a public constant.
-            key: secret, for this step alone.
+            key: secret key of this step alone.
         """
-        noised = centred_count + count_noise * standard_normal(key)
-        share = noised / expected_batch_size + 0.5
-        moved = bound * jnp.exp(self.rate * (self.quantile - share))
-        return jnp.clip(moved, self.lower_bound, LARGEST_BOUND).astype(jnp.float32)
+        noisy_count = centred_count + count_noise * standard_normal(key)
+        # Divided by the expected size: the realized size is private.
+        share = noisy_count / expected_batch_size + 0.5
+        new_bound = bound * jnp.exp(self.rate * (self.quantile - share))
+        return jnp.clip(new_bound, self.lower_bound, LARGEST_BOUND).astype(jnp.float32)
 
 
 def quantile_bound(quantile: float, *, rate: float = 0.2, lower_bound: float) -> QuantileBound:
-    """Checks and makes a `QuantileBound`.
-
-    Args:
-        quantile: gamma in (0, 1), the wanted share of norms that are at most the bound.
-        rate: eta > 0; a step moves the logarithm of the bound by rate * (share - quantile).
-        lower_bound: the bound never falls below it, in units of gradient norm.
-
-    Returns:
-        The rule that moves the bound.
+    """Returns a checked `QuantileBound`, whose attributes the arguments are.
 
     Guarantees:
-        The bound stays in [lower_bound, LARGEST_BOUND]. It follows from the noised count alone, so
+        The bound stays in [lower_bound, LARGEST_BOUND]. It follows from the noisy count alone, so
         it costs nothing beyond that count, which `Mechanism.count_noise` accounts for.
 
     Raises:
@@ -103,14 +97,15 @@ def quantile_bound(quantile: float, *, rate: float = 0.2, lower_bound: float) ->
 
 
 def gradient_noise_multiplier(noise_multiplier: float, count_noise: float) -> float:
-    """Returns sigma_grad of a release whose gradient and count together have sigma_total.
+    """Returns sigma_grad, so that gradient and count together have the multiplier sigma_total.
 
     Args:
-        noise_multiplier: sigma_total, what is accounted.
-        count_noise: sigma_count, standard deviation of the noise on the centred count, in examples.
+        noise_multiplier: sigma_total, the accounted noise multiplier.
+        count_noise: sigma_count, standard deviation of the noise on the centered count, in
+            examples.
 
     Raises:
-        ValueError: a count so precise that it alone costs as much as the whole release may.
+        ValueError: the count query alone would use the whole budget.
 
     >>> gradient_noise_multiplier(3.0, 2.5)
     3.75
@@ -118,8 +113,8 @@ def gradient_noise_multiplier(noise_multiplier: float, count_noise: float) -> fl
     if not noise_multiplier / 2 < count_noise < math.inf:
         raise ValueError(
             f"count_noise={count_noise} must be finite and > noise_multiplier / 2 = "
-            f"{noise_multiplier / 2:.6g}: nothing would be left for the gradient."
+            f"{noise_multiplier / 2:.6g}: the count query alone would use the whole budget."
         )
-    # sigma_total / sqrt(1 - r^2), which keeps its digits where the count costs next to nothing.
+    # sigma_total / sqrt(1 - r^2), factored: 1 - r^2 loses digits when r is close to 1.
     ratio = noise_multiplier / (2 * count_noise)
     return noise_multiplier / math.sqrt((1 - ratio) * (1 + ratio))

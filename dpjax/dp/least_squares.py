@@ -1,24 +1,24 @@
-"""Closed-form private heads: least squares from noised second moments.
+"""Private linear heads in closed form: least squares from noisy second moments.
 
-A linear head W minimises sum_i |x_i^T W - y_i|^2 + ridge |W|^2, and the private data enter only
+A linear head W minimizes sum_i |x_i^T W - y_i|^2 + ridge |W|^2. It depends on the private data only
 through A = sum_i x_i x_i^T and B = sum_i x_i y_i^T. Both are released once, with Gaussian noise;
-everything after that, eigenvalues, ridge, any number of solutions, is post-processing.
+everything computed from them (eigenvalues, ridges, any number of solutions) is post-processing.
 
-Sensitivity, exactly, to adding or removing one example, with |x| <= R after clipping and y the
-one-hot label minus 1/classes, whose norm is Y = sqrt(1 - 1/classes) for every label:
+The sensitivity to adding or removing one example, with |x| <= R after clipping and y the one-hot
+label minus 1/classes, whose norm is Y = sqrt(1 - 1/classes) for every label, is exactly
 
-    |x x^T|_F = |x|^2 <= R^2,        |x y^T|_F = |x||y| <= R Y,
+    |x x^T|_F = |x|^2 <= R^2,        |x y^T|_F = |x||y| <= R Y.
 
-both attained by any example of norm R. With noise of standard deviation z_A R^2 on each of the d^2
-entries of A and z_B R Y on each of those of B, the pair (A / (z_A R^2), B / (z_B R Y)) is one
-Gaussian mechanism of unit noise, whose sensitivity sqrt(1/z_A^2 + 1/z_B^2) is attained by the same
-examples. The release is hence exactly one Gaussian event of noise multiplier z where
-1/z^2 = 1/z_A^2 + 1/z_B^2, that is one step of `Mechanism(sampler="full_batch", steps=1)`:
-`covariance_share` is the part of 1/z^2 that A takes. Symmetrising the noised A afterwards is
+Every example of norm R attains both. With noise of standard deviation z_A R^2 on each of the d^2
+entries of A and z_B R Y on each entry of B, the pair (A / (z_A R^2), B / (z_B R Y)) is one Gaussian
+mechanism of unit noise, and the same examples attain its sensitivity sqrt(1/z_A^2 + 1/z_B^2). The
+release is therefore exactly one Gaussian event with noise multiplier z, where
+1/z^2 = 1/z_A^2 + 1/z_B^2: one step of `Mechanism(sampler="full_batch", steps=1)`.
+`covariance_share` is the fraction of 1/z^2 that A uses. Symmetrizing the noisy A afterwards is
 post-processing, and halves the variance off the diagonal.
 
 Source: Mehta, Krichene, Thakurta, Kurakin, Cutkosky 2022, arXiv 2211.13403 (DP least squares on
-features). The centred targets and the joint event are choices of ours.
+features). The centered targets and the joint event are our additions.
 
 >>> import jax, jax.numpy as jnp
 >>> from dpjax import dp
@@ -47,7 +47,8 @@ from dpjax.dp.noise import standard_normal
 
 __all__ = ["MomentSum", "NoisyMoments", "moments", "noise_floor", "release", "solve"]
 
-# As in `clipping`: covers the rounding of norm, factor and product, so that |x| <= R holds exactly.
+# Like the one in `clipping`: it covers the rounding of norm, factor and product, so that |x| <= R
+# holds exactly in float32.
 _ROUNDING = 1.0 - 2.0**-19
 
 
@@ -57,7 +58,7 @@ class MomentSum:
     """Second moments of clipped examples, not yet private. Sums over disjoint chunks add.
 
     Attributes:
-        covariance: float32 `[width, width]`, sum of x x^T (not centred, never a mean).
+        covariance: float32 `[width, width]`, sum of x x^T (not centered, never a mean).
         cross: float32 `[width, classes]`, sum of x y^T.
         bound: R, the largest norm of a clipped x.
     """
@@ -83,10 +84,10 @@ class NoisyMoments(NamedTuple):
     """Private second moments.
 
     Attributes:
-        covariance: `[width, width]`, symmetric, not always positive.
+        covariance: `[width, width]`, symmetric; the noise may make eigenvalues negative.
         cross: `[width, classes]`.
-        covariance_std: standard deviation of the noise on the diagonal (off it, over sqrt 2).
-        cross_std: the same of every entry of `cross`.
+        covariance_std: standard deviation of the noise on the diagonal; off it, divided by sqrt 2.
+        cross_std: standard deviation of the noise on every entry of `cross`.
     """
 
     covariance: jax.Array
@@ -106,16 +107,16 @@ def moments(
     """Clips every example and sums its second moments.
 
     Args:
-        features: `[batch, width]`; append a constant column for an intercept, it is then clipped
-            with the others.
+        features: `[batch, width]`; append a constant column for an intercept, which is then clipped
+            with the rest.
         labels: int32 `[batch]` in [0, num_classes).
         mask: bool `[batch]`, False for padding.
         num_classes: at least 2.
         bound: R > 0; an x longer than R is scaled to norm R.
 
     Guarantees:
-        Padding and examples with a feature that is not finite contribute exactly zero; adding or
-        removing one example moves the sums by at most `MomentSum.sensitivities`.
+        Padding, and examples with a non-finite feature, contribute exactly zero; adding or removing
+        one example moves the sums by at most `MomentSum.sensitivities`.
 
     Raises:
         ValueError: an argument out of range, or shapes that do not fit.
@@ -131,7 +132,7 @@ def moments(
         )
     features = features.astype(jnp.float32)
     limit = jnp.asarray(bound, jnp.float32)
-    # Scaled by the largest entry first: squares neither overflow nor underflow.
+    # Divide by the largest entry before squaring: the squares neither overflow nor underflow.
     largest = jnp.max(jnp.abs(features), axis=1)
     finite = jnp.all(jnp.isfinite(features), axis=1)
     safe = jnp.where(finite & (largest > 0), largest, 1.0)
@@ -152,17 +153,17 @@ def release(
     covariance_share: float = 0.5,
     key: jax.Array,
 ) -> NoisyMoments:
-    """Makes the moments private: one Gaussian event of this noise multiplier.
+    """Releases the moments privately: one Gaussian event with this noise multiplier.
 
     Args:
         sums: over ALL examples, each of them once.
         noise_multiplier: z >= 0, of `Mechanism(sampler="full_batch", steps=1)`; 0 is not private.
-        covariance_share: part of the budget (of 1/z^2) that the covariance takes, in (0, 1).
+        covariance_share: fraction of the budget (of 1/z^2) that the covariance uses, in (0, 1).
         key: typed PRNG key, secret and used for nothing else.
 
     Raises:
         ValueError: an argument out of range.
-        TypeError: `sums` are not a `MomentSum`.
+        TypeError: `sums` is not a `MomentSum`.
     """
     if not isinstance(sums, MomentSum):
         raise TypeError(f"release takes a MomentSum, got {type(sums).__name__}.")
@@ -176,9 +177,9 @@ def release(
     std = noise_multiplier * sensitivity / math.sqrt(covariance_share)
     cross_std = noise_multiplier * cross_sensitivity / math.sqrt(1 - covariance_share)
     first, second = jax.random.split(key)
-    noised = sums.covariance + std * standard_normal(first, sums.covariance.shape)
+    noisy = sums.covariance + std * standard_normal(first, sums.covariance.shape)
     return NoisyMoments(
-        covariance=(noised + noised.T) / 2,
+        covariance=(noisy + noisy.T) / 2,
         cross=sums.cross + cross_std * standard_normal(second, sums.cross.shape),
         covariance_std=std,
         cross_std=cross_std,
@@ -186,19 +187,22 @@ def release(
 
 
 def noise_floor(noisy: NoisyMoments) -> float:
-    """Spectral norm of the covariance's noise, std * sqrt(2 width): the natural unit of a ridge."""
+    """Returns the spectral norm of the covariance's noise, about std * sqrt(2 width).
+
+    Smaller eigenvalues are mostly noise, which makes it the natural unit of a ridge.
+    """
     return float(noisy.covariance_std) * math.sqrt(2 * noisy.covariance.shape[0])
 
 
 def solve(noisy: NoisyMoments, ridges: Sequence[float]) -> jax.Array:
-    """Solves for the head with each ridge; post-processing, from one eigendecomposition.
+    """Solves for the head with each ridge, from one eigendecomposition; post-processing.
 
     Args:
         noisy: from `release`.
-        ridges: > 0, added to every eigenvalue after negative ones were set to 0.
+        ridges: each > 0; added to every eigenvalue after negative ones are set to 0.
 
     Returns:
-        Kernels `[ridges, width, classes]`: scores are `x @ kernel`, the largest one is predicted.
+        Kernels `[ridges, width, classes]`; the scores of an example are `x @ kernel`.
 
     Raises:
         ValueError: a ridge is not > 0.

@@ -1,8 +1,9 @@
-"""The clipped sum of a linear softmax head, in closed form.
+"""The clipped gradient sum of a linear softmax head, in closed form.
 
-The gradient of one example is an outer product: with residual r = softmax(logits) - onehot(label)
-it is x r^T for the kernel and r for the bias. Its norms are |x||r| and |r|, and the clipped sum is
-X^T diag(factors) R: the cost of an ordinary step, for any number of heads at once under `vmap`.
+The gradient of one example is an outer product: with the residual r = softmax(logits) -
+onehot(label), it is x r^T for the kernel and r for the bias. The norms are |x||r| and |r|, and the
+clipped sum is X^T diag(factors) R. It costs as much as an ordinary step, and `vmap` trains any
+number of heads at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["Rows", "clipped_head_sum", "head_sum", "rows"]
 
 PyTree = Any
 
-_TINY = 2.0**-126  # float32 products below this are lost
+_TINY = 2.0**-126  # smallest normal float32: smaller products become 0
 
 
 class Rows(NamedTuple):
@@ -27,8 +28,8 @@ class Rows(NamedTuple):
 
     Attributes:
         inputs: features, float32 `[batch, width]`.
-        squares: squared norms of the inputs `[batch]`; inf where an input is not finite, which is
-            then 0.
+        squares: squared norms of the inputs `[batch]`. A non-finite input is stored as zeros, and
+            its square as inf, so that the example is dropped.
         labels: int32 `[batch]`.
     """
 
@@ -37,12 +38,12 @@ class Rows(NamedTuple):
     labels: jax.Array
 
     def take(self, indices: jax.Array) -> Rows:
-        """The rows at `indices`, row 0 for padding (-1)."""
+        """Returns the rows at `indices`; padding (-1) gets row 0, which the mask must drop."""
         return Rows(*(jnp.take(x, jnp.maximum(indices, 0), axis=0) for x in self))
 
 
 def rows(inputs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> Rows:
-    """Prepares features `[batch, width]` and labels `[batch]`; the norms are taken once."""
+    """Prepares features `[batch, width]` and labels `[batch]`: the norms are computed only once."""
     inputs = jnp.asarray(inputs, jnp.float32)
     finite = jnp.all(jnp.isfinite(inputs), axis=1)
     squares = jnp.where(finite, jnp.sum(jnp.square(inputs), axis=1), jnp.inf)
@@ -53,7 +54,7 @@ def rows(inputs: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> Rows:
 def clipped_head_sum(
     params: PyTree, rule: ClipRule, batch: Rows, mask: jax.Array
 ) -> tuple[ClippedSum, PerExample]:
-    """What `clipped_sum` gives for the cross-entropy of a linear head, several times faster.
+    """Computes `clipped_sum` of the cross-entropy of a linear head, several times faster.
 
     Args:
         params: `{name: {"kernel": [width, classes], "bias": [classes]}}`.
@@ -69,7 +70,8 @@ def clipped_head_sum(
     """
     name, head = _only(params)
     losses, residual = _losses(head, batch)
-    # Squares of small numbers underflow; what they may lose is added, so that no norm is too small.
+    # Squares of small numbers underflow to 0, which could make a norm too small and its factor too
+    # large. Adding the most that can be lost turns both norms into upper bounds.
     residual_norms = jnp.sqrt(jnp.sum(jnp.square(residual), 1) + residual.shape[1] * _TINY)
     input_norms = jnp.sqrt(batch.squares + batch.inputs.shape[1] * _TINY)
     norms = {"bias": residual_norms, "kernel": input_norms * residual_norms}
@@ -95,7 +97,7 @@ def clipped_head_sum(
 
 
 def head_sum(params: PyTree, batch: Rows, mask: jax.Array) -> tuple[PyTree, PerExample]:
-    """The ordinary gradient of the summed cross-entropy: not clipped, not private."""
+    """Returns the ordinary gradient of the summed cross-entropy: neither clipped nor private."""
     name, head = _only(params)
     losses, residual = _losses(head, batch)
     ones = jnp.ones((mask.shape[0], 1))
@@ -105,10 +107,10 @@ def head_sum(params: PyTree, batch: Rows, mask: jax.Array) -> tuple[PyTree, PerE
 
 
 def _only(params: PyTree) -> tuple[str, Any]:
-    found = list(params.items())
-    if len(found) != 1 or set(found[0][1]) != {"kernel", "bias"}:
+    heads = list(params.items())
+    if len(heads) != 1 or set(heads[0][1]) != {"kernel", "bias"}:
         raise ValueError(f"params must be {{name: {{'kernel', 'bias'}}}}, got {params}.")
-    return found[0]
+    return heads[0]
 
 
 def _losses(head: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +123,10 @@ def _losses(head: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
 
 
 def _sum(batch: Rows, weighted: dict[str, jax.Array], use: jax.Array) -> dict[str, jax.Array]:
-    """Sums outer products in full float32: what is summed is what the norms were taken of."""
+    """Sums outer products in full float32.
+
+    Faster, less precise products would sum other numbers than those whose norms were bounded.
+    """
     weighted = {leaf: jnp.where(use[:, None], w, 0.0) for leaf, w in weighted.items()}
     inputs, kernel = batch.inputs, weighted["kernel"]
     product = jnp.matmul(inputs.T, kernel, precision=jax.lax.Precision.HIGHEST)

@@ -1,8 +1,8 @@
-"""Lower bounds on epsilon from the outcome of a membership game: pure statistics, numpy alone.
+"""Lower bounds on epsilon from the outcome of a membership game: statistics in numpy.
 
-A mechanism that is (epsilon, delta)-DP limits how well anyone can tell from its output whether an
-example took part. So a success beyond that limit refutes the claim, and the largest epsilon that is
-refuted is a lower bound on the true one, wrong with probability at most 1 - confidence. A bound far
+If a mechanism is (epsilon, delta)-DP, nobody can infer from its output too well whether an example
+took part. An attack that succeeds beyond this limit refutes the claim, and the largest refuted
+epsilon is a lower bound on the true one, wrong with probability at most 1 - confidence. A bound far
 below the claim proves nothing: the attack may be weak.
 """
 
@@ -16,18 +16,18 @@ import numpy as np
 
 __all__ = ["ManyRuns", "OneRun", "many_runs", "one_run", "p_value", "upper_limit"]
 
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the canaries that are guessed to be in
-_THRESHOLDS = 33  # quantiles of the first half that are looked at
-_HIGHEST = 64.0  # nats; no number of canaries in memory could show more
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # fractions of the canaries to guess as included
+_THRESHOLDS = 33  # candidate thresholds: quantiles of the first half of the scores
+_HIGHEST = 64.0  # nats; no realistic number of canaries could show more
 
 
 class OneRun(NamedTuple):
-    """What one training run with many canaries shows.
+    """The lower bound from one training run with many canaries.
 
     Attributes:
         epsilon: lower bound, in nats.
-        positive: k+, the canaries guessed to be in.
-        negative: k-, the canaries guessed to be out; there is no guess about the rest.
+        positive: k+, number of canaries guessed as included.
+        negative: k-, number guessed as excluded; the attack abstains on the rest.
         correct: how many of the k+ + k- guesses were right.
     """
 
@@ -38,13 +38,13 @@ class OneRun(NamedTuple):
 
 
 class ManyRuns(NamedTuple):
-    """What many training runs with and without a canary show.
+    """The lower bound from many training runs with and without one canary.
 
     Attributes:
         epsilon: lower bound, in nats.
-        threshold: scores of at least this were guessed to be of runs with the canary.
-        false_positive: upper confidence limit on the rate of false guesses without the canary.
-        false_negative: upper confidence limit on the rate of false guesses with it.
+        threshold: runs with at least this score were guessed to contain the canary.
+        false_positive: upper confidence limit on the rate of wrong guesses without the canary.
+        false_negative: upper confidence limit on the rate of wrong guesses with it.
     """
 
     epsilon: float
@@ -61,17 +61,18 @@ def one_run(
     confidence: float = 0.95,
     guesses: Sequence[tuple[int, int]] | None = None,
 ) -> OneRun:
-    """Bounds epsilon from one run in which every canary took part by a fair coin of its own.
+    """Bounds epsilon from one run in which each canary took part by an independent fair coin.
 
     Args:
-        scores: `[canaries]`, larger where a canary looks more like it took part. They may depend
-            on everything that the mechanism released, and on nothing else.
+        scores: `[canaries]`; a larger score means that the canary more likely took part. They may
+            depend on everything that the mechanism released, and on nothing else.
         included: `[canaries]` bool, the coins.
-        delta: of the claim, in [0, 1).
+        delta: delta of the claim, in [0, 1).
         confidence: in (0, 1).
-        guesses: pairs (k+, k-) to try, chosen without a look at the scores: the k+ highest scores
-            are guessed to be in, the k- lowest to be out. Each is tested at (1 - confidence) over
-            their number. None tries shares of 1 % to 40 %, at the top alone and at both ends.
+        guesses: pairs (k+, k-) to try, fixed before looking at the scores: the k+ highest scores
+            are guessed as included, the k- lowest as excluded. Each pair is tested at significance
+            (1 - confidence) / number of pairs (Bonferroni). None tries 1 % to 40 % of the canaries,
+            at the top only and at both ends.
 
     Returns:
         The best of the bounds.
@@ -81,7 +82,7 @@ def one_run(
         e with probability at most 1 - confidence over the coins and the mechanism.
 
     Raises:
-        ValueError: an argument out of range, naming it.
+        ValueError: an argument is out of range; the message names it.
 
     Source: Steinke, Nasr, Jagielski 2023, arXiv 2305.08846, algorithm 1 and theorem 5.2.
     """
@@ -114,18 +115,18 @@ def one_run(
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Bounds the probability of so many correct guesses, were the mechanism (epsilon, delta)-DP.
+    """Bounds the probability of `correct` right guesses if the mechanism is (epsilon, delta)-DP.
 
     Args:
-        canaries: m, each in or out by a fair coin.
-        guesses: r <= m, the canaries that were guessed about.
-        correct: v <= r, the guesses that were right.
-        epsilon: of the claim, in nats.
-        delta: of the claim.
+        canaries: m, number of canaries, each included by a fair coin.
+        guesses: r <= m, number of guesses; the attack abstained on the other canaries.
+        correct: v <= r, number of right guesses.
+        epsilon: epsilon of the claim, in nats.
+        delta: delta of the claim.
 
     Returns:
         P[W >= v] + 2 m delta max_i (P[W >= v - i] - P[W >= v]) / i, at most 1, where W is the
-        number of heads in r tosses of a coin of odds e^epsilon.
+        number of heads in r tosses of a coin with odds e^epsilon.
 
     Source: arXiv 2305.08846, theorem 5.2.
 
@@ -142,23 +143,24 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
 def many_runs(
     with_canary: np.ndarray, without: np.ndarray, *, delta: float, confidence: float = 0.95
 ) -> ManyRuns:
-    """Bounds epsilon from runs in two worlds that differ in one example.
+    """Bounds epsilon from runs on two data sets that differ in one example.
 
-    The threshold is chosen on the first half of the runs of each world, and the bound is made from
-    the second half, so that the choice costs no confidence.
+    The threshold is chosen on the first half of the runs, and the bound is computed from the second
+    half, so that choosing costs no confidence.
 
     Args:
         with_canary: `[runs]` scores of independent runs with the canary, at least 2.
         without: `[runs]` scores of independent runs without it, at least 2.
-        delta: of the claim, in [0, 1).
+        delta: delta of the claim, in [0, 1).
         confidence: in (0, 1).
 
     Returns:
         The bound max(ln((1 - delta - FNR) / FPR), ln((1 - delta - FPR) / FNR)), at upper
-        Clopper-Pearson limits of both rates, each of confidence (1 + confidence) / 2.
+        Clopper-Pearson limits of both rates, each at confidence (1 + confidence) / 2, so that both
+        hold together with the confidence asked for.
 
     Raises:
-        ValueError: an argument out of range, naming it.
+        ValueError: an argument is out of range; the message names it.
 
     Source: Jagielski et al. 2020, arXiv 2006.07709; Nasr et al. 2021, arXiv 2101.04535, section 4.
     """
@@ -174,26 +176,27 @@ def many_runs(
         level = (1 + confidence) / 2
         fnr = upper_limit(int((inside < threshold).sum()), inside.size, level)
         fpr = upper_limit(int((outside >= threshold).sum()), outside.size, level)
-        shown = [
+        refuted = [
             math.log((1 - delta - miss) / rate) if 1 - delta > miss else 0.0
             for miss, rate in ((fnr, fpr), (fpr, fnr))
         ]
-        return ManyRuns(max(0.0, *shown), threshold, fpr, fnr)
+        return ManyRuns(max(0.0, *refuted), threshold, fpr, fnr)
 
     candidates = np.quantile(np.concatenate([first_in, first_out]), np.linspace(0, 1, _THRESHOLDS))
-    chosen = max((bound(float(t), first_in, first_out) for t in candidates), key=lambda b: b[0])
-    return bound(chosen.threshold, second_in, second_out)
+    best = max((bound(float(t), first_in, first_out) for t in candidates), key=lambda b: b[0])
+    return bound(best.threshold, second_in, second_out)
 
 
 def upper_limit(successes: int, trials: int, confidence: float) -> float:
-    """Returns the one-sided Clopper-Pearson limit on a probability from its count of successes.
+    """Returns the one-sided Clopper-Pearson upper limit on a probability.
 
     >>> round(upper_limit(0, 59, 0.95), 3)  # the rule of three
     0.05
     """
     if successes >= trials:
         return 1.0
-    # P[at most k of n at p] = P[at least n - k of n at 1 - p], which falls as p grows.
+    # The limit is the p at which seeing at most k of n has probability 1 - confidence. Counting
+    # failures, P[at most k of n at p] = P[at least n - k of n at 1 - p], which falls as p grows.
     logit = _bisect(
         lambda x: _tails(trials, -x)[trials - successes] >= 1 - confidence, -_HIGHEST, _HIGHEST
     )
@@ -201,7 +204,7 @@ def upper_limit(successes: int, trials: int, confidence: float) -> float:
 
 
 def _refuted(m: int, guesses: int, correct: int, delta: float, significance: float) -> float:
-    """The largest epsilon that so many correct guesses refute; 0 if none."""
+    """Returns the largest epsilon that `correct` right guesses refute; 0 if none."""
 
     def refutes(epsilon: float) -> bool:
         return p_value(m, guesses, correct, epsilon, delta) <= significance
@@ -210,7 +213,10 @@ def _refuted(m: int, guesses: int, correct: int, delta: float, significance: flo
 
 
 def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest number found at which `holds`; it holds at `low`."""
+    """Returns the largest number in [low, high] at which `holds`, to rounding; it holds at `low`.
+
+    `low` is returned, so the result is one at which `holds` was checked.
+    """
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -224,7 +230,7 @@ def _tails(trials: int, logit: float) -> np.ndarray:
     log_choose = log_factorial[-1] - log_factorial - log_factorial[::-1]
     log_prob = -np.logaddexp(0.0, -logit)
     mass = np.exp(log_choose + k * log_prob + (trials - k) * (log_prob - logit))
-    # From the far end: small terms are added first.
+    # Summed from the far end, so that small terms are added first and keep their digits.
     return np.append(np.minimum(np.cumsum(mass[::-1])[::-1], 1.0), 0.0)
 
 

@@ -1,7 +1,8 @@
-"""Optax transforms from a clipped sum to a private mean: the only place that adds noise.
+"""Gaussian noise, and the optax transforms that turn a clipped sum into a private mean.
 
 Sum, never mean; one noise draw per step, in float32; one division, by the expected batch size,
-after the noise.
+after the noise. Every other release in `dpjax.dp` (the count of an adaptive bound, the moments of
+least squares, the sign of a temperature's derivative) draws its noise from `standard_normal` too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
+from dpjax.dp.engines import clipped_sum
 
 __all__ = ["GaussianState", "aggregate", "gaussian", "gaussian_noise", "standard_normal"]
 
@@ -25,29 +27,31 @@ class GaussianState(NamedTuple):
 
     Attributes:
         step: int32 scalar, the number of noise draws so far. Together with the key it determines
-            the next draw, so a resumed run draws the noise of the run that was cut.
+            the next draw, so a resumed run draws the noise that the interrupted run would have.
     """
 
     step: jax.Array
 
 
 def standard_normal(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Draws float32 numbers of the standard normal law, tails included.
+    """Draws standard normal float32 numbers with accurate tails.
 
-    `jax.random.normal` makes a number of 23 bits and never leaves [-5.42, 5.22]. An example that
-    moves a sum beyond that is seen by whoever watches every step, with a probability of the order
-    of a usual delta. Here a number is made of 64 bits: a sign and the probability of its tail.
+    `jax.random.normal` uses 23 random bits and never leaves [-5.42, 5.22]. If one example moves a
+    sum beyond that range, an observer of every step notices, with a probability of the order of a
+    typical delta. Here every number uses 64 bits: one for the sign, the others for the probability
+    of the tail.
 
     Args:
         key: typed PRNG key, used for nothing else.
-        shape: of the result.
+        shape: shape of the result.
 
     Returns:
         Symmetric numbers in [-9.16, 9.16], a range that N(0, 1) leaves with probability 5e-20;
         within 1e-6 of the exact quantile of their bits.
     """
     first, second = jax.random.bits(key, (2, *shape), jnp.uint32)
-    # In (0, 1/2]: floats are dense near 0, where the tail is, and not near 1.
+    # A probability in (0, 1/2], and a sign, instead of one probability in (0, 1): floats are dense
+    # near 0, so both tails are equally fine. The added 0.5 keeps it above 0, where ndtri is -inf.
     tail = (first >> 1).astype(jnp.float32) * 2.0**-32
     tail += (second.astype(jnp.float32) + 0.5) * 2.0**-64
     quantile = jax.scipy.special.ndtri(tail)
@@ -57,8 +61,9 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
 def gaussian_noise(key: jax.Array, tree: PyTree) -> PyTree:
     """Draws standard normal float32 noise in the shapes of `tree`, one key per leaf.
 
-    Under `jax.jit` with sharded operands the values depend on the key alone, not on the number
-    of devices (JAX's partitionable threefry).
+    Guarantees:
+        Under `jax.jit` with sharded operands the values depend on the key alone, not on the number
+        of devices (JAX's partitionable threefry).
     """
     leaves, treedef = jax.tree.flatten(tree)
     if not leaves:
@@ -77,24 +82,24 @@ def gaussian(
     """Adds Gaussian noise to a clipped sum and divides by the expected batch size.
 
     Args:
-        noise_multiplier: sigma >= 0, the noise's standard deviation over the sum's sensitivity.
-            0 is not private.
-        expected_batch_size: B = q N > 0, a public constant; never the realised size.
+        noise_multiplier: sigma >= 0, standard deviation of the noise divided by the sensitivity of
+            the sum. 0 is not private.
+        expected_batch_size: B = q N > 0, a public constant; never the realized size.
         key: typed PRNG key of the whole run; step t uses `fold_in(key, t)`. It must be secret
             and used for nothing else.
 
     Returns:
-        A transform whose `update` takes a `ClippedSum` and gives float32 updates in the tree of
-        its value. Chain optax optimisers after it.
+        A transform whose `update` takes a `ClippedSum` and returns float32 updates in the tree of
+        its value. Chain optax optimizers after it.
 
     Guarantees:
         Given a `ClippedSum` of sensitivity S, one update is the Gaussian mechanism with standard
-        deviation `noise_multiplier * S` on the sum. Noise is float32 whatever the parameters are.
-        It must be the first of a chain: a transform before it would change the sum and leave the
-        sensitivity that the sum carries as it was.
+        deviation `noise_multiplier * S` on the sum. Noise is float32 whatever the dtype of the
+        parameters. It must come first in a chain: a transform before it would change the sum, but
+        not the sensitivity recorded with the sum.
 
     Raises:
-        TypeError: `update` got anything but a `ClippedSum`, or the key is not a typed key.
+        TypeError: `update` received anything but a `ClippedSum`, or the key is not a typed key.
         ValueError: a negative or non-finite argument.
 
     >>> import jax, optax
@@ -145,11 +150,12 @@ def aggregate(
     *,
     key: jax.Array,
 ) -> optax.GradientTransformation:
-    """Takes stacked per-example gradients, as `optax.contrib.differentially_private_aggregate`.
+    """Drop-in for `optax.contrib.differentially_private_aggregate`, with a privacy guarantee.
 
-    A drop-in for code that computes per-example gradients itself. It differs from optax's where
-    that one is not private: it divides by the expected batch size (a public constant) instead
-    of the realised one, and an example with a non-finite gradient contributes zero.
+    It is meant for code that computes per-example gradients itself. It differs from optax's
+    transform where that one is not private: it divides by the expected batch size (a public
+    constant) instead of the realized one, and an example with a non-finite gradient contributes
+    zero.
 
     Args:
         l2_norm_clip: clip bound C, or any `ClipRule`.
@@ -159,10 +165,10 @@ def aggregate(
 
     Returns:
         A transform whose `update` takes a tree of `[batch, ...]` per-example gradients, each of ONE
-        example: it cannot tell them from gradients of means, about which it guarantees nothing.
+        example. It cannot detect gradients of means, for which it guarantees nothing.
 
     Guarantees:
-        For such gradients, those of `gaussian`.
+        For per-example gradients, those of `gaussian`.
 
     Raises:
         TypeError, ValueError: as `gaussian`, and for a bound out of range.
@@ -176,42 +182,24 @@ def aggregate(
     """
     rule = l2_norm_clip if isinstance(l2_norm_clip, ClipRule) else flat(l2_norm_clip)
     noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+    # The gradient of a linear loss is its coefficients: the per-example gradients themselves.
+    # Products of entries, not `vdot`, which an accelerator may take in fewer bits.
+    clip = clipped_sum(
+        lambda params, grads: optax.tree.sum(optax.tree.mul(params, grads)), rule, method="vmap"
+    )
 
     def update(
         updates: PyTree, state: GaussianState, params: PyTree | None = None
     ) -> tuple[PyTree, GaussianState]:
-        return noise.update(_clip_stacked(updates, rule), state, params)
+        zeros = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], jnp.float32), updates)
+        everyone = jnp.ones(jax.tree.leaves(updates)[0].shape[0], bool)
+        return noise.update(clip(zeros, updates, everyone)[0], state, params)
 
     return optax.GradientTransformation(noise.init, update)
 
 
-def _clip_stacked(grads: PyTree, rule: ClipRule) -> ClippedSum:
-    """Clips and sums a tree of stacked per-example gradients `[batch, ...]`."""
-    example = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-    groups, num_groups = rule.groups(example), rule.num_groups(example)
-    leaves, treedef = jax.tree.flatten(grads)
-    flat_leaves = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in leaves]
-    squares = [jnp.zeros((flat_leaves[0].shape[0],), jnp.float32) for _ in range(num_groups)]
-    for group, leaf in zip(groups, flat_leaves):
-        squares[group] += jnp.sum(jnp.square(leaf), axis=1)
-    norms = jnp.sqrt(jnp.stack(squares, axis=1))
-    factors = jax.vmap(rule.factors)(norms)
-    finite = jnp.all(jnp.isfinite(norms), axis=1)
-    sums = [
-        jnp.einsum(
-            "b,bd->d",
-            factors[:, i],
-            jnp.where(finite[:, None], g, 0.0),
-            precision=jax.lax.Precision.HIGHEST,  # fewer bits could pass the bound
-        )
-        for i, g in zip(groups, flat_leaves)
-    ]
-    value = [s.reshape(g.shape[1:]) for s, g in zip(sums, leaves)]
-    return ClippedSum(jax.tree.unflatten(treedef, value), rule.sensitivity())
-
-
 def _check(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -> None:
     if isinstance(value, jax.core.Tracer):
-        return
+        return  # its value is unknown while tracing
     if not (0 <= np.asarray(value) < np.inf) or (value == 0 and not zero):
         raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")

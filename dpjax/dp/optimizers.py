@@ -1,4 +1,4 @@
-"""Private optimisers: the noise transform followed by one of optax's."""
+"""Private optimizers: the noise transform, followed by an optimizer from optax."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def scale_by_adam_corrected(
 
     Args:
         noise_variance: variance of the noise in each coordinate of the noisy mean,
-            (sigma S / B)^2. A public quantity, so the correction costs no privacy.
+            (sigma S / B)^2. It is public, so the correction costs no privacy.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: lower bound on the corrected second moment (gamma' in the paper).
@@ -125,6 +125,8 @@ def scale_by_adam_corrected(
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         mu_hat = optax.tree.bias_correction(mu, b1, step)
         nu_hat = optax.tree.bias_correction(nu, b2, step)
+        # E[noisy gradient^2] = E[gradient^2] + noise variance. The difference of an estimate and
+        # the variance may be negative, hence the lower bound.
         scaled = jax.tree.map(
             lambda m, v: m / jnp.sqrt(jnp.maximum(v - noise_variance, eps)), mu_hat, nu_hat
         )

@@ -1,9 +1,9 @@
-"""What choosing the best of several private runs costs: repeat-and-select (arXiv 2110.03620).
+"""The privacy cost of choosing the best of several private runs (arXiv 2110.03620).
 
-The number of runs is drawn at random, each run takes a point drawn at random, and only the best run
-is released: not the others, not their scores, not their number. The cost then grows slowly with the
-mean number of runs. It holds for runs of one mechanism that are independent of one another, and for
-a score that reads no private data besides the run itself.
+The number of runs is random, each run trains a random point, and only the best run is released: not
+the others, not their scores, not their number. The cost then grows slowly with the mean number of
+runs. The runs must be independent of one another and of the same mechanism, and the score must read
+no private data except through the run.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ from dpjax.dp.mechanism import Mechanism
 
 __all__ = ["charged", "draw", "epsilon", "epsilon_of_one", "mechanisms", "not_charged"]
 
-_GEOMETRIC = 1.0  # shape of the number of runs, in dp_accounting's terms
-_ORDERS = (*range(2, 64), *range(64, 257, 8), 512)  # integers are quick; any give an upper bound
-_MARGIN = 2e-3  # relative; a run is calibrated to about 1e-4 of its epsilon
-_UNKNOWN = "the choice of hyperparameters"  # how a run's own statement begins the line
+_GEOMETRIC = 1.0  # dp_accounting's shape parameter: the number of runs is geometric
+_ORDERS = (*range(2, 64), *range(64, 257, 8), 512)  # integer orders are fast; any set is valid
+# Relative. A run's noise is calibrated to its epsilon only to about 1e-4, and the error must not
+# carry the search over its budget.
+_MARGIN = 2e-3
+# Start of the line in a run's own statement that the search replaces.
+_HYPERPARAMETERS = "the choice of hyperparameters"
 
 
 def epsilon(run: Sequence[Mechanism], delta: float, *, mean: float) -> float:
-    """Returns epsilon (nats) of releasing the best of a geometric number of runs, an upper bound.
+    """Returns an upper bound on epsilon (nats) of releasing the best of a geometric number of runs.
 
     Args:
         run: the mechanisms that one run composes.
-        delta: of the result.
-        mean: of the number of runs, > 1.
+        delta: delta of the result.
+        mean: mean number of runs, > 1.
 
     Raises:
-        ValueError: `mean` is out of range, or a sampler has no account here.
+        ValueError: `mean` is out of range, or the sampler cannot be charged here.
     """
     if not 1 < mean < math.inf:
         raise ValueError(f"mean={mean} must be > 1 and finite.")
@@ -47,64 +50,68 @@ def epsilon(run: Sequence[Mechanism], delta: float, *, mean: float) -> float:
     accountant = rdp.RdpAccountant(_ORDERS, dpa.NeighboringRelation.ADD_OR_REMOVE_ONE)
     if run[0].relation != "add_or_remove_one" or not accountant.supports(event):
         raise ValueError(
-            f"dp.sampler={run[0].sampler!r} cannot be charged in a search: only 'poisson' and "
-            "'full_batch' can."
+            f"dp.sampler={run[0].sampler!r} cannot be charged in a search: use 'poisson' or "
+            "'full_batch'."
         )
     return float(accountant.compose(event).get_epsilon(delta))
 
 
 def epsilon_of_one(run: Sequence[Mechanism], *, budget: float, delta: float, mean: float) -> float:
-    """Returns the epsilon that a single run may have, so that the whole search keeps the budget.
+    """Returns the epsilon of a single run with which the whole search meets its budget.
 
     Args:
-        run: the mechanisms of one run; their noise is scaled together.
+        run: the mechanisms of one run; their noise multipliers are scaled by a common factor.
         budget: epsilon of the search.
-        delta: of the search, and of a run.
-        mean: of the number of runs, > 1.
+        delta: delta of the search, and of a run.
+        mean: mean number of runs, > 1.
 
     Raises:
-        ValueError: as for `epsilon`, or no noise reaches the budget.
+        ValueError: as for `epsilon`, or no amount of noise meets the budget.
     """
 
     def scaled(log_factor: float) -> list[Mechanism]:
         factor = math.exp(log_factor)
-        # A count's noise is no part of the event, and may be too small for a scaled one.
+        # `count_noise` does not enter the event (see `adaptive`), and could be too small for a
+        # larger noise multiplier, which would be an error.
         return [
             dataclasses.replace(m, noise_multiplier=factor * m.noise_multiplier, count_noise=None)
             for m in run
         ]
 
-    found = accounting.falling_root(
+    root = accounting.falling_root(
         lambda x: math.log(epsilon(scaled(x), delta, mean=mean) / budget),
         -0.1, 1.0, tol=1e-4, limit=5.0,
     )  # fmt: skip
-    if found is None:
-        raise ValueError(f"epsilon={budget} is out of reach of a search of {mean:g} runs.")
-    events = [m.event() for m in scaled(found)]
+    if root is None:
+        raise ValueError(
+            f"epsilon={budget} cannot be met by a search of {mean:g} runs on average: lower the "
+            "mean or raise the budget."
+        )
+    events = [m.event() for m in scaled(root)]
     return accounting.epsilon(events, delta, accountant=run[0].accountant) * (1 - _MARGIN)
 
 
 def draw(points: int, mean: float, *, generator: np.random.Generator) -> list[int]:
-    """Draws how many runs there are, and the point of each, independently and uniformly.
+    """Draws the number of runs, and an independent, uniform point for each.
 
     Args:
-        points: to choose from.
-        mean: of the number of runs, which is geometric and at least 1.
-        generator: seeded from the system's entropy in a search that is released.
+        points: number of points.
+        mean: mean number of runs; the number is geometric and at least 1.
+        generator: must be seeded from the system's entropy if the search is released.
     """
     number = int(generator.geometric(1 / mean))
     return [int(index) for index in generator.integers(points, size=number)]
 
 
 def mechanisms(statement: dict[str, Any]) -> tuple[Mechanism, ...]:
-    """Returns the mechanisms of a run, as planned, from its `privacy.json`.
+    """Returns the planned mechanisms of a run from its `privacy.json`.
 
     Raises:
-        ValueError: the run splits its data into parts, which a charged search does not support.
+        ValueError: the run divides its data into parts, which a charged search does not support.
     """
     phases = statement["phases"]
     if len({phase["part"] for phase in phases}) > 1:
-        raise ValueError("dp.temperature.share must be 0 in a search that is charged.")
+        raise ValueError("dp.temperature.share must be 0 in a charged search.")
     names = {f.name for f in dataclasses.fields(Mechanism)} - {"steps"}
     return tuple(
         Mechanism(
@@ -115,48 +122,53 @@ def mechanisms(statement: dict[str, Any]) -> tuple[Mechanism, ...]:
 
 
 def not_charged(statement: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the chosen run's statement, saying that the search is not in it.
+    """Returns the selected run's statement, extended by the search, which is not charged.
 
     Args:
         statement: `privacy.json` of the run.
-        facts: of the search: `method`, `points`, `runs`, `metric`.
+        facts: facts of the search: `method`, `points`, `runs`, `metric`.
     """
     line = (
         f"the choice of this run, by its {facts['metric']}, among {facts['runs']} runs of "
         f"{facts['points']} points ({facts['method']} search)"
     )
-    kept = [item for item in statement["not_charged"] if not item.startswith(_UNKNOWN)]
+    kept = [item for item in statement["not_charged"] if not item.startswith(_HYPERPARAMETERS)]
     return {**statement, "not_charged": [line, *kept], "search": {**facts, "charged": False}}
 
 
 def charged(
     statement: dict[str, Any], others: Sequence[dict[str, Any]], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the chosen run's statement with the search's cost in it.
+    """Returns the selected run's statement, with the cost of the search included.
 
     Args:
         statement: `privacy.json` of the run.
-        others: those of all runs.
-        facts: of the search: `method`, `points`, `mean`, `metric`, and `epsilon`, the budget.
+        others: the statements of all runs.
+        facts: facts of the search: `method`, `points`, `mean`, `metric`, and the budget `epsilon`.
 
     Raises:
-        ValueError: the runs were not of one mechanism, or the search cost more than its budget.
+        ValueError: the runs have different mechanisms, or the search exceeded its budget.
     """
     run = mechanisms(statement)
     if any(mechanisms(other) != run for other in others):
-        raise ValueError("the runs differ in sampler, steps or noise: they cannot be charged.")
+        raise ValueError(
+            "the runs differ in sampler, steps or noise and cannot be charged: a charged search "
+            "needs the same mechanism for all."
+        )
     spent = epsilon(run, statement["delta"], mean=facts["mean"])
     if spent > facts["epsilon"] * (1 + 1e-9):
-        raise ValueError(f"the search cost epsilon={spent:.6g}, over its {facts['epsilon']:.6g}.")
+        raise ValueError(
+            f"the search cost epsilon={spent:.6g}, more than its budget of {facts['epsilon']:.6g}."
+        )
     line = (
         f"the choice of this run, by its {facts['metric']}, among a geometric number of runs, "
-        f"{facts['mean']:g} in the mean, of {facts['points']} points drawn at random "
+        f"{facts['mean']:g} on average, of {facts['points']} points drawn at random "
         "(repeat-and-select, arXiv 2110.03620)"
     )
-    kept = [item for item in statement["not_charged"] if not item.startswith(_UNKNOWN)]
+    kept = [item for item in statement["not_charged"] if not item.startswith(_HYPERPARAMETERS)]
     secret = (
         "the other runs, their number and their scores, in trials/, search.md, search.csv and "
-        "search_secret.json: they must be kept as secret as the data"
+        "search_secret.json: keep them as secret as the data"
     )
     return {
         **statement,

@@ -1,8 +1,8 @@
-"""Named key streams, so that no two uses of randomness can share a key.
+"""Named key streams, so that no two uses of randomness share a key.
 
-Two seeds exist. The public seed decides initialisation, augmentation and subsets; anyone may know
-it. The private seed decides which examples are drawn and the noise, and the privacy guarantee
-holds only while it is secret.
+There are two seeds. The public seed determines initialization, augmentation and subsets; anyone may
+know it. The private seed determines the sampled batches and the noise; the privacy guarantee holds
+only while it is secret.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def public_key(seed: int, name: str) -> jax.Array:
 
 
 def draw_private_seed() -> int:
-    """Draws 128 bits from the operating system's entropy."""
+    """Draws a 128-bit seed from the operating system's entropy."""
     return secrets.randbits(_BITS)
 
 
 def noise_key(private_seed: int, stream: str = "noise") -> jax.Array:
-    """Returns the key of a stream of noise, 64 bits: all that JAX's threefry2x32 takes.
+    """Returns the key of a noise stream: "noise" (gradients), "count" or "temperature".
 
-    Streams are "noise" (of gradients), "count" (of an adaptive bound) and "temperature".
+    It has 64 bits, all that JAX's threefry2x32 accepts.
     """
     words = np.frombuffer(_derive(private_seed, stream)[:8], np.uint32)
     return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
@@ -44,12 +44,12 @@ def sampler_seed(private_seed: int) -> int:
 
 
 def digest(private_seed: int, text: str = "") -> str:
-    """Returns a hash that tells private seeds apart without telling what they are."""
+    """Returns a hash that distinguishes private seeds, and texts, without revealing them."""
     return _derive(private_seed, "digest" + text).hex()
 
 
 def _derive(private_seed: int, stream: str) -> bytes:
-    """SHA-256 of seed and stream name: no stream tells anything about another."""
+    """SHA-256 of the seed and the stream's name: no stream reveals anything about another."""
     if not 0 <= private_seed < 2**_BITS:
         raise ValueError(f"private_seed={private_seed} must be in [0, 2**{_BITS}).")
     return hashlib.sha256(private_seed.to_bytes(_BITS // 8, "big") + stream.encode()).digest()

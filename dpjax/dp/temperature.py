@@ -1,6 +1,6 @@
-"""One private scalar that mends confidence: the softmax temperature, fitted on examples of its own.
+"""A private softmax temperature, which corrects a model's confidence, fitted on reserved examples.
 
-Dividing all logits by a temperature changes no prediction, only how sure it is.
+Dividing all logits by a temperature changes no prediction, only its confidence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dpjax.dp.noise import standard_normal
 __all__ = ["LARGEST_TEMPERATURE", "fit_temperature"]
 
 LARGEST_TEMPERATURE = 20.0
-"""Temperatures between its inverse and it are searched."""
+"""Temperatures are searched between its inverse and it."""
 
 
 def fit_temperature(
@@ -27,35 +27,42 @@ def fit_temperature(
     bound: float,
     key: jax.Array,
 ) -> float:
-    """Halves a range of log-temperatures by the noised sign of the loss's derivative.
+    """Bisects a range of log-temperatures by the noisy sign of the loss's derivative.
 
     The negative log-likelihood is convex in the inverse temperature, so the sign of its derivative
     with respect to the log-temperature u,
         sum over examples of e^-u (z_label - sum_j softmax(z e^-u)_j z_j),
-    says on which side of the middle the best temperature is. Per example it is one number, clipped
-    to [-bound, bound]; the sum is noised. A sign that the noise has turned is one of a derivative
-    that hardly mattered. (Guo et al. 2017, 1706.04599, fit the same scalar without noise, and
-    Zhang et al. 2022, 2210.08248, with DP-SGD; halving has no learning rate to tune.)
+    shows on which side of the middle the best temperature lies. Each example contributes one
+    number, clipped to [-bound, bound], and noise is added to the sum. Noise flips a sign only where
+    the derivative is small, that is near the optimum.
+
 
     Args:
-        logits: `[examples, classes]`. An example that is not finite contributes zero.
+        logits: `[examples, classes]`. An example with a non-finite logit contributes zero.
         labels: integers `[examples]`.
-        mechanism: of full batches over these examples; its steps are the number of halvings.
-        bound: on one example's derivative, in nats per unit of log-temperature.
+        mechanism: full batches over these examples; its steps are the number of bisections.
+        bound: bound on one example's derivative, in nats per unit of log-temperature.
         key: secret; step t uses `fold_in(key, t)`.
 
     Returns:
-        The temperature, to divide logits by.
+        The temperature by which to divide the logits.
 
     Guarantees:
-        It is released under `mechanism.event()`: every halving is a Gaussian mechanism of
-        sensitivity `bound`, and the temperature follows from their outcomes alone.
+        The temperature is released under `mechanism.event()`: every bisection is a Gaussian
+        mechanism of sensitivity `bound`, and the temperature depends on their outcomes alone.
 
     Raises:
-        ValueError: a mechanism of other batches, or a bound that is not > 0.
+        ValueError: the mechanism samples, or is for another number of examples, or the bound is not
+            > 0 and finite.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599) fit this scalar without noise, Zhang et al. 2022
+        (arXiv 2210.08248) with DP-SGD; bisection needs no learning rate.
     """
     if mechanism.sampler != "full_batch" or mechanism.num_examples != len(labels):
-        raise ValueError(f"{mechanism} must be of full batches of the {len(labels)} examples.")
+        raise ValueError(
+            f"sampler={mechanism.sampler!r} and num_examples={mechanism.num_examples} of the "
+            f"mechanism must be 'full_batch' and the number of labels, {len(labels)}."
+        )
     if not 0 < bound < math.inf:
         raise ValueError(f"bound={bound} must be > 0 and finite.")
     scores = np.asarray(logits, np.float64)
@@ -72,11 +79,12 @@ def fit_temperature(
 
 
 def _derivatives(logits: np.ndarray, labels: np.ndarray, log_temperature: float) -> np.ndarray:
-    """Of each example's negative log-likelihood, `[examples]`; 0 where it is not finite."""
+    """Derivatives of each example's negative log-likelihood, `[examples]`; 0 if not finite."""
     finite = np.isfinite(logits).all(axis=1)
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.where(finite[:, None], logits, 0.0) * math.exp(-log_temperature)
-        likely = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        likely /= likely.sum(axis=1, keepdims=True)
-        derivatives = scaled[np.arange(len(labels)), labels] - np.sum(likely * scaled, axis=1)
+        # The largest logit is subtracted first, so that the exponential cannot overflow.
+        probs = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        probs /= probs.sum(axis=1, keepdims=True)
+        derivatives = scaled[np.arange(len(labels)), labels] - np.sum(probs * scaled, axis=1)
     return np.where(np.isfinite(derivatives), derivatives, 0.0)  # finite logits can overflow

@@ -5,5 +5,6 @@
 .. include:: pods.md
 .. include:: threat_model.md
 .. include:: evidence.md
+.. include:: measurements.md
 .. include:: changes.md
 """

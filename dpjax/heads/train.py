@@ -23,14 +23,13 @@ from dpjax import dp, metrics
 from dpjax.dp import linear_head, seeds
 from dpjax.heads.cache import FeatureSet
 from dpjax.models import Params
-from dpjax.step import Hyper, TrainState, moving_average
+from dpjax.step import Hyper, TrainState, apply_updates, draws, fact_sums
 
 __all__ = [
     "Heads",
     "Optimizer",
     "Point",
     "batch_indices",
-    "batches_of",
     "evaluate",
     "initial_head",
     "train_heads",
@@ -97,7 +96,7 @@ def batch_indices(
     """Draws the batches of all steps ahead.
 
     Args:
-        draw: maps a step to the indices of its batch, see `batches_of`.
+        draw: maps a step to the indices of its batch, see `step.draws`.
         steps: number of steps.
         capacity: least number of columns; it grows to the largest draw, for nothing is truncated.
 
@@ -162,14 +161,10 @@ def train_heads(
     for group in groups:
         padded = [*group, *[group[-1]] * (size - len(group))]  # one shape: compiled once
         hypers = jax.tree.map(
-            lambda *x: jnp.stack(x), *[_hyper(points[i], batch_size) for i in padded]
+            lambda *x: jnp.stack(x), *[_hyper(points[i], batch_size, ema_decay) for i in padded]
         )
         chosen = batches[points[group[0]].private_seed] if batches else None
-        made = jax.device_get(
-            _run(
-                head, rows, chosen, hypers, jnp.float32(ema_decay), optimizer=optimizer, steps=steps
-            )
-        )
+        made = jax.device_get(_run(head, rows, chosen, hypers, optimizer=optimizer, steps=steps))
         for place, index in enumerate(group):
             done[index] = jax.tree.map(lambda x, at=place: x[at], made)
     return Heads(*jax.tree.map(lambda *x: np.stack(x), *[done[i] for i in range(len(points))]))
@@ -181,20 +176,18 @@ def _run(
     rows: linear_head.Rows,
     batches: jax.Array | None,
     hypers: Hyper,
-    ema_decay: jax.Array,
     *,
     optimizer: Optimizer,
     steps: int,
-) -> tuple[Params, Params, dict[str, jax.Array]]:
+) -> tuple[Params, Params | None, dict[str, jax.Array]]:
     """All steps of several points on the same batches: (last iterates, averages, facts)."""
 
-    def one(hyper: Hyper) -> tuple[Params, Params, dict[str, jax.Array]]:
+    def one(hyper: Hyper) -> tuple[Params, Params | None, dict[str, jax.Array]]:
         transform = optimizer(hyper)
 
         def step(
-            carry: tuple[TrainState, Params], batch: jax.Array | None
-        ) -> tuple[tuple[TrainState, Params], dict[str, jax.Array]]:
-            state, average = carry
+            state: TrainState, batch: jax.Array | None
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
             here = rows if batch is None else rows.take(batch)
             mask = jnp.ones(here.labels.shape, bool) if batch is None else batch >= 0
             grads: Any
@@ -202,30 +195,25 @@ def _run(
                 grads, facts = linear_head.head_sum(state.trainable, here, mask)
             else:
                 grads, facts = linear_head.clipped_head_sum(state.trainable, hyper.rule, here, mask)
-            updates, opt = transform.update(grads, state.opt, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-            average = moving_average(average, trainable, ema_decay, state.step)
-            summary = _summary(facts, hyper.rule)
-            return (TrainState(state.step + 1, trainable, opt), average), summary
+            after = apply_updates(transform, grads, state, hyper.ema_decay)
+            return after, _summary(facts, hyper.rule)
 
-        start = TrainState(jnp.zeros((), jnp.int32), head, transform.init(head))
-        (state, average), facts = jax.lax.scan(step, (start, head), batches, length=steps)
-        return state.trainable, average, facts
+        start = TrainState(jnp.zeros((), jnp.int32), head, transform.init(head), average=head)
+        state, facts = jax.lax.scan(step, start, batches, length=steps)
+        return state.trainable, state.average, facts
 
     return jax.vmap(one)(hypers)
 
 
 def _summary(facts: dp.PerExample, rule: dp.ClipRule | None) -> dict[str, jax.Array]:
-    count = jnp.sum(facts.real, dtype=jnp.float32)
-    clipped = jnp.zeros(())
-    if rule is not None:
-        above = facts.norms > rule.thresholds(facts.norms.shape[1])[None]
-        clipped = jnp.sum(facts.real & jnp.any(above, axis=1), dtype=jnp.float32)
-    some = jnp.maximum(count, 1.0)
-    return {"loss": jnp.sum(facts.loss) / some, "clipped": clipped / some, "count": count}
+    sums = fact_sums(facts, rule)
+    some = jnp.maximum(sums["count"], 1.0)
+    # Not the sum over finite losses: a head that diverged is to be seen.
+    loss = jnp.sum(facts.loss)
+    return {"loss": loss / some, "clipped": sums["clipped"] / some, "count": sums["count"]}
 
 
-def _hyper(point: Point, batch_size: int) -> Hyper:
+def _hyper(point: Point, batch_size: int, ema_decay: float) -> Hyper:
     """The traced values of a run, as the loop makes them for its first phase."""
     mechanism = point.mechanism
     key = None if mechanism is None else jax.random.fold_in(seeds.noise_key(point.private_seed), 0)
@@ -239,19 +227,7 @@ def _hyper(point: Point, batch_size: int) -> Hyper:
         noise_key=key,
         augment_key=seeds.public_key(0, "augment"),
         batch_size=jnp.float32(batch_size),
-    )
-
-
-def batches_of(point: Point, num_examples: int, batch_size: int) -> Callable[[int], np.ndarray]:
-    """The map from a step to the indices of its batch, as the loop draws them."""
-    seed = seeds.sampler_seed(point.private_seed)
-    if point.mechanism is not None:
-        return functools.partial(point.mechanism.indices, seed)
-    return functools.partial(
-        dp.sampling.poisson,
-        seed,
-        num_examples=num_examples,
-        sampling_prob=batch_size / num_examples,
+        ema_decay=jnp.float32(ema_decay),
     )
 
 
@@ -267,10 +243,11 @@ def _batches(
     """The batches of every private seed, of one shape; empty for full batches."""
     if _is_full(points[0], num_examples, batch_size):
         return {}
-    by_seed = {point.private_seed: point for point in points}
+    draw = functools.partial(draws, num_examples=num_examples, batch_size=batch_size)
+    by_seed = {point.private_seed: point.mechanism for point in points}
     drawn = {
-        seed: batch_indices(batches_of(by_seed[seed], num_examples, batch_size), steps)
-        for seed in sorted(by_seed)
+        seed: batch_indices(draw(mechanism, seeds.sampler_seed(seed)), steps)
+        for seed, mechanism in sorted(by_seed.items())
     }
     capacity = max(indices.shape[1] for indices in drawn.values())
     return {

@@ -1,9 +1,9 @@
-"""Which leaves train, and how the model is wrapped for it.
+"""Fine-tuning sets: which parameters train, and which parameters are added.
 
-A fine-tuning set is a function from a `Model` to a `FineTuning`: the model to run (wrapped where
-the set adds parameters), a predicate on parameter paths, and the way back to plain weights.
-Trainable and frozen leaves are split BEFORE differentiation, so frozen ones take no clipping
-budget, memory, noise or time.
+A fine-tuning set is a function from a `Model` to a `FineTuning`: the model to run (wrapped if the
+set adds parameters), a predicate on parameter paths, and a function back to plain weights.
+Trainable and frozen parameters are split BEFORE differentiation. Frozen ones therefore have no
+gradient: they use up no clip norm, get no noise, and cost no memory or time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class FineTuning(NamedTuple):
     """A model prepared for fine-tuning.
 
     Attributes:
-        model: the model to run; its `init` makes the parameters that the set adds, if any.
-        trainable: whether the leaf at a path such as "blocks_0/norm1/scale" trains.
+        model: the model to run; its `init` also creates the parameters that the set adds.
+        trainable: maps a path such as "blocks_0/norm1/scale" to whether that parameter trains.
         merge: turns trained parameters into plain weights of the original model.
     """
 
@@ -62,7 +62,7 @@ def _in_head(model: Model) -> Predicate:
 
 
 def full() -> FineTuningSet:
-    """Every parameter."""
+    """All parameters."""
     return lambda model: _plain(model, lambda path: True)
 
 
@@ -78,12 +78,12 @@ _BLOCK = re.compile(r"^(?:stages_(\d+))?_?(?:blocks_(\d+))?(?=/)")
 
 
 def film() -> FineTuningSet:
-    """Scale and bias of every normalisation layer, and the head (arXiv 2510.20616)."""
+    """Scales and biases of all normalization layers, and the head (arXiv 2510.20616)."""
     return combine([regex(_NORM_AFFINE.pattern, flags=re.IGNORECASE), head()])
 
 
 def bias() -> FineTuningSet:
-    """Every bias, and the head: BiTFiT (arXiv 2210.00036)."""
+    """All biases, and the head: BiTFiT (arXiv 2210.00036)."""
     return combine([regex(_BIAS.pattern), head()])
 
 
@@ -91,8 +91,12 @@ def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
     """The first and the last blocks of the backbone, and the head.
 
     Args:
-        first: how many blocks at the input's end.
-        last: how many blocks at the head's end.
+        first: number of blocks next to the input.
+        last: number of blocks next to the head.
+
+    Raises:
+        ValueError: a negative number, no block at all, or, once a model is given, more blocks than
+            it has.
     """
     if first < 0 or last < 0 or first + last == 0:
         raise ValueError(f"first={first}, last={last} must be >= 0 and not both 0.")
@@ -102,11 +106,11 @@ def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
         names = sorted({_block(path) for path in paths} - {()})
         if first + last > len(names):
             raise ValueError(f"first={first}, last={last} exceed the model's {len(names)} blocks.")
-        chosen = set(names[:first]) | set(names[len(names) - last :])
+        selected = set(names[:first]) | set(names[len(names) - last :])
         in_head = _in_head(model)
 
         def trainable(path: str) -> bool:
-            return in_head(path) or _block(path) in chosen
+            return in_head(path) or _block(path) in selected
 
         return _plain(model, trainable)
 
@@ -114,13 +118,13 @@ def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
 
 
 def _block(path: str) -> tuple[int, ...]:
-    """The block's numbers, outer first; empty for a leaf outside all blocks."""
+    """Returns a block's numbers, the stage first; () for a parameter outside all blocks."""
     match = _BLOCK.match(path)
     return tuple(int(number) for number in match.groups() if number) if match else ()
 
 
 def lora(*, rank: int = 8, targets: str = "attn/(query|value)$") -> FineTuningSet:
-    """Low-rank adapters on the dense layers whose path matches, and the head; see `lora`."""
+    """Low-rank adapters on the dense layers whose path matches, and the head; see `lora.adapt`."""
 
     def make(model: Model) -> FineTuning:
         adapted = adapters.adapt(model, rank=rank, targets=targets)
@@ -135,10 +139,10 @@ def lora(*, rank: int = 8, targets: str = "attn/(query|value)$") -> FineTuningSe
 
 
 def regex(pattern: str, *, flags: int = 0) -> FineTuningSet:
-    """Every parameter whose path matches (`re.search`).
+    """All parameters whose path matches (`re.search`).
 
     Raises:
-        ValueError: the pattern is no regular expression, or, once a model is given, matches
+        ValueError: the pattern is not a regular expression, or, once a model is given, matches
             none of its parameters.
     """
     try:
@@ -159,7 +163,7 @@ def regex(pattern: str, *, flags: int = 0) -> FineTuningSet:
 
 
 def combine(sets: Sequence[FineTuningSet]) -> FineTuningSet:
-    """The union of several sets; wrappers apply in order."""
+    """The union of several sets; wrappers are applied in order, and merged in reverse."""
     if not sets:
         raise ValueError("combine needs at least one fine-tuning set.")
 
@@ -181,17 +185,17 @@ def combine(sets: Sequence[FineTuningSet]) -> FineTuningSet:
 
 
 def split(params: Params, trainable: Predicate) -> tuple[Params, Params]:
-    """Splits parameters into (trainable, frozen) trees without common leaves.
+    """Splits parameters into disjoint (trainable, frozen) trees.
 
     Raises:
-        ValueError: no leaf is trainable.
+        ValueError: no parameter is trainable.
     """
     flat = flatten(params)
-    chosen = {path: leaf for path, leaf in flat.items() if trainable(path)}
-    if not chosen:
+    trains = {path: leaf for path, leaf in flat.items() if trainable(path)}
+    if not trains:
         raise ValueError(f"no parameter is trainable, of {', '.join(list(flat)[:4])}, ...")
-    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
-    return unflatten(chosen), unflatten(rest)
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trains}
+    return unflatten(trains), unflatten(frozen)
 
 
 def join(trainable: Params, frozen: Params) -> Params:
@@ -200,7 +204,7 @@ def join(trainable: Params, frozen: Params) -> Params:
 
 
 def count(params: Params) -> int:
-    """Number of scalar parameters."""
+    """Returns the number of scalar parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the dense layers of a Flax model, from outside of it."""
+"""Low-rank adapters (LoRA) on the dense layers of a Flax model, without changing its code."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dpjax.models.model import Model, Params, flatten, unflatten
 __all__ = ["KEY", "adapt", "merge"]
 
 KEY = "lora"
-"""Top-level key of the adapters; the paths of the model's own parameters do not change."""
+"""Top-level key of the adapters; the paths of the model's own parameters stay the same."""
 
 
 def adapt(model: Model, *, rank: int, targets: str) -> Model:
     """Adds `x -> x A B` to every dense layer whose path matches.
 
-    A is `[in, rank]`, normal with variance 1/in, and B is `[rank, out]`, zero: the model starts
-    unchanged. The scale alpha/rank is 1, that is alpha = rank.
+    A is `[in, rank]`, normal with variance 1/in, and B is `[rank, out]`, zero, so that the model
+    starts unchanged. The scale alpha/rank is 1.
 
     Args:
         model: the model; its parameters keep their paths, so published weights still load.
-        rank: of the adapters, >= 1.
+        rank: rank of the adapters, >= 1.
         targets: regular expression on layer paths such as "blocks_0/attn/query" (`re.search`).
 
     Returns:
@@ -44,8 +44,8 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
     except re.error as error:
         raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from error
     shapes = _dense_layers(model)
-    chosen = {path: shape for path, shape in shapes.items() if pattern.search(path)}
-    if not chosen:
+    targeted = {path: shape for path, shape in shapes.items() if pattern.search(path)}
+    if not targeted:
         raise ValueError(
             f"targets={targets!r} matches none of the {len(shapes)} dense layers, such as "
             f"{', '.join(list(shapes)[:4])}."
@@ -54,7 +54,7 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
     def init(key: jax.Array) -> Params:
         base, own = jax.random.split(key)
         adapters = {}
-        for number, (path, (inputs, outputs)) in enumerate(chosen.items()):
+        for number, (path, (inputs, outputs)) in enumerate(targeted.items()):
             a = jax.random.normal(jax.random.fold_in(own, number), (inputs, rank))
             adapters[f"{path}/a"] = a / jnp.sqrt(inputs)
             adapters[f"{path}/b"] = jnp.zeros((rank, outputs))
@@ -77,7 +77,7 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
 
 
 def merge(params: Params) -> Params:
-    """Adds every A B to its layer's kernel and drops the adapters: plain weights again."""
+    """Returns plain weights: adds every A B to its layer's kernel and drops the adapters."""
     flat = flatten(_without(params))
     adapters = flatten(params[KEY])
     for name in adapters:
@@ -94,6 +94,8 @@ def _without(params: Params) -> Params:
 
 
 def _interceptor(adapters: dict[str, jax.Array]) -> Callable[..., Any]:
+    """Returns a hook that Flax runs around every method, and that adds x A B to dense layers."""
+
     def intercept(
         call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
     ) -> Any:
@@ -111,7 +113,7 @@ def _interceptor(adapters: dict[str, jax.Array]) -> Callable[..., Any]:
 
 
 def _dense_layers(model: Model) -> dict[str, tuple[int, int]]:
-    """Paths and kernel shapes of the layers that the interceptor sees."""
+    """Returns the paths and kernel shapes of the layers that the interceptor will see."""
     seen: dict[str, tuple[int, int]] = {}
 
     def record(
@@ -125,7 +127,7 @@ def _dense_layers(model: Model) -> dict[str, tuple[int, int]]:
 
     params = jax.eval_shape(model.init, jax.random.key(0))
     with nn.intercept_methods(record):
-        # A function object of its own: JAX would answer a second trace of the same one from its
-        # cache, and the interceptor would see nothing.
+        # The lambda is a new function object: JAX would answer a second trace of the same function
+        # from its cache, and the interceptor would see nothing.
         jax.eval_shape(lambda p, x: model.features(p, x), params, model.input.example())
     return seen

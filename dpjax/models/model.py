@@ -1,4 +1,4 @@
-"""What every model in this package is to the rest: functions, a head's name and an input."""
+"""The model interface: pure functions, the name of the head, and the expected input."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class InputSpec:
     """The images a model expects.
 
     Args:
-      image_size: side of the square image, in pixels.
-      channels: number of channels.
-      mean: per-channel mean to subtract, for pixels scaled to [0, 1].
-      std: per-channel divisor, for pixels scaled to [0, 1].
+        image_size: side of the square image, in pixels.
+        channels: number of channels.
+        mean: per-channel mean to subtract, for pixels scaled to [0, 1].
+        std: per-channel divisor, for pixels scaled to [0, 1].
     """
 
     image_size: int
@@ -60,7 +60,7 @@ class InputSpec:
             raise ValueError(f"std={self.std} must be > 0.")
 
     def example(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of one example, `[image_size, image_size, channels]` float32."""
+        """Returns shape and dtype of one example, `[image_size, image_size, channels]` float32."""
         shape = (self.image_size, self.image_size, self.channels)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -70,9 +70,9 @@ class TextSpec:
     """The token sequences a text model expects: int32 `[max_length]`, padded with `pad_id`.
 
     Args:
-      max_length: number of tokens of every (padded or cut) sequence.
-      vocab_size: token ids are in [0, vocab_size).
-      pad_id: id of the padding token, which the model masks out.
+        max_length: number of tokens of every (padded or truncated) sequence.
+        vocab_size: token ids are in [0, vocab_size).
+        pad_id: id of the padding token, which the model masks out.
     """
 
     max_length: int
@@ -86,7 +86,7 @@ class TextSpec:
             raise ValueError(f"pad_id={self.pad_id} must be in [0, {self.vocab_size}).")
 
     def example(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of one example, `[max_length]` int32."""
+        """Returns shape and dtype of one example, `[max_length]` int32."""
         return jax.ShapeDtypeStruct((self.max_length,), jnp.int32)
 
 
@@ -94,16 +94,17 @@ class Loader(Protocol):
     """Signature of `Model.load`."""
 
     def __call__(self, params: Params, path: str, *, head: bool = False) -> Params:
-        """Returns `params` with the weights of the file `path` put in.
+        """Returns `params` with the weights of a file.
 
         Args:
-          params: a tree made by `Model.init`.
-          path: the file with the weights.
-          head: whether the file's classification head is taken too; by default the head of
-            `params` is kept, and the log says so.
+            params: a tree from `Model.init`.
+            path: the weight file.
+            head: whether the file's classification head is loaded too; by default the head of
+                `params` is kept, and the log reports it.
 
         Raises:
-          ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+            ValueError: a tensor is missing, unexpected, misshapen or not finite; the message names
+                all of them.
         """
 
 
@@ -111,14 +112,15 @@ class Model(NamedTuple):
     """A classifier as pure functions.
 
     Attributes:
-      init: `init(key) -> params`, a nested plain dict of float32 arrays.
-      apply: `apply(params, inputs) -> logits`, float32 `[batch, classes]` for inputs with a batch
-        axis and `[classes]` for ONE example. No example's logits depend on another example.
-      load: puts published weights in, see `Loader`.
-      head: top-level key of the classification head in `params`.
-      input: what `inputs` must be.
-      features: `features(params, inputs)`, float32 `[batch, width]` or `[width]`: what the head
-        sees; `apply == dense_head(params[head], features(...))`. It never reads `params[head]`.
+        init: `init(key) -> params`, a nested plain dict of float32 arrays.
+        apply: `apply(params, inputs) -> logits`, float32 `[batch, classes]` for inputs with a batch
+            axis and `[classes]` for ONE example. No example's logits depend on another example.
+        load: loads published weights, see `Loader`.
+        head: top-level key of the classification head in `params`.
+        input: the expected `inputs`.
+        features: `features(params, inputs)`, float32 `[batch, width]` or `[width]`: the input of
+            the head. `apply` equals `dense_head(params[head], features(...))`. It never reads
+            `params[head]`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -130,7 +132,7 @@ class Model(NamedTuple):
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a": {"b": x}}` to `{"a/b": x}`."""
+    """Turns `{"a": {"b": x}}` into `{"a/b": x}`."""
     flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
     return flat
 
@@ -142,42 +144,42 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def dense_head(head_params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
-    """The classification head every model here ends with.
+    """Applies the classification head that every model here ends with.
 
     Args:
-      head_params: `{"kernel": [width, classes], "bias": [classes]}`, that is `params[model.head]`.
-      features: `[..., width]`.
+        head_params: `params[model.head]`, `{"kernel": [width, classes], "bias": [classes]}`.
+        features: `[..., width]`.
 
     Returns:
-      float32 logits `[..., classes]`.
+        float32 logits `[..., classes]`.
     """
     logits = features.astype(jnp.float32) @ head_params["kernel"]
     return logits + jnp.broadcast_to(head_params["bias"], logits.shape)
 
 
 def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
-    """What layers compute in, as a dtype.
+    """Returns the dtype in which layers compute.
 
     Raises:
-      ValueError: it is not a floating-point type.
+        ValueError: it is not a floating-point type.
     """
     try:
-        made = jnp.dtype(dtype)
+        result = jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"dtype={dtype!r} is not a dtype.") from error
-    if not jnp.issubdtype(made, jnp.floating):
+    if not jnp.issubdtype(result, jnp.floating):
         raise ValueError(f"dtype={dtype!r} must be a floating-point type.")
-    return made
+    return result
 
 
 def head_initializer(name: str) -> Callable[..., jax.Array]:
-    """Kernel initialiser of a head: zeros, variance-scaled normal, or normal of std 1e-3.
+    """Returns the kernel initializer of a head: zeros, LeCun normal, or normal with std 1e-3.
 
     Args:
-      name: one of `HEAD_INITS`.
+        name: one of `HEAD_INITS`.
 
     Raises:
-      ValueError: the name is unknown.
+        ValueError: the name is unknown.
     """
     if name == "zero":
         return nn.initializers.zeros
@@ -197,18 +199,18 @@ def from_linen(
     num_classes: int,
     head_init: str,
 ) -> Model:
-    """Puts a head on a Flax module that maps `[..., *example]` to features `[..., width]`.
+    """Adds a head to a Flax module that maps `[..., *example]` to features `[..., width]`.
 
     Args:
-      backbone: the module; it must treat leading axes beyond the example's as a batch.
-      spec: its input.
-      load: its loader.
-      width: number of features.
-      num_classes: number of classes.
-      head_init: one of `HEAD_INITS`.
+        backbone: the module; it must treat axes in front of the example's axes as a batch.
+        spec: its expected input.
+        load: its loader.
+        width: number of features.
+        num_classes: number of classes.
+        head_init: one of `HEAD_INITS`.
 
     Raises:
-      ValueError: `num_classes` or `head_init` is out of range.
+        ValueError: `num_classes` is out of range, or `head_init` is unknown.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be >= 1.")
@@ -225,7 +227,7 @@ def from_linen(
     def features(params: Params, inputs: jax.Array) -> jax.Array:
         got, want = jnp.shape(inputs), example.shape
         if len(got) not in (len(want), len(want) + 1) or got[len(got) - len(want) :] != want:
-            raise ValueError(f"inputs of shape {got} must be {want}, or [batch, ...] of those.")
+            raise ValueError(f"inputs of shape {got} must be {want}, or a batch [n, ...] of those.")
         kind = jnp.integer if jnp.issubdtype(example.dtype, jnp.integer) else jnp.floating
         if not jnp.issubdtype(jnp.result_type(inputs), kind):
             raise TypeError(f"inputs of {jnp.result_type(inputs)} must be {example.dtype}.")

@@ -1,4 +1,4 @@
-"""Text to the token ids a text encoder reads, with the `tokenizers` library."""
+"""Turns text into the token ids of a text encoder, with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 
 def tokenizer(path: str, spec: TextSpec) -> Tokenize:
-    """A tokenizer from a `tokenizer.json`.
+    """Returns the tokenizer of a `tokenizer.json`.
 
     Args:
-      path: the file, such as `locate("minilm_l6_tokenizer")`.
-      spec: the input of the model it is for.
+        path: the file, such as `locate("minilm_l6_tokenizer")`.
+        spec: the expected input of the model.
 
     Returns:
-      A function from texts to int32 ids `[texts, max_length]`, cut and padded with `pad_id`.
+        A function from texts to int32 ids `[texts, max_length]`, truncated or padded with `pad_id`.
 
     Raises:
-      ImportError: the `tokenizers` library is not installed.
-      FileNotFoundError: there is no such file.
-      ValueError: it is no tokenizer, or has another vocabulary or padding than the model.
+        ImportError: the `tokenizers` library is not installed.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a tokenizer, or its vocabulary or padding does not fit the
+            model.
     """
     try:
         import tokenizers
@@ -36,21 +37,22 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no tokenizer file {path}.")
     try:
-        made = tokenizers.Tokenizer.from_file(path)
+        library = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare exceptions
         raise ValueError(f"{path} is not a tokenizer: {error}.") from error
-    if made.get_vocab_size() > spec.vocab_size:
+    if library.get_vocab_size() > spec.vocab_size:
         raise ValueError(
-            f"{path} has {made.get_vocab_size()} tokens, the model vocab_size={spec.vocab_size}."
+            f"{path} has {library.get_vocab_size()} tokens, but the model has "
+            f"vocab_size={spec.vocab_size}."
         )
-    padding = made.id_to_token(spec.pad_id)
+    padding = library.id_to_token(spec.pad_id)
     if padding is None:
         raise ValueError(f"{path} has no token for pad_id={spec.pad_id}.")
-    made.enable_truncation(max_length=spec.max_length)
-    made.enable_padding(length=spec.max_length, pad_id=spec.pad_id, pad_token=padding)
+    library.enable_truncation(max_length=spec.max_length)
+    library.enable_padding(length=spec.max_length, pad_id=spec.pad_id, pad_token=padding)
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
-        ids = [encoding.ids for encoding in made.encode_batch(list(texts))]
+        ids = [encoding.ids for encoding in library.encode_batch(list(texts))]
         return np.asarray(ids, np.int32).reshape(-1, spec.max_length)
 
     return tokenize

@@ -1,4 +1,4 @@
-"""A numerical check that a model treats every example on its own."""
+"""A numerical check that a model treats examples independently."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from dpjax.models.model import InputSpec, TextSpec
 
 __all__ = ["check_examples_independent", "probe"]
 
-# Other rows of one and the same program: rounding does not depend on the changed example.
+# Tolerances, relative to the largest output. One compiled program rounds every row alike, whatever
+# the other rows contain.
 _SAME_PROGRAM = 1e-5
-# Another batch size is another program: other summation orders, in bfloat16 or TF32 perhaps.
+# Another batch size is another program, with other summation orders, possibly in bfloat16 or TF32.
 _OTHER_PROGRAM = 2e-2
 
 _ADVICE = (
-    "Batch normalisation with batch statistics is the usual culprit: one example's gradient is "
-    "then not its own and clipping bounds nothing. Use group or layer normalisation, or frozen "
-    "statistics (inference mode), which are allowed."
+    "Batch normalization with batch statistics is the usual cause: an example then changes the "
+    "gradients of others, and clipping does not bound its influence. Use group or layer "
+    "normalization, or frozen statistics (inference mode)."
 )
 
 
 def probe(spec: InputSpec | TextSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns four public stored inputs `[4, *shape]` for `check_examples_independent`."""
+    """Returns four random, public inputs `[4, *shape]` for `check_examples_independent`."""
     rng = np.random.default_rng(0)
     if isinstance(spec, TextSpec):
         return rng.integers(0, spec.vocab_size, (4, *shape), dtype=np.int32)
@@ -36,23 +37,23 @@ def probe(spec: InputSpec | TextSpec, shape: tuple[int, ...]) -> np.ndarray:
 def check_examples_independent(
     apply: Callable[[Any, Any], jax.Array], params: Any, input_batch: Any
 ) -> None:
-    """Checks on numbers that no example of a batch moves another one's output.
+    """Checks numerically that no example of a batch changes another example's output.
 
-    Every example in turn is replaced by other finite data, and the other rows of the output must
-    stay where they are; every example alone (batch of one) must give its row of the batch. Leaves
-    of `params` that are all zero (fresh heads, adapters) get small values first, for they would
-    hide what is before them. Normalisation in inference mode passes: frozen statistics are
+    Each example in turn is replaced by other finite data: the other rows of the output must not
+    change. Then each example runs alone, in a batch of one: it must reproduce its row. Parameters
+    that are all zero (a new head, adapters) are first replaced by small random values, since zeros
+    would hide the layers before them. Normalization in inference mode passes: its statistics are
     constants.
 
     Args:
-      apply: `apply(params, batch) -> [batch, ...]`; is jitted here.
-      params: its parameters.
-      input_batch: arrays `[batch, ...]` of at least two examples, images or token ids; the ids
-        may not all be the same.
+        apply: `apply(params, batch) -> [batch, ...]`; jitted here.
+        params: its parameters.
+        input_batch: arrays `[batch, ...]` of at least two examples, images or token ids, not all
+            ids equal.
 
     Raises:
-      ValueError: examples are coupled, the outputs are not finite, or the check would be empty
-        because the batch is too small or the output does not depend on the input.
+        ValueError: examples are coupled, the outputs are not finite, or the check would prove
+            nothing because the batch is too small or the output does not depend on the input.
     """
     leaves = jax.tree.leaves(input_batch)
     sizes = {int(np.shape(leaf)[0]) if np.ndim(leaf) else 0 for leaf in leaves}
@@ -77,7 +78,10 @@ def check_examples_independent(
                 f"of example {worst} by {moved[worst]:.2g} of its scale. {_ADVICE}"
             )
     if not responded:
-        raise ValueError("the outputs do not depend on the inputs; nothing can be checked.")
+        raise ValueError(
+            "the outputs do not depend on the inputs, so it cannot be checked that examples are "
+            "independent."
+        )
     for index in range(size):
         single = jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], batch)
         gap = float(_distance(_run(run, params, single, 1), together[index : index + 1])[0]) / scale
@@ -91,9 +95,9 @@ def check_examples_independent(
 def _run(apply: Callable[[Any, Any], jax.Array], params: Any, batch: Any, size: int) -> np.ndarray:
     outputs = np.asarray(jax.device_get(apply(params, batch)), np.float32)
     if outputs.ndim == 0 or outputs.shape[0] != size:
-        raise ValueError(f"apply gives shape {outputs.shape} for a batch of {size}.")
+        raise ValueError(f"apply returns shape {outputs.shape} for a batch of {size}.")
     if not np.isfinite(outputs).all():
-        raise ValueError("apply gives outputs that are not finite.")
+        raise ValueError("apply returns outputs that are not finite.")
     return outputs
 
 
@@ -120,7 +124,7 @@ def _with_other_data(batch: Any, index: int) -> Any:
         if leaf.dtype == np.uint8:
             changed[index] = 255 - leaf[index]
         elif np.issubdtype(leaf.dtype, np.integer):
-            # Of ids, only those that occur are known to be valid.
+            # Only ids that occur are known to be valid: mirrored within their range.
             changed[index] = leaf.max() - (leaf[index] - leaf.min())
         else:
             noise = rng.normal(size=leaf.shape[1:]).astype(leaf.dtype)

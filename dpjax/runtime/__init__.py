@@ -1,4 +1,4 @@
-"""Devices, processes and disk."""
+"""Devices, processes and disk: the mesh, the hosts, compiled programs, checkpoints, run files."""
 
 from dpjax.runtime import compilation, hosts, sharding
 from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable

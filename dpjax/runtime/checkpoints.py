@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, whole or not at all, and checked when they are read."""
+"""Checkpoints: written atomically in the background, and verified when they are read."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ PyTree = Any
 
 
 class Unreadable(ValueError):
-    """Raised for a checkpoint that is truncated or damaged."""
+    """Raised when a checkpoint is truncated or damaged."""
 
 
 class Unwritable(OSError):
-    """Raised when a checkpoint could not be written; the earlier ones are as they were."""
+    """Raised when a checkpoint could not be written; earlier ones are unchanged."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, by step; to be used in a `with`, by every host alike.
+    """The checkpoints of a run, by step; a context manager that every host enters.
 
     Args:
-        path: their directory; made if it does not exist.
-        keep: how many of the latest stay.
-        keep_best: how many of those with the lowest loss stay besides.
-        losses: held-out losses of the steps that were evaluated before.
+        path: their directory; created if it does not exist.
+        keep: how many of the latest checkpoints are kept.
+        keep_best: how many of those with the lowest loss are kept in addition.
+        losses: held-out losses by step, from before this process.
 
     Guarantees:
-        A checkpoint appears whole or not at all. Reading one gives the bits that were saved, on
-        any number of devices, or raises `Unreadable`.
+        A checkpoint is written completely or not at all. Reading one returns the bits that were
+        saved, on any number of devices, or raises `Unreadable`.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Checkpoints:
         self.path = path
         self._keep = _Keep(keep, keep_best, losses or {})
         if jax.process_index() == 0:
-            for rest in path.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
-                shutil.rmtree(rest, ignore_errors=True)
+            for leftover in path.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
         self._orbax = ocp.training.Checkpointer(path, preservation_policy=self._keep)
 
     def steps(self) -> list[int]:
@@ -65,9 +65,9 @@ class Checkpoints:
         """Starts saving; the arrays may be donated as soon as this returns.
 
         Args:
-            step: number of the checkpoint; one that is there is replaced.
+            step: number of the checkpoint; an existing one is replaced.
             tree: arrays.
-            about: JSON values to be read back before the arrays are.
+            about: JSON values that can be read without reading the arrays.
             loss: held-out loss at this step, if known.
 
         Raises:
@@ -84,7 +84,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def about(self, step: int) -> dict[str, Any]:
-        """Returns what `save` was told about a checkpoint.
+        """Returns the JSON values that were saved with a checkpoint.
 
         Raises:
             Unreadable: it is damaged.
@@ -94,33 +94,33 @@ class Checkpoints:
         except Exception as error:
             raise Unreadable(f"checkpoint {step}: {_line(error)}") from error
         if not about:
-            raise Unreadable(f"checkpoint {step}: its metadata is lost.")
+            raise Unreadable(f"checkpoint {step}: its metadata is missing.")
         return dict(about)
 
     def load(self, step: int, like: PyTree) -> PyTree:
         """Reads a checkpoint into the shapes, dtypes and (named) shardings of `like`.
 
         Raises:
-            Unreadable: it is damaged, or holds other arrays.
+            Unreadable: it is damaged, or its arrays have other shapes.
         """
-        whole = NamedSharding(jax.tree.leaves(like)[0].sharding.mesh, PartitionSpec())
-        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
-        wanted = {"tree": like, "fingerprint": number}
+        replicated = NamedSharding(jax.tree.leaves(like)[0].sharding.mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)
+        abstract = {"tree": like, "fingerprint": number}
         try:
-            content = self._orbax.load(step, wanted)
+            content = self._orbax.load(step, abstract)
         except Exception as error:
             raise Unreadable(f"checkpoint {step}: {_line(error)}") from error
         if int(fingerprint(content["tree"])) != int(content["fingerprint"]):
-            raise Unreadable(f"checkpoint {step}: its arrays are not those that were saved.")
+            raise Unreadable(f"checkpoint {step}: its arrays differ from those that were saved.")
         return content["tree"]
 
     def set_aside(self, step: int) -> None:
-        """Renames a checkpoint that cannot be read; every host then calls `steps` anew."""
+        """Renames an unreadable checkpoint; every host then calls `reload`."""
         if jax.process_index() == 0:
             (self.path / str(step)).rename(self.path / f"unreadable-{step}")
 
     def reload(self) -> None:
-        """Looks at the directory anew."""
+        """Lists the directory again."""
         self._orbax.reload()
 
     def wait(self) -> None:
@@ -150,27 +150,28 @@ class Checkpoints:
                 raise self._unwritable(failure) from failure
 
     def _unwritable(self, error: Exception) -> Unwritable:
-        whole = sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit())
-        latest = f"checkpoint {whole[-1]} is whole" if whole else "there is none before it"
+        complete = sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit())
+        latest = f"checkpoint {complete[-1]} is intact" if complete else "there is no earlier one"
         return Unwritable(f"a checkpoint could not be written ({_line(error)}); {latest}.")
 
 
 class _Keep:
-    """Orbax's preservation policy: the latest, and those of the lowest loss."""
+    """An Orbax preservation policy: keeps the latest, and those with the lowest loss."""
 
     def __init__(self, latest: int, best: int, losses: Mapping[int, float]) -> None:
         self.latest, self.best, self.losses = latest, best, dict(losses)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [c.step for c in checkpoints]
-        known = sorted((s for s in steps if s in self.losses), key=lambda s: self.losses[s])
-        stay = {*steps[-self.latest :], *known[: self.best]}
-        return [step in stay for step in steps]
+        by_loss = sorted((s for s in steps if s in self.losses), key=lambda s: self.losses[s])
+        kept = {*steps[-self.latest :], *by_loss[: self.best]}
+        return [step in kept for step in steps]
 
 
 @jax.jit
 def fingerprint(tree: PyTree) -> jax.Array:
     """Returns a uint32 sum over the bits of all leaves: the same on any number of devices."""
+    # Integer addition wraps and is associative, so sharding and order do not change the sum.
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         words = leaf.view(f"uint{8 * leaf.dtype.itemsize}") if leaf.dtype != bool else leaf
@@ -179,7 +180,7 @@ def fingerprint(tree: PyTree) -> jax.Array:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of the innermost cause, at a readable length."""
+    """The first line of the innermost cause, cut to a readable length."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().split("\n")[0]

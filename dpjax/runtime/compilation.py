@@ -1,4 +1,4 @@
-"""XLA compilations: kept on disk between runs, and counted."""
+"""XLA compilations: cached on disk between runs, and counted."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["Counter", "counting", "keep_on_disk"]
 
 
 def keep_on_disk() -> None:
-    """Keeps compiled programs in DPJAX_CACHE_DIR/xla, or ~/.cache/dpjax/xla.
+    """Caches compiled programs in $DPJAX_CACHE_DIR/xla, or ~/.cache/dpjax/xla.
 
-    Runs of equal shapes, such as the points of a sweep over learning rates or epsilon, then
-    compile once. An empty DPJAX_CACHE_DIR turns this off, and JAX_COMPILATION_CACHE_DIR is obeyed.
+    Runs with equal shapes, such as the points of a sweep over learning rates or epsilon, then
+    compile once. An empty DPJAX_CACHE_DIR turns the cache off; JAX_COMPILATION_CACHE_DIR takes
+    precedence.
     """
     if not files.caching() or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -28,13 +29,13 @@ def keep_on_disk() -> None:
 
 
 class Counter:
-    """How often each jitted function was compiled, or fetched from disk."""
+    """Counts how often each jitted function was compiled, or loaded from the disk cache."""
 
     def __init__(self) -> None:
         self.times: collections.Counter[str] = collections.Counter()
 
     def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Takes an event from `jax.monitoring`."""
+        """Receives an event from `jax.monitoring`."""
         if event == "/jax/core/compile/backend_compile_duration":
             name = str(kwargs.get("fun_name"))  # such as "jit(update)"
             self.times[name.removeprefix("jit(").removesuffix(")")] += 1
@@ -46,7 +47,7 @@ class Counter:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counter]:
-    """Counts compilations while it is entered."""
+    """Counts the compilations inside the `with` block."""
     counter = Counter()
     jax.monitoring.register_event_duration_secs_listener(counter)
     try:

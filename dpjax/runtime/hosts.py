@@ -1,6 +1,6 @@
-"""Several processes as one run: starting together, agreeing, and stopping together.
+"""Several processes as one run: they start, agree and stop together.
 
-Every function here is the identity, or nothing, for a single process.
+With a single process, every function here returns its argument or does nothing.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 
 
 class Disagreement(ValueError):
-    """Raised on every host before any step when hosts hold different runs."""
+    """Raised on every host, before any step, if the hosts were given different runs."""
 
 
 def start(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes of the run; to be called before any use of a device.
+    """Joins the other processes of the run; call it before any use of a device.
 
-    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-    in a Kubernetes indexed job the last one is its JOB_COMPLETION_INDEX. Without any of them, a
-    Slurm step of several tasks and a TPU host are recognised, and tell JAX the rest.
+    Missing arguments are read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+    a Kubernetes indexed job sets JOB_COMPLETION_INDEX, which replaces the last one. If none is set,
+    JAX configures itself in a Slurm step of several tasks and on a TPU host.
 
     Args:
         coordinator: "host:port" of process 0.
         num_processes: how many processes take part.
-        process_id: 0 ... num_processes - 1.
+        process_id: number of this process, in [0, num_processes).
 
     Raises:
-        ValueError: one of the three is missing, or makes no sense.
+        ValueError: only some of the three are known, or one of them is out of range.
     """
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
@@ -56,7 +56,7 @@ def start(
     if coordinator is None or num_processes is None or process_id is None:
         raise ValueError(
             f"coordinator={coordinator}, num_processes={num_processes} and process_id={process_id} "
-            "must all be given, or none."
+            "must be given together, or not at all."
         )
     if not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"coordinator={coordinator!r} must be 'host:port'.")
@@ -77,6 +77,7 @@ def gather(value: Any) -> list[Any]:
     """Returns the JSON value of every host, in the order of the hosts."""
     if jax.process_count() == 1:
         return [value]
+    # Only arrays of one shape on all hosts can be gathered: first the lengths, then padded bytes.
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([text.size]))
     padded = np.zeros(sizes.max(), np.uint8)
@@ -104,28 +105,28 @@ def agree(facts: Mapping[str, Any]) -> None:
         if theirs[name] != everyone[0][name]
     ]
     if wrong:
-        raise Disagreement(f"the hosts do not hold the same run: {'; '.join(wrong[:4])}.")
+        raise Disagreement(f"the hosts were given different runs: {'; '.join(wrong[:4])}.")
 
 
 def catch_signals() -> Callable[[int], bool]:
-    """Turns the first SIGTERM or Ctrl-C into a request to stop; a second one stops at once.
+    """Turns the first SIGTERM or Ctrl-C into a request to stop; a second one kills the process.
 
     Returns:
-        `(step) -> whether to stop before that step`, to be asked before every step by every host.
+        `(step) -> whether to stop before that step`, which every host calls before every step.
         With several hosts, a SIGTERM to one of them stops all before the same step.
     """
     if jax.process_count() > 1:
-        # JAX's own service has caught SIGTERM since `start`, and agrees on a step.
+        # JAX's coordination service has caught SIGTERM since `start`, and picks a common step.
         return multihost_utils.reached_preemption_sync_point
-    asked: list[int] = []
+    received: list[int] = []
 
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
-    return lambda step: bool(asked)
+    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGINT, receive)
+    return lambda step: bool(received)
 
 
 def _integer(text: str | None) -> int | None:

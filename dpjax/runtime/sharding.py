@@ -1,8 +1,8 @@
-"""The mesh: one axis "data", over every device of every host. Nothing else names devices.
+"""The mesh: one axis "data" over every device of every host. No other module names devices.
 
-Batches are spread over the axis. Parameters and optimiser state are whole on every device, or
-spread over the same axis by a rule over their paths: they are then gathered at the start of a step
-and the sum of gradients is scattered at its end, once each (ZeRO, arXiv 1910.02054).
+Batches are sharded over the axis. Parameters and optimizer state are replicated, or sharded over
+the same axis ("fsdp") where a pattern matches their path. Sharded parameters are gathered once, at
+the start of a step, and the gradient sum is scattered once, at its end (ZeRO, arXiv 1910.02054).
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ class Layout:
 
     Attributes:
         mesh: from `make_mesh`.
-        spread: which leaves are spread over the devices, by their paths; None for none of them.
+        spread: pattern of the paths of sharded leaves; None replicates every leaf.
     """
 
     mesh: Mesh
     spread: re.Pattern[str] | None = None
 
     def axes(self, tree: PyTree) -> PyTree:
-        """Returns the axis along which each leaf is spread, -1 for a leaf that is whole.
+        """Returns the axis along which each leaf is sharded, -1 for a replicated leaf.
 
-        A leaf is spread if the pattern is found in its path (or in an end of it, so that
-        "^blocks_0" also finds the moments of `blocks_0` in an optimiser's state) and one of its
-        axes, the longest of them, can be cut into equal parts.
+        A leaf is sharded if its path matches the pattern and an axis of it is divisible by the
+        number of devices; the longest such axis is taken. Every suffix of the path is tried, so
+        that "^blocks_0" also matches the moments of `blocks_0` deep in an optimizer's state.
         """
         return jax.tree_util.tree_map_with_path(self._axis, tree)
 
@@ -66,23 +66,27 @@ class Layout:
         return jax.tree.map(lambda axis: NamedSharding(self.mesh, partition(axis)), self.axes(tree))
 
     def whole(self, tree: PyTree) -> PyTree:
-        """Returns, for each leaf, the sharding of a leaf that is whole on every device."""
+        """Returns a replicated sharding for each leaf."""
         return jax.tree.map(lambda leaf: replicated(self.mesh), tree)
 
     def gather(self, tree: PyTree) -> PyTree:
-        """Returns the tree with every leaf whole on every device."""
+        """Returns the tree with every leaf replicated."""
         return tree if self.spread is None else _gather(self)(tree)
 
     def _axis(self, path: tuple[Any, ...], leaf: Any) -> int:
+        # A key of a dict, a field of a NamedTuple, or an index: parameters are dicts, optimizer
+        # states are NamedTuples of such dicts.
         keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-        ends = ("/".join(keys[i:]) for i in range(len(keys)))
-        if self.spread is None or not any(self.spread.search(end) for end in ends):
+        suffixes = ("/".join(keys[i:]) for i in range(len(keys)))
+        if self.spread is None or not any(self.spread.search(suffix) for suffix in suffixes):
             return -1
-        even = [i for i, n in enumerate(leaf.shape) if n and n % self.mesh.size == 0]
-        return max(even, key=lambda i: leaf.shape[i], default=-1)
+        # The axis depends on the shape alone, so a parameter, its moments and its gradient sum,
+        # which share a shape, are sharded alike.
+        divisible = [i for i, n in enumerate(leaf.shape) if n and n % self.mesh.size == 0]
+        return max(divisible, key=lambda i: leaf.shape[i], default=-1)
 
 
-@functools.cache
+@functools.cache  # a new jit object for every step would compile again
 def _gather(layout: Layout) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda tree: gather_leaves(tree, layout.axes(tree), layout.mesh))
 
@@ -91,55 +95,61 @@ def layout(text: str, devices: Sequence[jax.Device] | None = None) -> Layout:
     """Makes a layout from "replicated", "fsdp", or "fsdp:REGEX" over parameter paths.
 
     Raises:
-        ValueError: any other text, or no regular expression.
+        ValueError: any other text, or REGEX is not a regular expression.
     """
     name, _, pattern = text.partition(":")
     if text not in ("replicated", "fsdp") and not (name == "fsdp" and pattern):
         raise ValueError(f"sharding={text!r} must be 'replicated', 'fsdp' or 'fsdp:REGEX'.")
     try:
+        # "fsdp" alone has the empty pattern, which matches every path.
         spread = re.compile(pattern) if name == "fsdp" else None
     except re.error as error:
-        raise ValueError(f"sharding={text!r} holds no regular expression: {error}.") from error
+        raise ValueError(
+            f"sharding={text!r} has an invalid regular expression: {error}."
+        ) from error
     return Layout(make_mesh(devices), spread)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over `devices`, all of them by default."""
     devices = jax.devices() if devices is None else devices
-    # Auto: the default, Explicit, does not trace Flax attention under vmap.
+    # Auto axes: with JAX's default, Explicit, Flax's attention cannot be traced under vmap.
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def partition(axis: int) -> PartitionSpec:
-    """Returns the spec of a leaf spread along `axis`; -1 is nowhere."""
+    """Returns the spec of a leaf sharded along `axis`; -1 is replicated."""
     return PartitionSpec(*[None] * axis, AXIS) if axis >= 0 else PartitionSpec()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding of an array that every device holds in full."""
     return NamedSharding(mesh, partition(-1))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is spread over the devices."""
+    """Returns the sharding of an array whose leading axis is divided among the devices."""
     return NamedSharding(mesh, partition(0))
 
 
 def memory_per_device(mesh: Mesh) -> int:
-    """Returns the bytes that a program may take on one device of this host."""
+    """Returns the bytes that a program may use on one device of this host."""
     devices = mesh.local_devices
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return int(0.9 * stats["bytes_limit"])
-    # Host devices share the memory of the machine with everything else.
+        return int(0.9 * stats["bytes_limit"])  # a tenth stays for fragmentation and live batches
+    # CPU devices report no limit, and share the machine's memory with one another and with all
+    # other processes: half of it is left to those.
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // (2 * len(devices))
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Puts values that every host holds onto the mesh, without any host asking another."""
+    """Puts values that every host holds in full onto the mesh."""
 
     def put(value: Any, sharding: NamedSharding) -> jax.Array:
+        # Not `jax.device_put`: across hosts it compares the values first, with a collective for
+        # every leaf. Here each host copies its own slices and talks to nobody.
         array = np.asarray(value)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -147,80 +157,93 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def sum_over_devices(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
-    """Sums leaves `[devices, ...]`, spread along their first axis, over the devices.
+    """Sums leaves `[devices, ...]`, sharded along their first axis, over the devices.
 
     Args:
         tree: one summand per device.
-        axes: along which axis of its sum each leaf is to be spread, -1 for a whole sum.
+        axes: the axis of its sum along which each leaf is to be sharded, -1 for a replicated sum.
         mesh: from `make_mesh`.
 
     Returns:
         The sums, without the leading axis.
 
     Guarantees:
-        Whatever the number of leaves, one all-reduce for those that stay whole and one
-        reduce-scatter for those that are spread. (XLA merges the collectives of single leaves
-        only up to a size that depends on the backend, so the leaves travel as one vector.)
+        Whatever the number of leaves: one all-reduce for all replicated sums, and one
+        reduce-scatter for all sharded ones.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    along = jax.tree.leaves(axes)
+    sharded_axes = jax.tree.leaves(axes)
 
+    # XLA merges the collectives of single leaves only up to a size that depends on the backend. A
+    # collective per leaf would pay its latency per leaf, so all leaves travel as one vector.
     def local(*parts: jax.Array) -> list[jax.Array]:
-        # The axis to cut comes first, so that a device's pieces of all leaves are one row.
-        moved = [jnp.moveaxis(x[0], a, 0) if a >= 0 else x[0] for x, a in zip(parts, along)]
-        whole = [i for i, a in enumerate(along) if a < 0]
-        cut = [i for i, a in enumerate(along) if a >= 0]
-        sums = dict(zip(whole, _joined(lambda v: jax.lax.psum(v, AXIS), [moved[i] for i in whole])))
-        if cut:
-            rows = [moved[i].reshape(mesh.size, -1) for i in cut]
-            mine = jax.lax.psum_scatter(jnp.concatenate(rows, axis=1), AXIS)
+        # x[0]: a device sees its own summand, with a leading axis of 1. The axis to shard moves to
+        # the front, where one reshape cuts it into equal blocks, a row per receiving device.
+        summands = [
+            jnp.moveaxis(x[0], a, 0) if a >= 0 else x[0] for x, a in zip(parts, sharded_axes)
+        ]
+        replicated = [i for i, a in enumerate(sharded_axes) if a < 0]
+        scattered = [i for i, a in enumerate(sharded_axes) if a >= 0]
+        sums = dict(
+            zip(
+                replicated,
+                _joined(lambda v: jax.lax.psum(v, AXIS), [summands[i] for i in replicated]),
+            )
+        )
+        if scattered:
+            rows = [summands[i].reshape(mesh.size, -1) for i in scattered]
+            # Row d of the sum goes to device d, without the leading axis: this device's blocks of
+            # all leaves, one after the other.
+            own_blocks = jax.lax.psum_scatter(jnp.concatenate(rows, axis=1), AXIS)
             ends = np.cumsum([row.shape[1] for row in rows])[:-1]
-            for i, piece in zip(cut, jnp.split(mine, ends)):
-                shape = (moved[i].shape[0] // mesh.size, *moved[i].shape[1:])
-                sums[i] = jnp.moveaxis(piece.reshape(shape), 0, along[i])
+            for i, block in zip(scattered, jnp.split(own_blocks, ends)):
+                shape = (summands[i].shape[0] // mesh.size, *summands[i].shape[1:])
+                sums[i] = jnp.moveaxis(block.reshape(shape), 0, sharded_axes[i])
         return [sums[i] for i in range(len(parts))]
 
     summed = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=partition(0),
-        out_specs=[partition(a) for a in along],
-        check_vma=False,
+        out_specs=[partition(a) for a in sharded_axes],
     )(*leaves)
     return jax.tree.unflatten(treedef, summed)
 
 
 def gather_leaves(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
-    """Makes leaves that are spread along `axes` whole on every device: one all-gather for all."""
+    """Replicates leaves that are sharded along `axes`, with one all-gather for all of them."""
     leaves, treedef = jax.tree.flatten(tree)
-    along = jax.tree.leaves(axes)
-    cut = [i for i, a in enumerate(along) if a >= 0]
+    sharded_axes = jax.tree.leaves(axes)
+    sharded = [i for i, a in enumerate(sharded_axes) if a >= 0]
 
     def local(*parts: jax.Array) -> list[jax.Array]:
-        moved = {i: jnp.moveaxis(parts[i], along[i], 0) for i in cut}
-        whole = list(parts)
-        mine = jnp.concatenate([x.ravel() for x in moved.values()])
-        rows = jax.lax.all_gather(mine, AXIS)  # [devices, this device's pieces of all leaves]
-        ends = np.cumsum([x.size for x in moved.values()])[:-1]
-        for (i, x), piece in zip(moved.items(), jnp.split(rows, ends, axis=1)):
-            full = piece.reshape(x.shape[0] * mesh.size, *x.shape[1:]).astype(x.dtype)
-            whole[i] = jnp.moveaxis(full, 0, along[i])
-        return whole
+        # The inverse of the scatter above: the sharded axis moves to the front, so that the blocks
+        # of all devices, one after the other, are the full leaf.
+        own_blocks = {i: jnp.moveaxis(parts[i], sharded_axes[i], 0) for i in sharded}
+        full_leaves = list(parts)
+        vector = jnp.concatenate([x.ravel() for x in own_blocks.values()])
+        rows = jax.lax.all_gather(vector, AXIS)  # [devices, a device's blocks of all leaves]
+        ends = np.cumsum([x.size for x in own_blocks.values()])[:-1]
+        for (i, x), columns in zip(own_blocks.items(), jnp.split(rows, ends, axis=1)):
+            # `concatenate` promotes mixed dtypes to the widest; each leaf gets its own back.
+            full = columns.reshape(x.shape[0] * mesh.size, *x.shape[1:]).astype(x.dtype)
+            full_leaves[i] = jnp.moveaxis(full, 0, sharded_axes[i])
+        return full_leaves
 
-    if not cut:
+    if not sharded:
         return tree
     gathered = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=tuple(partition(a) for a in along),
+        in_specs=tuple(partition(a) for a in sharded_axes),
         out_specs=partition(-1),
-        check_vma=False,
+        check_vma=False,  # every device ends with the same rows, which JAX cannot infer here
     )(*leaves)
     return jax.tree.unflatten(treedef, gathered)
 
 
 def _joined(function: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Applies a function of one vector to all the arrays at once."""
+    """Applies an elementwise function of one vector to all arrays at once."""
     if not arrays:
         return []
     vector = function(jnp.concatenate([x.ravel() for x in arrays]))
@@ -229,7 +252,7 @@ def _joined(function: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Puts this host's rows of a batch on its devices; every host passes its own rows."""
+    """Assembles a global batch from each host's `local_rows`, without copies between hosts."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
@@ -238,5 +261,6 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 def local_rows(size: int, mesh: Mesh) -> np.ndarray:
     """Returns which rows of a `[size, ...]` batch this host must read, ascending."""
+    # Asked of the sharding, not computed: JAX decides the order of the devices in the mesh.
     slices = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[index] for index in slices]))

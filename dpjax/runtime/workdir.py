@@ -1,4 +1,4 @@
-"""What a run leaves on disk, besides its checkpoints. Only process 0 writes."""
+"""The files of a run, except its checkpoints. Only process 0 writes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PACKAGES = (
     "tensorflow-datasets", "ml-collections",
 )  # fmt: skip
 
-# Fields in which a resumed run may differ from the run it resumes: they move sums by rounding
-# at most, or say what is written down.
-_FREE = {
+# Fields that may change when a run is resumed: they change sums by rounding at most, or only what
+# is written to disk.
+_MAY_CHANGE = {
     "audit.canaries", "audit.confidence", "audit.count", "audit.runs", "checkpoint_every",
     "data.data_dir", "dp.method", "eval_every", "keep_best",
     "keep_checkpoints", "log_every", "microbatch", "physical_batch", "sharding",
@@ -35,16 +35,16 @@ _FREE = {
 
 
 class OtherRun(ValueError):
-    """Raised when a directory holds something else than the run that is to be resumed."""
+    """Raised when a directory contains anything but the run to be resumed."""
 
 
 class Workdir:
-    """The directory of one run: config, metrics, checkpoints, statement.
+    """The directory of one run: config, metrics, checkpoints, privacy statement.
 
     Nothing is written before `create`, so a run that fails its checks leaves no trace.
 
     Args:
-        path: the directory; need not exist.
+        path: the directory; it need not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -52,7 +52,7 @@ class Workdir:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process writes files."""
         return jax.process_index() == 0
 
     def check(self, config: Mapping[str, Any]) -> None:
@@ -61,45 +61,51 @@ class Workdir:
         Fields that do not change the result, such as `physical_batch`, may differ.
 
         Raises:
-            OtherRun: it holds a run of another config (naming the fields), or other files.
+            OtherRun: the directory contains a run of another config (the message names the
+                fields), or other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OtherRun(f"workdir={str(self.path)!r} is not a directory.")
         if not self._files():
             return
-        if not self.exists("config.json"):
-            raise OtherRun(f"workdir={str(self.path)!r} holds files that are not a run's.")
+        self._must_be_a_run()
         changed = [
             text
             for text in differences(self.read("config.json"), json.loads(_dumps(config)))
-            if text.split(":")[0].removeprefix("config.") not in _FREE
+            if text.split(":")[0].removeprefix("config.") not in _MAY_CHANGE
         ]
         if changed:
             raise OtherRun(
-                f"workdir={str(self.path)!r} holds a run of another config "
-                f"({'; '.join(changed[:5])}). Resume it with its own config, give a new workdir, "
-                "or move it out of the way with --restart."
+                f"workdir={str(self.path)!r} contains a run of another config "
+                f"({'; '.join(changed[:5])}). Resume it with its own config, name a new workdir, "
+                "or move it aside with --restart."
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Makes the directory, or opens it to resume; writes config and environment."""
+        """Creates the directory, or opens it to resume; writes config and environment."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.json", config)
         self.write("environment.json", _environment())
 
     def move_aside(self) -> Path | None:
-        """Renames a run that is there to DIR.1, or the next free number; nothing is deleted."""
+        """Renames an existing run to DIR.1, or the next free number; nothing is deleted."""
         if not self._files() or not self.writes:
             return None
-        if not self.exists("config.json"):
-            raise OtherRun(f"workdir={str(self.path)!r} holds files that are not a run's.")
+        self._must_be_a_run()
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
         free = next(path for path in names if not path.exists())
         self.path.rename(free)
         return free
 
+    def _must_be_a_run(self) -> None:
+        if not self.exists("config.json"):
+            raise OtherRun(
+                f"workdir={str(self.path)!r} is not empty and does not contain a dpjax run: name a "
+                "new directory."
+            )
+
     def _files(self) -> list[Path]:
-        """What is there; a file that a killed process had begun to write counts as nothing."""
+        """The files of the directory, without those that a killed process left half-written."""
         if not self.path.is_dir():
             return []
         return [p for p in self.path.iterdir() if not (p.name[0] == "." and p.suffix == ".tmp")]
@@ -113,12 +119,12 @@ class Workdir:
         return json.loads((self.path / name).read_text())
 
     def write(self, name: str, content: Any, *, secret: bool = False) -> None:
-        """Writes a file whole or not at all: text as it is, anything else as JSON.
+        """Writes a file atomically: text as it is, anything else as JSON.
 
         Args:
             name: file name.
-            content: what to write.
-            secret: only the owner may read it.
+            content: text, or a value that JSON can express.
+            secret: makes the file readable by its owner only.
         """
         if not self.writes:
             return
@@ -133,13 +139,13 @@ class Workdir:
                 file.write(_dumps({"step": step, **values}, indent=None) + "\n")
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forgets logged steps that a resumed run executes again."""
+        """Deletes logged steps that a resumed run executes again."""
         if self.writes and self.exists("metrics.jsonl"):
             rows = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["step"] <= step]
             self.write("metrics.jsonl", "".join(_dumps(r, indent=None) + "\n" for r in rows))
 
     def losses(self) -> dict[int, float]:
-        """Returns the held-out loss of every step that was evaluated."""
+        """Returns the held-out loss of every evaluated step."""
         if not self.exists("metrics.jsonl"):
             return {}
         rows = read_jsonl(self.path / "metrics.jsonl")
@@ -147,7 +153,7 @@ class Workdir:
         return {row["step"]: row[name] for row in rows for name in names if name in row}
 
     def private_seed(self, draw: Callable[[], int]) -> int | None:
-        """Returns the seed this run drew before, or draws and keeps one; None except on host 0."""
+        """Returns the run's stored seed, or draws and stores one; None on all hosts but 0."""
         if not self.writes:
             return None
         if not self.exists("private_seed.json"):
@@ -156,7 +162,7 @@ class Workdir:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON-lines file; a last line that was cut off is left out."""
+    """Yields the objects of a JSON-lines file; a truncated last line is skipped."""
     with open(path) as file:
         for line in file:
             if line.endswith("\n"):
@@ -164,12 +170,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def digest(content: Any) -> str:
-    """Returns the sha256 of a JSON-able value."""
+    """Returns the SHA-256 of a value that JSON can express."""
     return hashlib.sha256(_dumps(content).encode()).hexdigest()
 
 
 def code_digest() -> str:
-    """Returns the sha256 of this package's sources and of the versions of what it stands on."""
+    """Returns the SHA-256 of this package's sources and of its dependencies' versions."""
     root = Path(__file__).parents[1]
     sources = {str(p.relative_to(root)): p.read_text() for p in sorted(root.rglob("*.py"))}
     return digest([sources, _environment()["packages"]])
@@ -198,6 +204,6 @@ def _dumps(content: Any, *, indent: int | None = 2) -> str:
             return np.asarray(value).tolist()
         if isinstance(value, Mapping) or hasattr(value, "to_dict"):
             return dict(value.items())
-        raise TypeError(f"{type(value).__name__} is not JSON-able.")
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON.")
 
     return json.dumps(content, indent=indent, default=plain)

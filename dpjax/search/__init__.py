@@ -1,4 +1,4 @@
-"""Many runs of one config: the points of a sweep, and searches over them."""
+"""Many runs of one config: sweeps over points, and searches for the best point."""
 
 from dpjax.search import proposals, search, sweep
 

@@ -1,4 +1,4 @@
-"""Which points of a sweep to try: all of a grid, some at random, or those that Optuna proposes."""
+"""Which points of a sweep to try: the full grid, a random sample, or Optuna's proposals."""
 
 from __future__ import annotations
 
@@ -26,30 +26,32 @@ def grid(values: Mapping[str, Sequence[Any]]) -> list[Row]:
 
 
 def sample(points: int, number: int, *, seed: int) -> list[int]:
-    """Returns `number` distinct indices below `points`; with one seed, fewer begin as more do."""
+    """Returns `number` distinct indices in [0, points); with one seed, a short list is a prefix."""
     if not 1 <= number <= points:
-        raise ValueError(f"trials={number} must be in [1, {points}], the points of the sweep.")
+        raise ValueError(f"trials={number} must be in [1, {points}], the sweep's number of points.")
     return [int(index) for index in np.random.default_rng(seed).permutation(points)[:number]]
 
 
-def axes(found: Sequence[Row]) -> dict[str, list[Any]]:
-    """Returns the values of every field of points that are a full product; numbers are sorted.
+def axes(points: Sequence[Row]) -> dict[str, list[Any]]:
+    """Returns the values of every field, numbers sorted; the points must be their full product.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the points are not the full product of the fields' values.
     """
     values: dict[str, list[Any]] = {}
-    for row in found:
+    for row in points:
         for name, value in row.items():
             seen = values.setdefault(name, [])
             if value not in seen:
                 seen.append(value)
     for seen in values.values():
         if _numeric(seen):
-            seen.sort()  # neighbours are alike, and Optuna is to know it
-    given = {_text(row) for row in found}
-    if given != {_text(row) for row in grid(values)} or len(given) != len(found):
-        raise ValueError("method='optuna' needs a sweep() that is the full product of its values.")
+            seen.sort()  # Optuna models the rank, so that neighboring values inform each other
+    texts = {_text(row) for row in points}
+    if texts != {_text(row) for row in grid(values)} or len(texts) != len(points):
+        raise ValueError(
+            "method='optuna' needs a sweep() that yields the full product of its values."
+        )
     return values
 
 
@@ -68,7 +70,7 @@ def require_optuna() -> Any:
 
 
 def optimise(
-    found: Sequence[Row],
+    points: Sequence[Row],
     run: Callable[[int, int], float | None],
     *,
     storage: str | Path,
@@ -77,45 +79,48 @@ def optimise(
     trials: int,
     seed: int,
 ) -> None:
-    """Lets Optuna's TPE propose points until so many trials have ended, here or elsewhere.
+    """Runs the points that Optuna's TPE proposes until `trials` trials have finished.
 
     Args:
-        found: points that are a full product.
-        run: `(trial, point) -> metric`, None if the run failed. A point that has its metric is not
-            run again. If it raises, the point is proposed anew the next time.
-        storage: file of a journal, for one machine, or URL of a database, for many workers.
-        name: of the study in the storage.
-        maximise: whether more is better.
-        trials: how many have to have ended, those of earlier calls and other workers included.
-        seed: of the proposals.
+        points: points that are a full product.
+        run: `(trial, point) -> metric`, or None if the run failed. A point with a metric is not run
+            again. If `run` raises, its point is proposed first the next time.
+        storage: path of a journal file, for one machine, or URL of a database, for many workers.
+        name: name of the study in the storage.
+        maximise: whether a larger metric is better.
+        trials: number of finished trials to reach, including those of earlier calls and of other
+            workers.
+        seed: seed of the proposals.
     """
     optuna = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kept: Any = storage
+    backend: Any = storage
     if isinstance(storage, Path):
         journal = optuna.storages.journal.JournalFileBackend(str(storage))
-        kept = optuna.storages.JournalStorage(journal)
+        backend = optuna.storages.JournalStorage(journal)
     study = optuna.create_study(
-        storage=kept, study_name=name, load_if_exists=True,
+        storage=backend, study_name=name, load_if_exists=True,
         direction="maximize" if maximise else "minimize",
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.NopPruner(),  # a pruned run would have spent budget for nothing
     )  # fmt: skip
     states = optuna.trial.TrialState
-    values = axes(found)
-    known = {_text(row): index for index, row in enumerate(found)}
+    values = axes(points)
+    index_of = {_text(row): index for index, row in enumerate(points)}
     while len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))) < trials:
         trial = study.ask()
-        chosen = {field: _suggest(trial, field, options) for field, options in values.items()}
-        index = known[_text(chosen)]
+        row = {field: _suggest(trial, field, options) for field, options in values.items()}
+        index = index_of[_text(row)]
         trial.set_user_attr("point", index)
-        twins = [
+        # TPE may propose a point again: it gets the metric of the first run, instead of spending
+        # budget on a second one.
+        same_point = [
             other for other in study.get_trials(deepcopy=False, states=(states.COMPLETE,))
             if other.user_attrs["point"] == index
         ]  # fmt: skip
         try:
-            value = twins[0].value if twins else run(trial.number, index)
-        except BaseException:
+            value = same_point[0].value if same_point else run(trial.number, index)
+        except BaseException:  # Ctrl-C included: the run is saved, and the next call resumes it
             study.enqueue_trial(trial.params)
             raise
         if value is None or not math.isfinite(value):
@@ -125,7 +130,7 @@ def optimise(
 
 
 def _suggest(trial: Any, name: str, options: Sequence[Any]) -> Any:
-    """Lets Optuna choose: numbers by their rank, anything else by name."""
+    """Asks Optuna for a value: numbers are ordered by rank, all else is categorical."""
     if _numeric(options):
         return options[trial.suggest_int(name, 0, len(options) - 1)]
     texts = [json.dumps(value) for value in options]

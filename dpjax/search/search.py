@@ -1,4 +1,4 @@
-"""Searches the points of a sweep: all of them, some at random, or those that Optuna proposes."""
+"""Searches the points of a sweep: the full grid, a random sample, or Optuna's proposals."""
 
 from __future__ import annotations
 
@@ -26,18 +26,29 @@ __all__ = ["METHODS", "METRICS", "Job", "Stopped", "check", "run"]
 Row = dict[str, Any]
 
 METHODS = ("grid", "random", "optuna")
-METRICS = {"accuracy": 1, "nll": -1, "ece": -1}  # of eval.json, and which way is up
-# Fields in which the runs of a charged search may differ: they do not touch the mechanism.
-_FREE = ("optimizer.", "model.", "finetune", "dp.bound", "dp.clipping", "dp.gamma", "dp.normalised")
-_DIVERGED = 3
+METRICS = {"accuracy": 1, "nll": -1, "ece": -1}  # of eval.json; 1: larger is better
+# Fields in which the runs of a charged search may differ: repeat-and-select composes runs of ONE
+# mechanism, and these fields do not change it.
+_MAY_VARY = (
+    "optimizer.", "model.", "finetune", "dp.bound", "dp.clipping", "dp.gamma", "dp.normalised",
+)  # fmt: skip
+_DIVERGED = 3  # exit code of a run whose parameters became non-finite
 
 
 class Stopped(Exception):
-    """A run was stopped by a signal; it is saved."""
+    """Raised when a signal stopped a run; the run is saved and can be resumed."""
 
 
 class Job(NamedTuple):
-    """What all trials share."""
+    """The facts that all trials share.
+
+    Attributes:
+        config: path of the config file.
+        workdir: directory of the search.
+        found: overrides of every point of the sweep.
+        metric: name of the metric in eval.json.
+        others: further flags of every run.
+    """
 
     config: str
     workdir: Path
@@ -49,7 +60,14 @@ class Job(NamedTuple):
         return sweep.point_directory(self.workdir / "trials" / f"{trial:03d}", index)
 
     def run(self, trial: int, index: int) -> float | None:
-        """Runs a trial that has not ended; returns its metric, None if it failed or diverged."""
+        """Runs a trial, or reads a finished one.
+
+        Returns:
+            The metric; None if the run failed or diverged.
+
+        Raises:
+            Stopped: a signal stopped the run.
+        """
         path = self.directory(trial, index)
         if not (path / "eval.json").is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +83,10 @@ class Job(NamedTuple):
         return float(json.loads((path / "eval.json").read_text())[self.metric])
 
     def rows(self) -> list[Row]:
-        """One row per trial that was begun, read from its files."""
+        """Returns one row per started trial, read from its files."""
         rows = []
         for trial in sorted((self.workdir / "trials").glob("[0-9]*")):
-            # A run that failed at once left a log and no directory.
+            # By stem: a run that failed at once left INDEX.log and no directory INDEX.
             for index in sorted({int(path.stem) for path in trial.glob("[0-9]*")}):
                 row = sweep.results(trial, self.found)[index]
                 rows.append({"trial": int(trial.name), **row})
@@ -76,12 +94,24 @@ class Job(NamedTuple):
 
 
 def check(flags: argparse.Namespace, others: Sequence[str], found: Sequence[Row]) -> None:
+    """Checks the flags of a search against one another, before any run.
+
+    Args:
+        flags: `method`, `metric`, `storage`, `trials`, `charge`.
+        others: overrides that go to every run.
+        found: overrides of every point of the sweep.
+
+    Raises:
+        ValueError: naming the flag, or the field that a charged search must not vary.
+    """
     files.choose("method", flags.method, dict.fromkeys(METHODS))
     files.choose("metric", flags.metric, METRICS)
     if flags.storage and flags.method != "optuna":
-        raise ValueError(f"storage={flags.storage!r} belongs to method='optuna'.")
+        raise ValueError(f"storage={flags.storage!r} needs method='optuna', got {flags.method!r}.")
     if flags.method == "grid" and flags.trials is not None:
-        raise ValueError(f"trials={flags.trials} belongs to random and optuna: a grid is whole.")
+        raise ValueError(
+            f"trials={flags.trials} needs method='random' or 'optuna': 'grid' runs every point."
+        )
     if flags.method == "optuna":
         proposals.require_optuna()
         proposals.axes(found)
@@ -91,29 +121,45 @@ def check(flags: argparse.Namespace, others: Sequence[str], found: Sequence[Row]
         raise ValueError(f"charge={flags.charge} must be > 1 and finite.")
     if flags.method != "random" or flags.trials is not None:
         raise ValueError(
-            f"charge={flags.charge:g} needs method='random' without trials: the runs that are "
-            "charged must be independent of one another, and their number is drawn."
+            f"charge={flags.charge:g} needs method='random' without trials: charged runs must be "
+            "independent of one another, and their number must be random."
         )
     if others:
         raise ValueError(f"charge={flags.charge:g} takes no overrides, got {others[0]!r}.")
     for field in sorted({name for row in found for name in row}):
-        if not (field in _FREE or field.startswith(_FREE[:2])):
+        if not (field in _MAY_VARY or field.startswith(_MAY_VARY[:2])):
             raise ValueError(
-                f"{field!r} must not differ between the points of a charged search: only "
-                f"{', '.join(_FREE)} may."
+                f"{field!r} must not vary between the points of a charged search: only "
+                f"{', '.join(_MAY_VARY)} may."
             )
 
 
 def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
+    """Runs or resumes a search and writes its tables, the best run and its statement.
+
+    Args:
+        job: from the command line.
+        flags: checked by `check`.
+        base: the config that the points override.
+
+    Returns:
+        Whether a run failed.
+
+    Raises:
+        ValueError: the work directory contains another search, or the search cannot be charged.
+        Stopped: a signal stopped a run.
+    """
     if flags.charge is not None:
         job = _charge(job, flags.charge, base)
-    shown = {name: getattr(flags, name) for name in ("config", "method", "metric", "charge")}
+    settings = {name: getattr(flags, name) for name in ("config", "method", "metric", "charge")}
     if flags.method == "random" and flags.charge is None:
-        shown["seed"] = flags.seed
-    place = Workdir(job.workdir)
-    if place.exists("search.json") and place.read("search.json") != shown:
-        raise ValueError(f"workdir={str(job.workdir)!r} holds another search.")
-    place.write("search.json", shown)
+        settings["seed"] = flags.seed
+    directory = Workdir(job.workdir)
+    if directory.exists("search.json") and directory.read("search.json") != settings:
+        raise ValueError(
+            f"workdir={str(job.workdir)!r} contains another search: name a new directory."
+        )
+    directory.write("search.json", settings)
     try:
         if flags.method == "optuna":
             proposals.optimise(
@@ -126,13 +172,15 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
             for trial, index in enumerate(_order(job, flags)):
                 job.run(trial, index)
     finally:
-        rows, hidden = job.rows(), flags.charge is not None
-        place.write("search.md", sweep.to_markdown(rows), secret=hidden)
-        place.write("search.csv", sweep.to_csv(rows), secret=hidden)
+        # A charged search releases the best run only: not the others, and not how many there were.
+        rows, secret = job.rows(), flags.charge is not None
+        directory.write("search.md", sweep.to_markdown(rows), secret=secret)
+        directory.write("search.csv", sweep.to_csv(rows), secret=secret)
     return _conclude(job, flags, base, rows)
 
 
 def _order(job: Job, flags: argparse.Namespace) -> list[int]:
+    """Returns the point of every trial."""
     if flags.charge is not None:
         drawn: list[int] = Workdir(job.workdir).read(_SECRET)["points"]
         return drawn
@@ -142,89 +190,97 @@ def _order(job: Job, flags: argparse.Namespace) -> list[int]:
     return proposals.sample(len(job.found), number, seed=flags.seed)
 
 
-_SECRET = "search_secret.json"  # how many runs a charged search has, and of which points
+_SECRET = "search_secret.json"  # the points of a charged search's runs, and so their number
 
 
 def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
-    """Draws the runs of a charged search, once, and says what each may spend."""
+    """Draws the runs of a charged search, once, and sets the epsilon of each."""
     if base.dp is None:
         raise ValueError("config.dp=None trains without privacy: there is nothing to charge.")
     if base.private_seed is not None:
         raise ValueError(
-            f"private_seed={base.private_seed} must be None in a charged search: runs that share "
-            "their noise are not independent."
+            f"private_seed={base.private_seed} must be None in a charged search: runs with the "
+            "same noise are not independent."
         )
     if base.data.holdout is not None:
         raise ValueError(
-            f"data.holdout={base.data.holdout} must be None in a charged search: its score would "
-            "read private data that nothing pays for."
+            f"data.holdout={base.data.holdout} must be None in a charged search: the score would "
+            "read private data without being charged."
         )
     if splits_overlap(base.data.train_split, base.data.test_split):
         raise ValueError(
-            f"data.test_split={base.data.test_split!r} must not be of the training data in a "
-            "charged search: its score would read private data that nothing pays for."
+            f"data.test_split={base.data.test_split!r} must not overlap the training data in a "
+            "charged search: the score would read private data without being charged."
         )
     if base.batch_size == "auto" or base.audit.count:
         raise ValueError(
-            f"batch_size={base.batch_size!r} and audit.count={base.audit.count} must be a number "
-            "and 0 in a charged search: every run has one mechanism, and no other run is paid for."
+            f"batch_size={base.batch_size!r} must be a number and audit.count={base.audit.count} "
+            "must be 0 in a charged search: all runs need the same mechanism, and an audit's runs "
+            "would not be charged."
         )
-    place = Workdir(job.workdir)
-    if not place.exists(_SECRET):
+    directory = Workdir(job.workdir)
+    if not directory.exists(_SECRET):
         run = build.build(base)
         if run.temperature is not None:
-            raise ValueError("dp.temperature.share must be 0 in a search that is charged.")
+            raise ValueError("dp.temperature.share must be 0 in a charged search.")
         spend = repeat_and_select.epsilon_of_one(
             [phase.mechanism for phase in run.phases if phase.mechanism is not None],
             budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
         )  # fmt: skip
+        # From the system's entropy, and stored: a seed would let anyone recompute the number of
+        # runs, and a second draw after a crash would not be the law that is accounted.
         generator = np.random.default_rng(secrets.randbits(128))
         points = repeat_and_select.draw(len(job.found), mean, generator=generator)
-        place.write(_SECRET, {"points": points, "epsilon": spend}, secret=True)
-    return job._replace(others=[f"--config.dp.epsilon={place.read(_SECRET)['epsilon']!r}"])
+        directory.write(_SECRET, {"points": points, "epsilon": spend}, secret=True)
+    return job._replace(others=[f"--config.dp.epsilon={directory.read(_SECRET)['epsilon']!r}"])
 
 
 def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Sequence[Row]) -> bool:
     """Writes the statement of the best run; returns whether a run failed."""
-    ended = [row for row in rows if row["status"] == "finished"]
+    finished = [row for row in rows if row["status"] == "finished"]
     failed = [
         row for row in rows
         if row["status"].startswith("exit") and not row["status"].startswith(f"exit {_DIVERGED}:")
     ]  # fmt: skip
+    # The best of the runs that happened to succeed is not the best of a geometric number of runs.
+    # A diverged run did execute, and only has the worst score.
     if flags.charge is not None and failed:
-        raise ValueError("a run of a charged search failed: mend it and run the command again.")
-    if not ended:
+        raise ValueError(
+            "a run of a charged search failed: see its log under trials/, fix the cause and run "
+            "the same command again."
+        )
+    if not finished:
         print("no run finished.", file=sys.stderr)
         return True
-    best = max(ended, key=lambda row: _score(row.get(flags.metric), METRICS[flags.metric]))
+    best = max(finished, key=lambda row: _score(row.get(flags.metric), METRICS[flags.metric]))
     path = job.directory(best["trial"], best["point"])
-    place = Workdir(job.workdir)
+    directory = Workdir(job.workdir)
     facts: Row = {"method": flags.method, "metric": f"held-out {flags.metric}"}
     if flags.charge is None:
         facts |= {"points": len({row["point"] for row in rows}), "runs": len(rows)}
     else:
         facts |= {"points": len(job.found), "mean": flags.charge, "epsilon": base.dp.epsilon}
     if (path / "privacy.json").is_file():
-        mine = json.loads((path / "privacy.json").read_text())
+        own = json.loads((path / "privacy.json").read_text())
         if flags.charge is None:
-            statement = repeat_and_select.not_charged(mine, facts)
+            statement = repeat_and_select.not_charged(own, facts)
         else:
             files = sorted((job.workdir / "trials").glob("*/*/privacy.json"))
             others = [json.loads(file.read_text()) for file in files]
-            statement = repeat_and_select.charged(mine, others, facts)
-        place.write("privacy.json", statement)
-        place.write("privacy.md", to_markdown(statement))
+            statement = repeat_and_select.charged(own, others, facts)
+        directory.write("privacy.json", statement)
+        directory.write("privacy.md", to_markdown(statement))
     if flags.charge is None:
         best = {"path": str(path.relative_to(job.workdir)), **best}
-    else:  # which of how many runs it was is not released
+    else:  # the number of the trial is a lower bound on the secret number of runs
         del best["trial"]
         shutil.copyfile(path / "weights.safetensors", job.workdir / "weights.safetensors")
-    place.write("best.json", best)
+    directory.write("best.json", best)
     print(sweep.to_markdown([best]))
     print(f"the best run: {path if flags.charge is None else job.workdir}")
     return bool(failed)
 
 
 def _score(value: Any, sign: int) -> float:
-    """More is better; a metric that is not finite is the worst."""
+    """Returns a score where larger is better, and a non-finite metric is the worst."""
     return sign * float(value) if value is not None and math.isfinite(value) else -math.inf

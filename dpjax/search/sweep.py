@@ -1,4 +1,4 @@
-"""The points of a sweep: what they override, how one is run, and what all of them left."""
+"""The points of a sweep: their overrides, how one is run, and a table of their results."""
 
 from __future__ import annotations
 
@@ -31,37 +31,41 @@ STOPPED = 75
 def points(path: str, config: ConfigDict) -> list[Row]:
     """Returns the overrides of every point of a file's `sweep()`.
 
-    Every point is tried on the config first, so that a typo fails before anything runs.
+    All points are first applied to a copy of the config, so that a typo fails before anything runs.
 
     Args:
-        path: of the file, "FILE" or "FILE:ARGUMENT".
-        config: what the points override; it is left as it is.
+        path: the config file, "FILE" or "FILE:ARGUMENT".
+        config: the config that the points override; it is not changed.
 
     Raises:
-        ValueError: the file has no `sweep()`, or a point names an unknown field or gives a field
+        ValueError: the file has no `sweep()`, or a point names an unknown field or sets a field to
             a value of another type.
     """
     path, _, argument = path.partition(":")
     module = runpy.run_path(path)
     if "sweep" not in module:
         raise ValueError(f"config={path!r} defines no sweep().")
-    given = (argument or None,) if inspect.signature(module["sweep"]).parameters else ()
-    found = [dict(point) for point in module["sweep"](*given)]
-    for index, overrides in enumerate(found):
+    arguments = (argument or None,) if inspect.signature(module["sweep"]).parameters else ()
+    rows = [dict(point) for point in module["sweep"](*arguments)]
+    for index, overrides in enumerate(rows):
         try:
             apply(config.copy_and_resolve_references(), overrides)
         except ValueError as error:
             raise ValueError(f"point {index} of sweep(): {error}") from error
-    if not found:
+    if not rows:
         raise ValueError(f"config={path!r}: sweep() yields no points.")
-    return found
+    return rows
 
 
-def point(found: Sequence[Row], index: int) -> Row:
-    """Returns one point; raises ValueError if there are not so many."""
-    if not 0 <= index < len(found):
-        raise ValueError(f"sweep_index={index} must be in [0, {len(found)}).")
-    return found[index]
+def point(rows: Sequence[Row], index: int) -> Row:
+    """Returns the overrides of one point.
+
+    Raises:
+        ValueError: the index is out of range.
+    """
+    if not 0 <= index < len(rows):
+        raise ValueError(f"sweep_index={index} must be in [0, {len(rows)}).")
+    return rows[index]
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
@@ -75,12 +79,12 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
         problem = unknown_field(config, name)
         if problem is not None:
             raise ValueError(problem)
-        above, _, last = name.rpartition(".")
+        section, _, field = name.rpartition(".")
         node: Any = config
-        for key in above.split(".") if above else ():
+        for key in section.split(".") if section else ():
             node = node[key]
         try:
-            node[last] = ConfigDict(value) if isinstance(value, Mapping) else value
+            node[field] = ConfigDict(value) if isinstance(value, Mapping) else value
         except (TypeError, ValueError) as error:
             raise ValueError(f"config.{name}={value!r}: {error}") from error
 
@@ -90,10 +94,14 @@ def point_directory(workdir: str | Path, index: int) -> Path:
     return Path(workdir) / f"{index:03d}"
 
 
-def results(workdir: Path, found: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Returns one row per point: overrides, status, epsilon, metrics; read from its files."""
+def results(workdir: Path, points: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Returns one row per point, read from its files: overrides, status, epsilon and metrics.
+
+    The status is "finished", "waiting", "interrupted" (the same command resumes it) or
+    "exit CODE: last line of the log".
+    """
     rows: list[Row] = []
-    for index, overrides in enumerate(found):
+    for index, overrides in enumerate(points):
         path = point_directory(workdir, index)
         failed = path.with_suffix(".failed")
         row: Row = {"point": index, **overrides, "status": "waiting"}
@@ -106,13 +114,13 @@ def results(workdir: Path, found: Sequence[Mapping[str, Any]]) -> list[Row]:
         elif failed.is_file():
             row["status"] = failed.read_text()
         elif path.is_dir():
-            row["status"] = "cut"
+            row["status"] = "interrupted"
         rows.append(row)
     return rows
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Renders rows as a Markdown table with a column for every name that occurs."""
+    """Renders rows as a Markdown table with a column for every name that occurs in a row."""
     names = _columns(rows)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
@@ -136,7 +144,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def run_point(command: Sequence[str], path: Path) -> int:
-    """Runs one point, hands signals on to it, and returns its exit code."""
+    """Runs one point, forwards SIGTERM and Ctrl-C to it, and returns its exit code."""
     failed, log = path.with_suffix(".failed"), path.with_suffix(".log")
     failed.unlink(missing_ok=True)
     with open(log, "a") as file:
@@ -152,6 +160,6 @@ def run_point(command: Sequence[str], path: Path) -> int:
             for number, handler in zip(signals, before):
                 signal.signal(number, handler)
     if code not in (0, STOPPED):
-        said = log.read_text().strip().splitlines() or [""]
-        failed.write_text(f"exit {code}: {said[-1][:200]}")
+        lines = log.read_text().strip().splitlines() or [""]
+        failed.write_text(f"exit {code}: {lines[-1][:200]}")
     return code

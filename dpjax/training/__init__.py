@@ -1,4 +1,4 @@
-"""Executes a run: the loop, what it feeds, and what it leaves."""
+"""Executes a run: the train loop, its batches, and the files it writes at the end."""
 
 from dpjax.training import capacity, feed, loop, phases, results
 

@@ -1,4 +1,4 @@
-"""How many examples fit: read off compiled programs, not found out by running out of memory."""
+"""How many examples fit in memory, read from compiled programs before anything runs."""
 
 from __future__ import annotations
 
@@ -19,47 +19,51 @@ __all__ = ["DoesNotFit", "largest", "peak_bytes", "physical_batch"]
 
 
 class DoesNotFit(ValueError):
-    """Raised when not even the smallest chunk fits."""
+    """Raised when even the smallest chunk does not fit."""
 
 
 def physical_batch(run: Run, private_seed: int) -> int:
-    """Returns the number of rows of a chunk: the config's, or for "auto" as many as fit.
+    """Returns the rows of a physical chunk: the config's number, or for "auto" as many as fit.
 
-    It is a multiple of whole microbatches on every device.
+    The number is rounded up to whole microbatches on every device.
 
     Raises:
-        DoesNotFit: not even the smallest chunk does.
+        DoesNotFit: even the smallest chunk does not fit.
     """
     config, layout = run.config, run.layout
     unit = layout.mesh.size * (config.microbatch or 1)
     if config.physical_batch != "auto":
         return -(-config.physical_batch // unit) * unit
-    # Two standard deviations of the size of a Poisson batch: few batches need a chunk more.
+    # A Poisson batch varies with standard deviation sqrt(B): with two of them on top, few batches
+    # need one more chunk.
     largest_batch = max(phase.batch_size for phase in run.phases)
     enough = min(largest_batch + 2 * math.sqrt(largest_batch), len(run.train))
     limit = sharding.memory_per_device(layout.mesh)
     needs = [peak_bytes(run, index, private_seed) for index in range(len(run.phases))]
+    # Hosts with different memory would disagree; host 0 decides, so that all cut alike.
     return int(hosts.first(min(largest(need, limit, unit, enough) for need in needs)))
 
 
 def largest(need: Callable[[int], int], limit: int, unit: int, enough: float) -> int:
-    """Returns the size of the fewest equal chunks that hold `enough` rows and fit.
+    """Returns the chunk size that covers `enough` rows with the fewest equal chunks that fit.
 
     Args:
-        need: bytes that a chunk of n rows needs; dear to call, and close to linear in n.
-        limit: bytes there are.
-        unit: sizes are multiples of it.
+        need: bytes that a chunk of n rows needs; slow (it compiles), and close to linear in n.
+        limit: bytes available on a device.
+        unit: the size is a multiple of it.
         enough: rows of one step.
 
     Raises:
-        DoesNotFit: `unit` rows do not.
+        DoesNotFit: `unit` rows do not fit.
     """
     low, high = need(unit), need(4 * unit)
     if low > limit:
         raise DoesNotFit(
-            f"physical_batch='auto': {unit} rows need {low:,} bytes a device of {limit:,}. Set a "
-            "microbatch, train fewer parameters, or take sharding='fsdp'."
+            f"physical_batch='auto': {unit} rows need {low:,} bytes per device, of {limit:,}. Set "
+            "microbatch, train fewer parameters, or use sharding='fsdp'."
         )
+    # Two compilations give the line through need(unit) and need(4 unit). It says how many chunks to
+    # try first; the loop then checks the exact size, and rarely compiles more than once.
     slope = max(1.0, (high - low) / (3 * unit))
     fits = unit + (limit - low) / slope
     count = max(1, math.ceil(enough / fits))
@@ -71,18 +75,20 @@ def largest(need: Callable[[int], int], limit: int, unit: int, enough: float) ->
 
 
 def peak_bytes(run: Run, index: int, private_seed: int) -> Callable[[int], int]:
-    """Returns the function from the rows of a chunk to the bytes that a phase needs on a device."""
+    """Returns `rows of a chunk -> bytes that a phase needs on one device`."""
     steps, hyper = phases.prepare(run, index, private_seed)
     mesh = run.layout.mesh
-    spread, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    by_row, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def like(tree: Any, place: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
     state = phases.checkpoint_like(run, index, private_seed)["state"]
-    params = like(finetune.split(run.params, run.phases[index].trainable), whole)
-    totals = like(jax.eval_shape(steps.begin, state)[1], spread)
+    params = like(finetune.split(run.params, run.phases[index].trainable), replicated)
+    totals = like(jax.eval_shape(steps.begin, state)[1], by_row)
     update = _program_bytes(steps.update, state, totals, hyper)
+    # Held in memory while a chunk runs, but not among its arguments. Replicated parameters are
+    # among them; under fsdp the chunk gets gathered copies, so the shards count as well.
     resident = _bytes(state) if run.layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:
@@ -93,7 +99,7 @@ def peak_bytes(run: Run, index: int, private_seed: int) -> Callable[[int], int]:
             "mask": np.zeros(size, bool),
         }
         step = jnp.zeros((), jnp.int32)
-        chunk = _program_bytes(steps.accumulate, totals, *params, like(batch, spread), step, hyper)
+        chunk = _program_bytes(steps.accumulate, totals, *params, like(batch, by_row), step, hyper)
         return max(resident + chunk, update)
 
     return need
@@ -108,6 +114,8 @@ def _bytes(tree: Any) -> int:
 
 def _program_bytes(function: Any, *arguments: Any) -> int:
     """Bytes of a jitted function's arguments, results and temporaries on one device."""
+    # Compiling on abstract arguments allocates nothing. Donated buffers ("alias") are arguments and
+    # results at once, and are counted once.
     sizes = function.lower(*arguments).compile().memory_analysis()
     return int(
         sizes.argument_size_in_bytes

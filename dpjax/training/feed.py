@@ -1,4 +1,4 @@
-"""Batches of a run: which examples, in which order, and which of them this host reads."""
+"""Batches of a run: which examples each step draws, and which of them this host reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from dpjax import dp, metrics
 from dpjax.build import Phase, Run
 from dpjax.models import Params
 from dpjax.runtime import sharding
-from dpjax.runtime.sharding import Layout
-from dpjax.step import eval_step
+from dpjax.step import draws, eval_step
 
 __all__ = ["Chunk", "chunks", "evaluator"]
 
@@ -24,8 +23,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         batch: this host's rows.
-        rows: rows of the whole step so far, padding included.
-        last: whether it is the last of its step.
+        rows: rows of the step so far, over all hosts, padding included.
+        last: whether this is the last chunk of its step.
     """
 
     batch: dict[str, np.ndarray]
@@ -33,47 +32,40 @@ class Chunk(NamedTuple):
     last: bool
 
 
-def chunks(
-    run: Run, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
-) -> Iterator[Chunk]:
-    """Reads this host's rows of every physical chunk of some steps.
+def chunks(run: Run, phase: Phase, *, seed: int, size: int, steps: range) -> Iterator[Chunk]:
+    """Yields this host's rows of every physical chunk of some steps.
 
     Args:
-        run: its data.
+        run: provides the training data, and the layout that determines which rows this host reads.
         phase: its mechanism draws the batches.
-        layout: says which rows are this host's.
-        seed: of the sampler, secret.
-        size: examples in a chunk, over all hosts.
-        steps: numbers of the steps, counted over all phases: no two phases share a draw.
+        seed: the sampler's secret seed.
+        size: rows of a chunk, over all hosts.
+        steps: step numbers, counted over all phases, so that no two phases share a draw.
     """
-    mine = sharding.local_rows(size, layout.mesh)
+    local_rows = sharding.local_rows(size, run.layout.mesh)
+    draw = draws(phase.mechanism, seed, num_examples=len(run.train), batch_size=phase.batch_size)
     for step in steps:
-        cut = dp.chunks(_indices(run, phase, seed, step), size)
-        for number, chunk in enumerate(cut, start=1):
-            indices = chunk[mine]
+        # Every host draws the whole batch, from the same seed, and reads its own rows only.
+        step_chunks = dp.chunks(draw(step), size)
+        for number, chunk in enumerate(step_chunks, start=1):
+            indices = chunk[local_rows]
             batch = run.train.get(indices)
             batch["identity"] = run.train.identities(indices)
-            batch["mask"] = indices >= 0
-            yield Chunk(batch, rows=number * size, last=number == len(cut))
+            batch["mask"] = indices >= 0  # -1 is padding
+            yield Chunk(batch, rows=number * size, last=number == len(step_chunks))
 
 
-def _indices(run: Run, phase: Phase, seed: int, step: int) -> np.ndarray:
-    if phase.mechanism is not None:
-        return phase.mechanism.indices(seed, step)
-    prob = phase.batch_size / len(run.train)
-    return dp.sampling.poisson(seed, step, num_examples=len(run.train), sampling_prob=prob)
-
-
-def evaluator(run: Run, layout: Layout, size: int) -> Callable[[Params], metrics.EvalSums]:
-    """Returns the function that sums metrics over the whole held-out set, `size` rows at a time."""
-    step = eval_step(run.apply, run.train.num_classes, layout)
-    rows = sharding.local_rows(size, layout.mesh)
+def evaluator(run: Run, size: int) -> Callable[[Params], metrics.EvalSums]:
+    """Returns a function that sums metrics over the held-out set, `size` rows at a time."""
+    step = eval_step(run.apply, run.train.num_classes, run.layout)
+    local_rows = sharding.local_rows(size, run.layout.mesh)
 
     def evaluate(params: Params) -> metrics.EvalSums:
         total = None
         for chunk in dp.chunks(np.arange(len(run.test)), size):
-            mine = chunk[rows]
-            batch = sharding.to_mesh({**run.test.get(mine), "mask": mine >= 0}, layout.mesh)
+            indices = chunk[local_rows]
+            inputs = {**run.test.get(indices), "mask": indices >= 0}
+            batch = sharding.to_mesh(inputs, run.layout.mesh)
             sums = step(params, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:

@@ -1,9 +1,10 @@
-"""The train loop: effects at the edge, everything else pure.
+"""The train loop. It does the reading and writing; everything it calls in between is pure.
 
-Training goes block by block. A block's steps are charged to the ledger, and the ledger is on disk,
-before the first of them runs; so a crash can only make the statement report too much, never too
-little. Batches and noise are functions of (seed, step): a resumed run executes the very steps the
-lost run would have, and replays nothing. Steps are counted over all phases of a run.
+Training runs in blocks of steps. Before a block starts, its steps are charged and the privacy
+statement is written to disk, so after a crash the statement may report too many steps but never too
+few. Batches and noise are functions of (seed, step): a resumed run executes the steps that the
+interrupted run would have executed, and repeats none with other noise. Steps are counted over all
+phases of a run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from dpjax import data
@@ -35,9 +35,8 @@ from dpjax.runtime import (
     compilation,
     digest,
     hosts,
-    sharding,
 )
-from dpjax.step import Hyper, Steps, TrainState, at_bound
+from dpjax.step import TrainState
 from dpjax.training import capacity, feed, phases, results
 
 __all__ = ["Preempted", "TrainingFailed", "train"]
@@ -49,34 +48,34 @@ _ADVICE = (
 
 
 class TrainingFailed(RuntimeError):
-    """Raised when parameters are no longer finite; what was spent is in the statement."""
+    """Raised when parameters are no longer finite; the statement reports the steps that ran."""
 
 
 class Preempted(RuntimeError):
-    """Raised when the run was asked to stop; it is saved, and the same command resumes it."""
+    """Raised after a requested stop: the run is saved, and the same command resumes it."""
 
 
 def train(
     run: Run, workdir: Workdir, *, stop: Callable[[int], bool] = lambda step: False
 ) -> dict[str, Any]:
-    """Trains, evaluates and writes the results; every host calls it alike.
+    """Trains, evaluates and writes the results; every host makes the same call.
 
     Args:
         run: from `build.build`.
-        workdir: new, or a run of the same config, which is then resumed.
-        stop: asked before every step; True saves the run and ends it.
+        workdir: a new directory, or one with a run of the same config, which is then resumed.
+        stop: called with the step number before every step; True saves the run and stops.
 
     Returns:
         The final evaluation, flat names to values.
 
     Raises:
-        OtherRun: the work directory or its checkpoint belong to another run.
-        hosts.Disagreement: another host holds another run.
+        OtherRun: the work directory or its checkpoint belongs to another run.
+        hosts.Disagreement: another host has another config, other data or other code.
         TrainingFailed: parameters became non-finite.
-        Preempted: `stop` said so.
-        dp.BudgetExceeded: a step beyond the budget was asked for.
+        Preempted: `stop` returned True.
+        dp.BudgetExceeded: the next step would exceed the budget.
         OSError: a file could not be written.
-        ValueError: the privacy of the run was planned for other data.
+        ValueError: the mechanism was planned for another number of examples.
     """
     config = run.config
     workdir.check(config)
@@ -84,15 +83,15 @@ def train(
     for phase in run.phases:
         if phase.mechanism is not None and phase.mechanism.num_examples != len(run.train):
             raise ValueError(
-                f"num_examples={phase.mechanism.num_examples} of phase {phase.name!r} must be that "
-                f"of the training data, {len(run.train)}: give `build` the data it is for."
+                f"num_examples={phase.mechanism.num_examples} of phase {phase.name!r} must equal "
+                f"the {len(run.train)} training examples: call `build` with the data to train on."
             )
     workdir.create(config)
     private_seed = _private_seed(run, workdir)
     _claim(run, workdir, private_seed)
     size = capacity.physical_batch(run, private_seed)
     eval_size = size if config.physical_batch == "auto" else 4 * size
-    evaluate = feed.evaluator(run, run.layout, eval_size)
+    evaluate = feed.evaluator(run, eval_size)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
@@ -103,30 +102,31 @@ def train(
         job = _Job(run, workdir, checkpoints, spending, private_seed, size, evaluate, stop)
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
-        first = 0
-        for index, phase in enumerate(run.phases):
-            span = range(first, first + phase.steps)
-            first = span.stop
-            if span.stop >= done:  # else its outcome is in the checkpoint
+        for index, span in enumerate(phases.spans(run)):
+            # A phase that ended at `done` is entered too: it executes no step, but rebuilds all
+            # parameters from its final state. What earlier phases trained is in the checkpoint.
+            if span.stop >= done:
                 params, state = _run_phase(job, index, span, params, state, done)
+    # The temperature's release is charged before it is made, like a step.
     fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
-    spending.record(first + fitting)
+    spending.record(_total(run) + fitting)
     return results.finish(
         run, workdir, params, state, evaluate=evaluate, private_seed=private_seed, size=eval_size
     )
 
 
 class _Spending:
-    """The privacy statement on disk, which is written ahead of the steps it reports."""
+    """The privacy statement on disk, always written before the steps it reports."""
 
     def __init__(self, run: Run, workdir: Workdir) -> None:
         self._run, self._workdir = run, workdir
         known = workdir.read("privacy.json") if workdir.exists("privacy.json") else {}
-        # A process that was killed may have executed all the steps that it had reported.
+        # A killed process may have executed every step that it had reported, so a later statement
+        # must never report fewer.
         self.charged = self._floor = int(hosts.first(known.get("steps_done", 0)))
 
     def record(self, steps: int, *, floor: int = 0) -> None:
-        """Makes the statement report `steps` steps, or as many as an earlier process reported."""
+        """Writes a statement of `steps` steps, or of as many as an earlier process reported."""
         self._floor = max(self._floor, floor)
         self.charged = max(self._floor, steps)
         # A run that was stopped before its first step keeps the statement of the steps that it was
@@ -138,7 +138,7 @@ class _Spending:
 
 
 class _Job(NamedTuple):
-    """What all phases of a run share."""
+    """The objects that all phases of a run share."""
 
     run: Run
     workdir: Workdir
@@ -153,21 +153,25 @@ class _Job(NamedTuple):
 def _run_phase(
     job: _Job, index: int, span: range, params: Params, before: TrainState | None, done: int
 ) -> tuple[Params, TrainState]:
-    """Executes the steps of `span` that are not done, from `params` or from a restored state.
+    """Executes the steps of `span` that have not been executed yet.
+
+    Args:
+        job: shared objects.
+        index: number of the phase.
+        span: its steps, counted over all phases.
+        params: all parameters at its start.
+        before: the state restored from a checkpoint, or the last state of the previous phase.
+        done: steps executed before this process began.
 
     Returns:
         All parameters, and the state after the last step.
     """
-    run, config, layout = job.run, job.run.config, job.run.layout
+    run, config = job.run, job.run.config
     phase = run.phases[index]
-    steps, hyper = phases.prepare(run, index, job.private_seed)
-    trainable, frozen = finetune.split(params, phase.trainable)
-    frozen = sharding.place(frozen, layout.whole(frozen))
     start = max(span.start, done)
-    if before is not None and done > span.start:
-        state = before
-    else:
-        state = phases.first_state(run, index, steps, hyper, trainable, before)
+    execute, frozen, state = phases.begin(
+        run, index, params, before, private_seed=job.private_seed, restored=done > span.start
+    )
     about = {
         "phase": index,
         "config": digest(config),
@@ -180,20 +184,20 @@ def _run_phase(
         job.checkpoints.save(step, tree, {**about, "charged": job.spending.charged}, loss)
 
     chunks = feed.chunks(
-        run, phase, layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
+        run, phase, seed=seeds.sampler_seed(job.private_seed), size=job.size,
         steps=range(start, span.stop),
     )  # fmt: skip
     bar = tqdm(
         total=span.stop, initial=start, desc=phase.name, unit="step", file=sys.stderr,
         dynamic_ncols=True, disable=not job.workdir.writes,
     )  # fmt: skip
-    with data.prefetch(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
+    with data.Prefetcher(chunks, size=4) as feeding, compilation.counting() as compiled, bar:
         for begin, end in _blocks(config, _total(run), range(start, span.stop)):
-            job.spending.record(end)
+            job.spending.record(end)  # on disk before the block's first step runs
             began = time.perf_counter()
-            state, done = _run_block(job, steps, state, frozen, hyper, feeding, begin, end, bar)
+            state, done = _run_block(job, execute, state, feeding, begin, end, bar)
             rate = (done - begin) * phase.batch_size / (time.perf_counter() - began)
-            if done < end:
+            if done < end:  # `stop` returned True; the rest of the block was not executed
                 job.spending.record(done)
                 if done not in job.checkpoints.steps():
                     save(done)
@@ -217,24 +221,25 @@ def _run_phase(
                 or (config.keep_best and loss is not None)
             ):
                 save(end, loss)
-    return finetune.join(layout.gather(state.trainable), frozen), state
+    return finetune.join(run.layout.gather(state.trainable), frozen), state
 
 
 def _run_block(
     job: _Job,
-    steps: Steps,
+    execute: phases.Execute,
     state: TrainState,
-    frozen: Params,
-    hyper: Hyper,
     chunks: Iterator[feed.Chunk],
     begin: int,
     end: int,
     bar: Any,
 ) -> tuple[TrainState, int]:
-    """Executes steps begin..end-1, or fewer if asked to stop; returns the state and the next step.
+    """Executes steps begin to end - 1, or fewer if asked to stop.
 
-    Facts are fetched one step late, so that the devices never wait for the host.
+    Returns:
+        The state, and the number of the next step.
     """
+    # JAX runs ahead of Python: reading a step's facts waits for that step. They are therefore read
+    # only after the next step has been dispatched, so that the devices always have work.
     pending: tuple[int, int, dict[str, jax.Array]] | None = None
     step = begin
     try:
@@ -242,26 +247,19 @@ def _run_block(
             if job.stop(step):
                 end = step
                 break
-            whole, totals = steps.begin(state)
-            now = at_bound(hyper, state)
-            number = jnp.asarray(step, jnp.int32)
-            while True:
-                chunk = next(chunks)
-                batch = sharding.to_mesh(chunk.batch, job.run.layout.mesh)
-                totals = steps.accumulate(totals, whole, frozen, batch, number, now)
-                if chunk.last:
-                    break
-            state, facts = steps.update(state, totals, hyper)
+            state, facts, rows = execute(state, step, chunks)
             if pending is not None:
                 _log(job, *pending)
                 pending = None
             if (step + 1) % job.run.config.log_every == 0 or step + 1 == end:
-                pending = (step + 1, chunk.rows, facts)
+                pending = (step + 1, rows, facts)
             bar.update()
         if pending is not None:
             _log(job, *pending)
     except Exception:
-        with contextlib.suppress(OSError):  # a full disk: the statement reports too much, then
+        # Corrects the statement from the whole block to the steps that may have run. If the disk is
+        # full, the statement keeps reporting the whole block, which is too much and so is valid.
+        with contextlib.suppress(OSError):
             job.spending.record(step + 1)
         raise
     return state, end
@@ -269,21 +267,22 @@ def _run_block(
 
 def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
     """Writes one step's row, and stops a run whose parameters are not finite."""
-    got = {name: float(value) for name, value in jax.device_get(facts).items()}
-    count = max(got["count"], 1.0)
+    sums = {name: float(value) for name, value in jax.device_get(facts).items()}
+    count = max(sums["count"], 1.0)  # a Poisson batch may be empty
     row = {
-        "nonprivate/loss": got["loss"] / count,
-        "nonprivate/batch_size": got["count"],
-        "nonprivate/dropped_examples": got["dropped"],
-        "nonprivate/padding_fraction": 1 - got["count"] / rows,
+        "nonprivate/loss": sums["loss"] / count,
+        "nonprivate/batch_size": sums["count"],
+        "nonprivate/dropped_examples": sums["dropped"],
+        "nonprivate/padding_fraction": 1 - sums["count"] / rows,
     }
     if job.run.rule is not None:
-        row["nonprivate/grad_norm"] = got["norm"] / count
-        row["nonprivate/clipped_fraction"] = got["clipped"] / count
-    if "bound" in got:
-        row["clip_bound"] = got["bound"]
+        row["nonprivate/grad_norm"] = sums["norm"] / count
+        row["nonprivate/clipped_fraction"] = sums["clipped"] / count
+    if "bound" in sums:
+        row["clip_bound"] = sums["bound"]  # may be released: it follows from noisy counts
     job.workdir.append_metrics(step, row)
-    if got["diverged"]:
+    # "diverged" is checked on the parameters before the step: the step before it is to blame.
+    if sums["diverged"]:
         raise TrainingFailed(_ADVICE.format(step=step - 1, config=job.run.config))
 
 
@@ -296,7 +295,7 @@ def _postfix(row: dict[str, Any], begin: str, examples_per_second: float) -> dic
 
 
 def _blocks(config: Any, total: int, steps: range) -> Iterator[tuple[int, int]]:
-    """Yields (begin, end) of stretches that end at every checkpoint and every evaluation."""
+    """Yields (begin, end) of blocks that end at every checkpoint and every evaluation."""
     every = (config.checkpoint_every, _eval_every(config, total))
     start = steps.start
     while start < steps.stop:
@@ -314,7 +313,7 @@ def _total(run: Run) -> int:
 
 
 def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
-    """Returns (executed steps, parameters, state) of the latest checkpoint that can be read."""
+    """Returns (executed steps, parameters, state) of the latest readable checkpoint."""
     run, checkpoints = job.run, job.checkpoints
     for step in checkpoints.steps():
         problem = None
@@ -322,34 +321,41 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
             about = checkpoints.about(step)
             changed = differences(about["identity"], identity(run, job.private_seed), "run")
             if changed:
-                raise OtherRun(f"checkpoint {step} is of another run: {'; '.join(changed[:5])}.")
+                raise OtherRun(
+                    f"checkpoint {step} belongs to another run: {'; '.join(changed[:5])}."
+                )
             like = phases.checkpoint_like(run, about["phase"], job.private_seed)
             tree = checkpoints.load(step, like)
         except Unreadable as error:
             problem = str(error)
+        # All hosts must resume from the same step: one that cannot read it is enough to skip it.
         problems = [text for text in hosts.gather(problem) if text is not None]
         if not problems:
+            # `privacy.json` may be lost or older than the checkpoint; its own count is the floor.
             job.spending.record(step, floor=about["charged"])
             return step, results.overlay(run.params, tree["earlier"]), tree["state"]
         print(f"warning: {problems[0]}. Falling back to the one before.", file=sys.stderr)
         checkpoints.set_aside(step)
-        hosts.gather(None)  # nobody looks before it is done
+        hosts.gather(None)  # a barrier: host 0 renames before any host lists the directory again
         checkpoints.reload()
     return 0, run.params, None
 
 
 def _claim(run: Run, workdir: Workdir, private_seed: int) -> None:
-    """Writes what run the directory is of, or compares: the data may have changed under a name."""
-    mine = identity(run, private_seed)
+    """Writes the run's identity, or compares it with the one in the directory.
+
+    Equal configs are not enough: data or weights may have changed under the same name.
+    """
+    current = identity(run, private_seed)
     if workdir.exists("identity.json"):
-        changed = differences(workdir.read("identity.json"), mine, "run")
+        changed = differences(workdir.read("identity.json"), current, "run")
         if changed:
-            raise OtherRun(f"the workdir is of another run: {'; '.join(changed[:5])}.")
-    workdir.write("identity.json", mine)
+            raise OtherRun(f"the workdir belongs to another run: {'; '.join(changed[:5])}.")
+    workdir.write("identity.json", current)
 
 
 def _private_seed(run: Run, workdir: Workdir) -> int:
-    """Returns the run's secret: from the config, from an earlier start, or from the system."""
+    """Returns the run's secret seed: from the config, an earlier start, or the operating system."""
     if run.ledger is None:
         return int(run.config.seed)
     if run.config.private_seed is not None:

@@ -1,6 +1,7 @@
-"""What is measured of a run on held-out data, and what a finished one leaves.
+"""Evaluates a run on held-out data, and writes the files of a finished one.
 
-The softmax temperature is fitted here: on data of its own, then put into the head.
+A private softmax temperature is also fitted here, on examples reserved for it, and divided into
+the weights of the head.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ Evaluate = Callable[[Params], metrics.EvalSums]
 
 
 def prefix(run: Run) -> str:
-    """Of the names of evaluations: on a part of the private training split they are not private."""
+    """Returns the prefix of evaluation metrics: `nonprivate/` if they read the training split."""
     return "nonprivate/eval/" if run.evaluates_on_private_data else "eval/"
 
 
 def row(run: Run, evaluate: Evaluate, state: TrainState, frozen: Params) -> dict[str, float]:
-    """Returns `eval/accuracy` and the like, and `eval/ema/...` of the average if there is one.
+    """Returns `eval/accuracy` and so on, and `eval/ema/...` of the average if one is kept.
 
-    On a part of the private training split the names begin with `nonprivate/`.
+    The names begin with `nonprivate/` if the held-out data overlap the private training split.
     """
 
-    def measured(begin: str, trainable: Params) -> dict[str, float]:
-        whole = finetune.join(run.layout.gather(trainable), frozen)
-        return _named(begin, metrics.summarise(evaluate(whole)))
+    def measure(begin: str, trainable: Params) -> dict[str, float]:
+        params = finetune.join(run.layout.gather(trainable), frozen)
+        return _named(begin, metrics.summarise(evaluate(params)))
 
     begin = prefix(run)
-    average = {} if state.average is None else measured(f"{begin}ema/", state.average)
-    return {**measured(begin, state.trainable), **average}
+    average = {} if state.average is None else measure(f"{begin}ema/", state.average)
+    return {**measure(begin, state.trainable), **average}
 
 
 def finish(
@@ -55,21 +56,21 @@ def finish(
     private_seed: int,
     size: int,
 ) -> dict[str, Any]:
-    """Evaluates and writes what is released: the weights, their average, the temperature.
+    """Evaluates and writes the released files: the weights and, if kept, their average.
 
     Args:
-        run: trained, and charged for the temperature too.
+        run: trained, with the temperature's release already charged.
         workdir: of the run.
         params: all parameters.
-        state: after the last step.
+        state: state after the last step.
         evaluate: sums metrics over the held-out data.
         private_seed: of the run.
-        size: examples in a chunk of an evaluation, over all hosts.
+        size: rows of an evaluation chunk, over all hosts.
 
     Returns:
-        What stands in `eval.json`: metrics of weights.safetensors, `ema/...` of
-        weights_ema.safetensors, and with a temperature (which is in the first of them only) its
-        value and `before_temperature/...`.
+        The content of `eval.json`: metrics of weights.safetensors, `ema/...` of
+        weights_ema.safetensors and, if a temperature was fitted, its value and
+        `before_temperature/...`. Only weights.safetensors contains the temperature.
     """
     weights, sums = run.merge(params), evaluate(params)
     results = metrics.summarise(sums)
@@ -77,7 +78,7 @@ def finish(
         value = fit_temperature(run, run.temperature, params, private_seed=private_seed, size=size)
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
-        sums = feed.evaluator(_scaled(run, value), run.layout, size)(params)
+        sums = feed.evaluator(_scaled(run, value), size)(params)
         results = {**metrics.summarise(sums), "temperature": value, **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
@@ -102,14 +103,14 @@ def _named(begin: str, values: dict[str, float]) -> dict[str, float]:
 def fit_temperature(
     run: Run, fitted: Temperature, params: Params, *, private_seed: int, size: int
 ) -> float:
-    """Returns the private temperature of trained parameters; every host calls it alike.
+    """Fits the temperature of trained parameters privately; every host makes the same call.
 
     Args:
         run: trained.
-        fitted: its examples and mechanism, which the caller has charged.
+        fitted: the reserved examples, and the mechanism, which the caller has charged.
         params: all parameters.
         private_seed: of the run.
-        size: examples in a chunk, over all hosts.
+        size: rows of a chunk, over all hosts.
     """
     return dp.fit_temperature(
         _logits(run, fitted.data, params, size),
@@ -121,12 +122,12 @@ def fit_temperature(
 
 
 def _scaled(run: Run, temperature: float) -> Run:
-    """Returns the run whose predictions are divided by the temperature."""
+    """Returns the run with its logits divided by the temperature."""
     return run._replace(apply=lambda params, inputs: run.apply(params, inputs) / temperature)
 
 
 def scale_head(params: Params, head: str, temperature: float) -> Params:
-    """Returns plain weights with the temperature in them: the head is dense, see `Model`."""
+    """Returns plain weights with the temperature divided into the head, which is a dense layer."""
     dense: Mapping[str, Any] = params[head]
     return {**params, head: {name: leaf / temperature for name, leaf in dense.items()}}
 

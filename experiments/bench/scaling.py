@@ -1,16 +1,16 @@
-"""What scaling costs: collectives, bytes and idleness on host devices, and a plan for large ones.
+"""The cost of scaling: collectives, bytes and idle time on host devices, and a plan for large ones.
 
     python -m experiments.bench.scaling          # the weak-scaling table, about 3 min on 2 cores
     python -m experiments.bench.scaling --plan   # ViT-L on data of ImageNet-21k's size, 2 min
 
 The table trains a small ViT for twelve steps on 1, 2, 4 and 8 host devices, with the same number of
-examples per device and step; times are of the last six. Host devices share the cores of this
-machine: read the collectives and the bytes as measured, and the times as those of one machine cut
-into pieces.
+examples per device and step, and times the last six. Host devices share the cores of this machine:
+collectives and bytes carry over to real devices, but the times are those of one machine divided
+into parts.
 
-The plan takes apart the compiled step of ViT-L (operations and bytes per example from programs of
-one and two blocks, book-keeping engine, float32), calibrates the noise, and divides by the vendors'
-peak numbers in `_MACHINES`. It is a lower bound of the time, not a measurement on such machines.
+The plan analyzes the compiled step of ViT-L (operations and bytes per example from programs of one
+and two blocks, book-keeping engine, float32), calibrates the noise, and divides by the vendors'
+peak numbers in `_MACHINES`. It gives a lower bound on the time, not a measurement.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _plan() -> list[str]:
     ]
     for machine in _MACHINES:
         rows = _BATCH / machine.chips
-        # Parameters, two moments; the sum and its travelling copy are there in both layouts.
+        # Parameters, two moments; the sum and its traveling copy are there in both layouts.
         state, sums = 3 * 4 * count, 2 * 4 * count
         spread = 4 * count + state / machine.chips
         left = machine.memory - sums - spread

@@ -1,14 +1,14 @@
-"""Kills a run with `kill -9` again and again, and checks that nobody could tell afterwards.
+"""Kills a run with `kill -9` again and again, and checks that its result is that of a calm run.
 
     python -m experiments.bench.stress --workdir=/tmp/dpjax-stress --rounds=20
 
-A reference run is left alone. Another one of the same config is killed at random moments, while it
-starts, trains, saves or evaluates, and started again with the same command, until it was killed
-`rounds` times; whenever it finishes, a further one takes its place. After every kill: the files
-can be read, the statement reports at least the steps that left a trace, and no more is lost than
-the steps since the last whole checkpoint. At the end of every run: parameters bit for bit those of
-the reference, the same statement, every step logged once. Prints one row per kill; exit code 1 on
-any difference. About 10 s a round on 2 CPU cores.
+A reference run is not disturbed. A second run of the same config is killed at random moments, while
+it starts, trains, saves or evaluates, and started again with the same command, until `rounds` kills
+have happened; whenever it finishes, another one replaces it. After every kill, the files must be
+readable, the statement must report at least the steps that left a trace, and only the steps since
+the last complete checkpoint may be lost. At the end of every run, the parameters must equal those
+of the reference bit for bit, with the same statement and every step logged once. Prints one row per
+kill; exit code 1 on any difference. About 10 s per round on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _logged(workdir: Path) -> int:
 
 
 def _identity(workdir: Path) -> int | None:
-    """Tells the metrics of this process from those it found: resuming writes the file anew."""
+    """Distinguishes the metrics of this process from earlier ones: resuming rewrites the file."""
     file = workdir / "metrics.jsonl"
     return file.stat().st_ino if file.exists() else None
 
@@ -107,7 +107,7 @@ def _kill(workdir: Path, dice: random.Random) -> bool:
 
 
 def _differences(workdir: Path, reference: Path) -> list[str]:
-    """What tells a finished run from the reference."""
+    """Returns the differences between a finished run and the reference."""
     found = [
         name
         for name in ("weights.safetensors", "privacy.json", "privacy.md", "eval.json")

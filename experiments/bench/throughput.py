@@ -1,14 +1,14 @@
-"""What privacy costs: time and memory of every clipping engine against ordinary training.
+"""The cost of privacy: time and memory of every clipping engine against ordinary training.
 
     python -m experiments.bench.throughput  # everything, about an hour
     python -m experiments.bench.throughput --sizes=vit_ti_64:full --engines=nonprivate,vmap
     python -m experiments.bench.throughput --json=out.json --png=out.png --config.rounds=9
 
-One process per engine, so that peak memory is its own; all engines of a case are alive together and
-take turns, one after the other in every round, so that a noisy machine disturbs all of them alike.
-A ratio is the median over rounds of (engine's time / time of the non-private gradient in the same
-round). Every process has the same model, weights, batch and threads; the sums of all engines are
-compared before anything is timed. Peers run if they are installed: `pip install .[peers]`.
+Each engine has its own process, so that its peak memory can be measured. All engines of a case take
+turns in every round, so that a noisy machine disturbs all of them alike. A ratio is the median over
+rounds of (time of the engine / time of the non-private gradient in the same round). Every process
+has the same model, weights, batch and threads, and the sums of all engines are compared before
+anything is timed. Peers run if they are installed: `pip install .[peers]`.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
-    """One row for each case: what ours costs, and how much faster it is than the peers."""
+    """Returns a row per case: the cost of our engine, and its speed relative to the peers."""
     peers = ("vmap", "jax_privacy", "opacus_hooks", "opacus_ghost")
     titles = [name.replace("_", " ") for name in peers]
     lines = [

@@ -1,4 +1,4 @@
-"""The small costs: sampling, calibration, recompiles of a sweep, and heads on cached features."""
+"""Small costs: sampling, calibration, recompiles of a sweep, and heads on cached features."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The benchmark's peers in torch: ordinary training, Opacus hooks and Opacus ghost clipping.
 
-The same architectures as `dpjax.models`, with the same weights copied in by path. Class token and
+The architectures equal those of `dpjax.models`, and the weights are copied by path. Class token and
 position embedding are `nn.Embedding`s here, because Opacus has no per-example rule for bare
 parameters.
 """
@@ -101,7 +101,7 @@ def _copy(module: nn.Module, params: dict[str, Any]) -> None:
 
 
 def torch_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """As `throughput_worker.jax_engine`, in torch."""
+    """Like `throughput_worker.jax_engine`, in torch."""
     import jax
 
     from dpjax import models
@@ -109,7 +109,7 @@ def torch_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any
 
     engine = spec["engine"]
     if not spec["case"].startswith("vit"):
-        why = "Opacus has no rule for weight standardisation" if "resnet" in spec["case"] else (
+        why = "Opacus has no rule for weight standardization" if "resnet" in spec["case"] else (
             "compared on ViT only")  # fmt: skip
         return lambda: None, {"skip": why}
     if spec["set"] == "lora":

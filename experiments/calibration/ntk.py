@@ -1,4 +1,4 @@
-"""Clipping seen in function space: kernels of clipped gradient flow and what they predict.
+"""Clipping in function space: kernels of clipped gradient flow, and their predictions.
 
 Setting (Bu et al., arXiv 2106.07830): outputs f = (f_1 ... f_n) of a scalar network on n training
 examples, losses l_i = (f_i - y_i)^2 / 2, L their mean, J_r = df/dw_r `[n, parameters]` of layer r.
@@ -10,9 +10,9 @@ with H_r = J_r J_r' and C_r = diag(c_1r ... c_nr), because the gradient of l_i i
 (f_i - y_i) J_r[i]. Its norm is |f_i - y_i| sqrt(H_r[i, i]), so the factors, too, are functions of f
 and of the diagonals. `kernels` evaluates the K of every kind of clipping at a point, `properties`
 says what holds of it: K symmetric, x'Kx >= 0 for all x (then the loss cannot rise), and eigenvalues
-of positive real part (then the linearised flow cannot blow up).
+of positive real part (then the linearized flow cannot blow up).
 
-Where J hardly moves (wide networks, NTK parametrisation) the flow closes in f alone: `predict`
+Where J hardly moves (wide networks, NTK parametrization) the flow closes in f alone: `predict`
 integrates it with the J of the start. Noise enters to second order only: a step of rate eta adds
 to f a term of covariance (eta sigma S / n)^2 H, with S the sensitivity, and between steps a
 deviation decays by A = sum_r H_r diag(unclipped in r): a clipped example pulls with a force that
@@ -92,7 +92,7 @@ def init(key: jax.Array, inputs: int, width: int) -> Params:
 
 
 def outputs(params: Params, x: jax.Array) -> jax.Array:
-    """The scalar output for one input `[d]`, in the NTK parametrisation."""
+    """The scalar output for one input `[d]`, in the NTK parametrization."""
     hidden = jnp.tanh(x @ params["1"])
     width = params["2"].shape[0]
     hidden = jnp.tanh(hidden @ params["2"] / width**0.5)
@@ -121,7 +121,7 @@ def clipped_kernel(each: list[np.ndarray], residual: np.ndarray, rule: dp.ClipRu
     Args:
         each: H_r of every layer.
         residual: f - y, `[n]`.
-        rule: flat or per layer (`dp.by_leaf`), not normalised.
+        rule: flat or per layer (`dp.by_leaf`), not normalized.
     """
     groups, norms = _grouped(each, residual, rule)
     factors = np.asarray(_factors(rule, jnp.asarray(norms, jnp.float32)), np.float64)
@@ -189,7 +189,7 @@ def kernels(
 
 
 def properties(kernel: np.ndarray) -> dict[str, float]:
-    """What the table asks of a kernel, as numbers relative to its spectral norm.
+    """Returns the properties of a kernel that the table shows, relative to its spectral norm.
 
     Returns:
         asymmetry: |K - K'| / |K|, 0 if symmetric. quadratic: the least x'Kx over |x| = 1.
@@ -213,7 +213,7 @@ def predict(
     Args:
         params: of the start.
         data: the training set.
-        rule: flat or per layer, not normalised; None does not clip.
+        rule: flat or per layer, not normalized; None does not clip.
         time: end of the flow.
         points: steps of the fourth-order Runge-Kutta method, and points returned.
     """

@@ -4,14 +4,15 @@
     python -m dpjax.commands.report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped pretrained
-ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; give
---data_dir and --weights). One budget throughout; DP-SGD without normalisation, as there: what
-counts for a small bound R is eta R. Epsilon, epochs and batch size of "paper" are our own choice
-where we could not read theirs.
+ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; pass
+--data_dir and --weights). All runs have one budget. DP-SGD is not normalized, as in the paper: for
+a small bound R, only eta R matters. Epsilon, epochs and batch size of "paper" are our own choice
+where the paper's values were not available.
 
-The sweep: a grid over R and the learning rate; layerwise and global (keep or drop) clipping beside
-flat along eta R = const; a switch of R for the last 5 % of the epochs, with normalised clipping so
-that the size of a step does not jump; a private temperature. The theory: see `ntk`.
+The sweep has four parts: a grid over R and the learning rate; layerwise and global (keep or drop)
+clipping beside flat clipping along eta R = const; a switch of R for the last 5 % of the epochs,
+with normalized clipping so that the size of a step does not jump; and a private temperature. For
+the theory, see `ntk`.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
         if chosen != "smoke" or seed == 0:
             yield {**late, "dp.bound_schedule": ((0.0, _SMALL), (_SWITCH, _LARGE))}
             yield {**late, _BOUND: _SMALL, "dp.temperature.share": _TEMPERATURE}
-    # What the switch changes is small beside the spread of three seeds.
+    # The effect of the switch is small relative to the spread of three seeds.
     for seed in range(seeds, seeds if chosen == "smoke" else 8):
         late = {"private_seed": seed, "dp.normalised": True, _RATE: product}
         yield {**late, _BOUND: _SMALL}
@@ -162,7 +163,7 @@ def report(workdir: Path) -> list[Path]:
         "## Late switch of R, and temperature scaling",
         Table("late_switch",
               f"R = {_SMALL:g} throughout, or {_LARGE:g} from {_SWITCH:.0%} of the epochs on "
-              "(normalised clipping, the same budget)",
+              "(normalized clipping, the same budget)",
               study.summarise(late, {"bound schedule": "dp.bound_schedule"}, _METRICS)),
         Table("temperature",
               f"Temperature fitted privately on {_TEMPERATURE:.0%} of the training data, which "

@@ -56,7 +56,7 @@ def compute(size: str) -> Row:
 
 
 def kernel_table(properties: dict[str, list[Row]]) -> list[Row]:
-    """The paper's table of kernels with numbers: extremes over random networks, and the verdict."""
+    """Returns the paper's table of kernels in numbers: extremes over random networks, a verdict."""
     rows = []
     for kind, draws in properties.items():
         asymmetry = max(d["asymmetry"] for d in draws)
@@ -78,7 +78,7 @@ def _yes(holds: bool) -> str:
 
 
 def parts(found: Row) -> list[str | Table | Figure]:
-    """The theory's part of the report, from what `compute` found."""
+    """Returns the theory part of the report, from the results of `compute`."""
     curves = found["curves"]
     figure, panels = plt.subplots(
         1, len(curves), figsize=(4 * len(curves), 4), sharey=True, layout="constrained"

@@ -1,8 +1,8 @@
-"""What gradients looked like in the course of a run. NOT private: it reads raw gradients.
+"""Statistics of the gradients in the course of a run. NOT private: it reads raw gradients.
 
-See `diagnostics` for the quantities. A sample of the training examples is looked at
-before the first step and after the last one, and in between where only a head trains: there the
-first steps of the run are executed again, which is cheap on cached features.
+See `diagnostics` for the quantities. They are computed on a sample of the training examples, before
+the first step and after the last one. Where only a head trains, they are computed in between too:
+the first steps of the run are executed again, which is cheap on cached features.
 """
 
 from __future__ import annotations

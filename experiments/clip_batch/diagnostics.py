@@ -1,10 +1,10 @@
-"""What per-example gradients tell about clipping (Rehn et al. 2025, arXiv 2510.20616). NOT private.
+"""Diagnostics of clipping from per-example gradients (Rehn et al. 2025, arXiv 2510.20616).
 
-Everything here reads raw gradients of private examples. It explains a result; choosing a bound, or
-anything else of a run that is released, by it is not private.
+NOT private: everything here reads raw gradients of private examples. It may explain a result; using
+it to choose a bound, or any other setting of a released run, is not private.
 
-Inner products of gradients are all that is needed, so a sample of n examples is described by its
-Gram matrix `[n, n]`, whatever the number of parameters.
+Only inner products of gradients are needed, so the Gram matrix `[n, n]` describes a sample of n
+examples, whatever the number of parameters.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def best_bound(
 ) -> float:
     """Returns the bound C* of least total `error`; arguments as there.
 
-    Between two neighbouring norms the error is quadratic in C, with its stationary point at
+    Between two neighboring norms the error is quadratic in C, with its stationary point at
         C = <N,G> / (<N,N> + (sigma/q)^2 d + k (1 - q)/q),
     G = sum g and N = sum g/|g| over the k clipped examples; at q = 1 this is the paper's fixed
     point. The least of all stationary points and norms is the minimum.

@@ -46,7 +46,7 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
         figure.suptitle(name)
         caption = (
             f"{name}: held-out accuracy by C and B, each cell at its best learning rate, which is "
-            "in brackets; every panel has colours of its own"
+            "in brackets; every panel has colors of its own"
         )
         found.append(Figure(f"grid_{number}", caption, figure))
     return found
@@ -131,7 +131,7 @@ def cumulative_noise(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
 
 
 def automatic(rows: Sequence[Row]) -> list[Figure]:
-    """What tuning C gains over AUTO-S, by the accuracy that is reached: the difficulty."""
+    """Gain of tuning C over AUTO-S, against the accuracy reached, a measure of difficulty."""
     if not rows:
         return []
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
@@ -167,7 +167,7 @@ def nearest(results: Sequence[Result], bound: float) -> Result:
 
 
 def gradients(number: int, name: str, results: Sequence[Result]) -> list[Figure]:
-    """What was seen of the gradients of one task: norms and classes, and the error's parts."""
+    """Statistics of the gradients of one task: norms, classes, and the parts of the error."""
     epsilons = sorted({study.field(r, "dp.epsilon") for r in results})
     wide = max(6.5, 4.2 * len(epsilons))
     norms, upper = plt.subplots(

@@ -1,4 +1,4 @@
-"""Tables of the study `clip_batch`; its figures are in `clip_batch_figures`."""
+"""Tables of the study `clip_batch`; the figures are in `figures.py`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def task_name(result: Result) -> str:
 
 
 def parts(results: Sequence[Result], noise: Sequence[Row]) -> list[str | Table | Figure]:
-    """The report, part by part, from whatever has finished."""
+    """Yields the parts of the report, from the finished runs."""
     tasks: dict[str, list[Result]] = {}
     for result in results:
         if result.config:
@@ -195,7 +195,7 @@ def planned(name: str, results: Sequence[Result]) -> list[Row]:
 
 
 def one_for_all(tasks: dict[str, list[Result]]) -> list[Row]:
-    """What one (C, B) for all tasks and epsilons costs each of them, learning rates tuned."""
+    """The loss of each task and epsilon if one (C, B) serves all; learning rates are tuned."""
     found = {
         (name, epsilon): cells
         for name, results in tasks.items()

@@ -7,13 +7,13 @@ Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (a head on Efficie
 of CIFAR-10 and of its 10 %; norms or all parameters of the shipped ViT on MNIST digits) and "paper"
 (ViT-Ti and ViT-B, norms and head; CIFAR-100 and its 10 %, SUN397, Cassava; 20 Newsgroups with
 DistilBERT; other parameter sets).
-Data is looked for in $DPJAX_DATA_DIR, weights by their published names.
+Data is read from $DPJAX_DATA_DIR, and weights have their published names.
 
-DP-Adam at a constant rate, normalised clipping, at fixed epochs: steps are round(E N / B), so that
-no batch size gets more passes over the data. (E ceil(N/B) steps at q = B/N would run B = 16,384 for
-10.5 epochs instead of 8.) Difficulty, for automatic against tuned flat clipping, is: fewer training
-examples, and a tighter epsilon. What is best is chosen on the data that it is reported on, as in
-the paper, and that is not charged.
+DP-Adam at a constant rate with normalized clipping, at fixed epochs: there are round(E N / B)
+steps, so that no batch size gets more passes over the data. (E ceil(N/B) steps at q = B/N would run
+B = 16,384 for 10.5 epochs instead of 8.) For automatic against tuned flat clipping, difficulty
+means fewer training examples and a tighter epsilon. As in the paper, the best setting is chosen on
+the data on which it is reported, and this is not charged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `head_grid` tries, as values, and how one block of it is trained and scored."""
+"""The settings that `head_grid` tries, and how one block of them is trained and scored."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Block:
     """Runs that share everything but epsilon, clip bound, learning rate and seed.
 
     Attributes:
-        centre: whether each example's features are centred, see `heads.normalise`.
+        center: whether each example's features are centered, see `heads.normalise`.
         optimizer: "adam" or "momentum".
         steps: T.
         fraction: B / N; 1 for full batches.
@@ -93,7 +93,7 @@ class Ridges:
 
 
 def grid(*, private: bool, quick: bool) -> list[Block]:
-    """What is tried at every epsilon."""
+    """Returns the settings that are tried at every epsilon."""
     if quick:
         return [Block(True, "adam", 30, 1.0, (2.0,), (0.02, 0.05))]
     if not private:
@@ -166,7 +166,7 @@ def least_squares_scores(
     epsilons: Iterable[float],
     seeds: Iterable[int],
 ) -> Iterator[Row]:
-    """Releases the moments and solves for every ridge; features are centred, of norm 1."""
+    """Releases the moments and solves for every ridge; features are centered, of norm 1."""
     inputs, others = (_with_intercept(s, ridges.intercept) for s in (train_set, held))
     sums = least_squares.moments(
         jnp.asarray(inputs),

@@ -4,11 +4,11 @@
         --workdir=DIR
     python -m experiments.head_grid.grid --workdir=DIR --stages=report
 
-The first line computes the features of a frozen backbone once (see `dpjax.heads.cache`), tunes on a
-held-out fifth of the training set, trains on the whole training set with what was best at each
-epsilon, three seeds, tests once, and writes DIR/table.md. What is there already is not done again.
-`--weights=FILE` and `--mirror` (features averaged over image and mirror image, twice the
-extraction) go with it; `--quick` is a small grid for a first look.
+The first command computes the features of a frozen backbone once (see `dpjax.heads.cache`), tunes
+on a held-out fifth of the training set, trains on the whole training set with the best setting for
+each epsilon and three seeds, tests once, and writes DIR/table.md. Finished parts are skipped.
+Options are `--weights=FILE` and `--mirror` (features averaged over image and mirror image, at twice
+the extraction time); `--quick` is a small grid for a first look.
 
 The seeds are fixed: the runs are for study, not for release, and the choice of hyperparameters on
 private data is not charged; DIR/privacy-EPSILON.json says so.
@@ -113,7 +113,7 @@ def final(
     epsilons: Sequence[float],
     seeds: Sequence[int],
 ) -> None:
-    """Trains on the whole training set with what was best, and tests once."""
+    """Trains on the whole training set with the best settings, and tests once."""
     tuned = list(_read(workdir / "tuning.jsonl"))
     path = workdir / "final.jsonl"
     there = {(row["method"], row["epsilon"]) for row in _read(path)}
@@ -171,7 +171,7 @@ def _charge(point: heads.Point, block: Block, workdir: Path, epsilon: float) -> 
     ledger = ledger.charge(0, block.steps)
     facts = dp.statement(
         ledger,
-        clipping=f"flat, bound {point.rule.threshold}, normalised to sensitivity 1",
+        clipping=f"flat, bound {point.rule.threshold}, normalized to sensitivity 1",
         seed_policy="fixed",
         released=["the head, and its evaluation on test data"],
         not_charged=[
@@ -237,7 +237,7 @@ def load_features(
 
 
 def _both(features_: FeatureSet) -> dict[bool, FeatureSet]:
-    """The features normalised, plain and centred."""
+    """The features normalized, plain and centered."""
     return {c: heads.normalise(features_, centre=c, scale=SCALE) for c in (False, True)}
 
 
@@ -296,7 +296,7 @@ def _read(path: Path) -> Iterator[Row]:
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:
-    """All rows of a block in one write: a block is there whole or not at all."""
+    """Appends all rows of a block in one write, so that no block is there in part."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     with path.open("a") as file:
         file.write(text)

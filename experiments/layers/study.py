@@ -5,13 +5,12 @@
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped ViT
 pretrained on UCI digits, three seeds) and "paper" (CIFAR-100, ViT-B/16 pretrained on ImageNet-21k,
-epsilon 2, delta 1e-5). The paper's layer lists are not public to us: the sets here are our own.
+epsilon 2, delta 1e-5). The paper's layer lists were not available to us: the sets here are our own.
 
-All runs have the same mechanism: N, q, T and sigma do not depend on what trains. The choice among
-them is therefore one that repeat-and-select can charge (arXiv 2110.03620). This study's own choice
-is declared, not charged; the report says beside it what charging it would have cost, or, the other
-way round, which epsilon a run would have had if the search had kept the budget. A search that is
-charged is
+All runs have the same mechanism: N, q, T and sigma do not depend on the trained layers. Therefore
+repeat-and-select can charge the choice among them (arXiv 2110.03620). The choice made by this study
+is declared, not charged. The report also says what charging it would have cost, and conversely,
+which epsilon a run would have had if the search had met the budget. A charged search is
 
     python -m dpjax.commands.search --config=experiments/layers/study.py:charged \\
         --workdir=DIR --charge=10
@@ -119,7 +118,7 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
 
 
 def measure(run: build.Run, initial: Any, final: Any) -> Row:
-    """Counts what trains and what is frozen."""
+    """Counts trained and frozen parameters."""
     trainable, frozen = finetune.split(run.params, run.phases[-1].trainable)
     return {"trainable": finetune.count(trainable), "frozen": finetune.count(frozen)}
 

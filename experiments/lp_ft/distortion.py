@@ -1,7 +1,7 @@
-"""How far fine-tuning has moved features, measured on public or test inputs. Our own measures.
+"""Measures of how far fine-tuning has moved features, on public or test inputs.
 
-They go with the study of Ke et al. (arXiv 2402.18905), who ask whether a head that does not fit the
-backbone distorts it, but whose own measures we could not read.
+They belong to the study of Ke et al. (arXiv 2402.18905), who ask whether a head that does not fit
+the backbone distorts it. The measures are our own: the paper's were not available to us.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def relative_shift(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def linear_cka(before: np.ndarray, after: np.ndarray) -> float:
-    """Linear centred kernel alignment, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414, eq. 5).
+    """Linear centered kernel alignment, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414, eq. 5).
 
-    It is 1 if the features differ by a rotation and a scale, so it tells what `relative_shift`
-    does not: whether the geometry has changed.
+    It is 1 if the features differ by a rotation and a scale only. Unlike `relative_shift`, it shows
+    whether the geometry has changed.
     """
     x, y = (values - values.mean(axis=0) for values in (before, after))
     scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)

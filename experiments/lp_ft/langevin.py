@@ -2,9 +2,9 @@
 
 Ke et al. (arXiv 2402.18905) study DP-SGD on two-layer networks through its Langevin diffusion and
 give approximate upper and lower bounds on the loss of DP linear probing (DP-LP) and DP full
-fine-tuning (DP-FFT). We could read summaries of the paper but not its formulas: WHAT FOLLOWS IS OUR
-OWN DERIVATION and stands in their place. From the paper we took the setting (two layers, a
-pretrained first one, a random or zero head, isotropic noise) and the questions.
+fine-tuning (DP-FFT). We had access to summaries of the paper but not to its formulas: THE FOLLOWING
+IS OUR OWN DERIVATION. From the paper we took the setting (two layers, a pretrained first one, a
+random or zero head, isotropic noise) and the questions.
 
 Setting. f_i = phi(B x_i) . v with B `[k, d]`, v `[k]`, phi the identity or ReLU;
 L = (1/2n) sum_i (f_i - y_i)^2. One DP-SGD step of rate eta that clips nothing, with noise
@@ -13,7 +13,7 @@ multiplier sigma, bound C and batch size b, is an Euler step over time eta of
     d theta = -grad L dt + s dW,    s = sqrt(eta) sigma C / b.    (`two_layer.noise_level`)
 
 (A1) Gradients stay below C, and the gradient of a batch is that of the whole set: what clipping
-does to the drift, and sampling, are not modelled.
+does to the drift, and sampling, are not modeled.
 
 Let e = f - y, K(theta) = J J' / n for the Jacobian J of f with respect to what trains. Then
 |grad L|^2 = e'K e / n, and Ito's formula gives, with M a martingale,
@@ -85,7 +85,7 @@ _WIDTH = 8.0  # c: of the tube, in standard deviations
 
 
 class Bounds(NamedTuple):
-    """Lower and upper bound, and the linearised prediction, each `[points]` over `times`."""
+    """Lower and upper bound, and the linearized prediction, each `[points]` over `times`."""
 
     times: np.ndarray
     lower: np.ndarray
@@ -224,7 +224,7 @@ def _linearised(
     step: float,
     before: float,
 ) -> np.ndarray:
-    """The linearised prediction at every point of the path."""
+    """The linearized prediction at every point of the path."""
     body, head = (np.asarray(x, np.float64) for x in theta)
     root = np.sqrt(len(data.inputs))
     hidden = activate(data.inputs @ body.T, data.relu) / root

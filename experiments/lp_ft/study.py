@@ -5,14 +5,14 @@
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped ViT
 pretrained on UCI digits; ten seeds of a random head) and "paper" (CIFAR-10, a ViT pretrained on
-ImageNet; give --data_dir and --weights). All runs of one epsilon have the same epochs and the same
+ImageNet; pass --data_dir and --weights). All runs of one epsilon have the same epochs and the same
 budget; the share of linear probing divides the epochs, with one sigma for both phases. A zero head
-attacks the same misalignment as probing does, so it is the control beside the random head. LoRA of
-rank 8 takes the place of full fine-tuning in some runs.
+reduces the same misalignment as probing does, so it is the control for the random head. In some
+runs, LoRA of rank 8 replaces full fine-tuning.
 
-One learning rate serves all shares; it is not tuned per share, which the paper does. The distortion
-of the features (`distortion`) is measured on test images. Theory: two-layer networks
-under Langevin dynamics with bounds of our own, see `langevin`.
+All shares use one learning rate; unlike in the paper, it is not tuned per share. The distortion of
+the features (`distortion`) is measured on test images. The theory treats two-layer networks under
+Langevin dynamics with bounds of our own, see `langevin`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def theory(arg: str | None = None) -> Row:
 
 
 def measure(run: build.Run, initial: models.Params, final: models.Params) -> Row:
-    """How far the features of test images moved, and whether head and features fit."""
+    """Measures how far the features of test images moved, and whether the head fits them."""
     model = build.model.model(run.config.model, run.test.num_classes)
     chosen = np.arange(min(_TESTED, len(run.test)))
     batch = run.test.get(chosen)

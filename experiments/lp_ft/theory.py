@@ -70,7 +70,7 @@ def compute(size: str) -> Row:
 
 
 def parts(found: Row) -> list[str | Table | Figure]:
-    """Tables and figures of what `compute` found."""
+    """Returns tables and figures of the results of `compute`."""
     rows, curves = found["rows"], found["curves"]
     best = []
     for network, head, epsilon in dict.fromkeys(
@@ -86,7 +86,7 @@ def parts(found: Row) -> list[str | Table | Figure]:
             "network": network, "head": head, "epsilon": epsilon, "s": same[0]["s"],
             "best share, measured": least["LP share"],
             "shares within 2 s.e.": f"{min(tied):g} to {max(tied):g}",
-            "predicted, linearised": min(same, key=lambda r: r["linearised"])["LP share"],
+            "predicted, linearized": min(same, key=lambda r: r["linearised"])["LP share"],
             "predicted, upper bound": min(same, key=lambda r: r["upper"])["LP share"],
             "outside the bounds": sum(
                 not r["lower"] - r["2 s.e."] <= r["measured"] <= r["upper"] + r["2 s.e."]
@@ -95,7 +95,7 @@ def parts(found: Row) -> list[str | Table | Figure]:
             "left the tube, largest": max(r["left"] for r in same),
         })  # fmt: skip
     return [
-        "The bounds and the linearised prediction are our own derivation from stated assumptions "
+        "The bounds and the linearized prediction are our own derivation from stated assumptions "
         "(see `experiments/lp_ft/langevin.py`); they replace the paper's formulas, which we could "
         "not read. The noise s follows from epsilon by the accountant for a nominal run of "
         f"{_TOY['num_examples']} examples, B = {_TOY['batch_size']}, {_TOY['epochs']:g} epochs.",
@@ -125,7 +125,7 @@ def _theory_shares(rows: list[Row]) -> Figure:
     panels[0].set_ylabel("loss at the end")
     panels[0].legend(fontsize=8)
     caption = (
-        "Simulated loss at the end (dots, ± 2 s.e.) and linearised prediction (lines) by share"
+        "Simulated loss at the end (dots, ± 2 s.e.) and linearized prediction (lines) by share"
     )
     return Figure("theory_shares", caption, figure)
 
@@ -148,5 +148,5 @@ def _theory_curves(curves: list[Row]) -> Figure:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("expected loss")
     panels[0].legend(fontsize=8)
-    caption = "Simulated loss (dots), bounds (bands; exact while probing), linearised (lines)"
+    caption = "Simulated loss (dots), bounds (bands; exact while probing), linearized (lines)"
     return Figure("theory_curves", caption, figure)

@@ -38,7 +38,7 @@ class Theta(NamedTuple):
 def noise_level(
     *, learning_rate: float, noise_multiplier: float, bound: float, batch_size: float
 ) -> float:
-    """s = sqrt(eta) sigma C / b of the diffusion that DP-SGD discretises."""
+    """s = sqrt(eta) sigma C / b of the diffusion that DP-SGD discretizes."""
     return learning_rate**0.5 * noise_multiplier * bound / batch_size
 
 

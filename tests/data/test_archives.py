@@ -241,11 +241,11 @@ def evil(path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (truncated, "is not a whole tar archive"),
-        (not_an_archive, "is not a whole tar archive"),
+        (truncated, "is not a complete tar archive"),
+        (not_an_archive, "is not a complete tar archive"),
         (incomplete, r"lacks \['data_batch_5.png', 'test_batch.png', 'test_lables.json'"),
         (short_labels, "has 5 labels for 50 images"),
-        (evil, r"data_batch_3 .* asks for posix.system, which no data set needs"),
+        (evil, r"data_batch_3 .* imports posix.system, which no data set needs"),
         (lambda path: None, "does not exist"),
         (cifar10_python, "split 'train' holds 50 examples, not 50000"),
     ],

@@ -28,7 +28,7 @@ def test_embedded_sets_are_what_the_packages_hold(data_dir, name, train, test, s
     assert {split: len(part) for split, part in parts.items()} == {"train": train, "test": test}
     assert parts["train"].shape == (side, side, 1)
     np.testing.assert_array_equal(np.bincount(parts["test"].labels), [test // 10] * 10)
-    images, labels = builders.EMBEDDED[name].arrays()
+    images, labels = getattr(builders, name)()
     want = sorted((image.tobytes(), int(label)) for image, label in zip(images, labels))
     found = []
     for part in parts.values():
@@ -156,7 +156,5 @@ def test_default_data_dir(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(
-        ValueError, match="dataset='digits' is carried by the package 'scikit-learn'"
-    ):
+    with pytest.raises(ValueError, match="dataset='digits' ships with the package 'scikit-learn'"):
         data.load("digits", data_dir=tmp_path)

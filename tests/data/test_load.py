@@ -143,7 +143,7 @@ def test_name_with_a_version(data_dir):
     assert len(data.load("toy_fixed:1.2.0", data_dir=data_dir)) == 40
     with pytest.raises(ValueError, match=r"version 1.0.0 is not among \['1.2.0'\]"):
         data.load("toy_fixed:1.0.0", data_dir=data_dir)
-    with pytest.raises(ValueError, match="must read name"):
+    with pytest.raises(ValueError, match="must have the form name"):
         data.load("toy_fixed:latest", data_dir=data_dir)
 
 
@@ -161,9 +161,9 @@ def test_name_with_a_version(data_dir):
         ({"split": "train+dev"}, "'dev' must be one of"),
         ({"split": "train[:half]"}, "split=.* cannot be read"),
         ({"split": ""}, "must be one of"),
-        ({"split": "train+train"}, "must not hold an example twice"),
-        ({"split": "train[:60%]+train[50%:]"}, "must not hold an example twice"),
-        ({"split": "train[:0]"}, "holds no examples"),
+        ({"split": "train+train"}, "must not contain an example twice"),
+        ({"split": "train[:60%]+train[50%:]"}, "must not contain an example twice"),
+        ({"split": "train[:0]"}, "has no examples"),
         ({"name": "toy_photos"}, "image_size=None must be a number"),
         ({"spec": data.ImageSpec(channels=1)}, "channels=1 expected, but .* have 3"),
         ({"spec": data.ImageSpec(label_key="lable")}, "label_key='lable' must be .*'label'"),
@@ -317,7 +317,7 @@ def test_a_download_that_needs_tensorflow_says_so(tmp_path, monkeypatch):
             raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
     monkeypatch.setattr(tfds, "builder", lambda name, **kwargs: Needs())
-    with pytest.raises(ValueError, match=r"'cassava' cannot be prepared here, .* needs tensorflow"):
+    with pytest.raises(ValueError, match=r"'cassava' cannot be prepared here: .* needs tensorflow"):
         data.load("cassava", data_dir=tmp_path, download=True)
 
 

@@ -12,7 +12,7 @@ from dpjax import data
 
 
 def threads():
-    return [t for t in threading.enumerate() if t.name == "dpjax-prefetch" and t.is_alive()]
+    return [t for t in threading.enumerate() if t.name.startswith("dpjax-prefetch")]
 
 
 def ended():
@@ -23,7 +23,7 @@ def ended():
 
 
 def test_items_arrive_in_order_and_the_thread_ends():
-    assert list(data.prefetch(iter(range(50)), 3)) == list(range(50))
+    assert list(data.Prefetcher(iter(range(50)), 3)) == list(range(50))
     assert ended()
 
 
@@ -35,7 +35,7 @@ def test_it_runs_ahead_but_not_further_than_asked():
             made.append(item)
             yield item
 
-    with data.prefetch(count(), 3) as items:
+    with data.Prefetcher(count(), 3) as items:
         assert next(items) == 0
         time.sleep(0.3)
         assert 3 <= len(made) <= 5
@@ -48,7 +48,7 @@ def test_an_exception_reaches_the_consumer_after_the_items_before_it():
         yield 2
         raise RuntimeError("disk gone")
 
-    items = data.prefetch(broken())
+    items = data.Prefetcher(broken())
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(RuntimeError, match="disk gone") as caught:
         next(items)
@@ -63,7 +63,7 @@ def test_closing_early_ends_the_thread_even_with_a_full_queue():
         while True:
             yield 0
 
-    items = data.prefetch(endless(), 1)
+    items = data.Prefetcher(endless(), 1)
     next(items)
     items.close()
     items.close()
@@ -77,7 +77,7 @@ def test_a_forgotten_prefetcher_is_collected():
         while True:
             yield 0
 
-    items = data.prefetch(endless(), 1)
+    items = data.Prefetcher(endless(), 1)
     gone = weakref.ref(items)
     del items
     gc.collect()
@@ -91,10 +91,10 @@ def test_idle_fraction_tells_a_slow_producer_from_a_slow_consumer():
             time.sleep(0.05)
             yield item
 
-    starved = data.prefetch(slow())
+    starved = data.Prefetcher(slow())
     assert starved.idle_fraction == 0
     list(starved)
-    busy = data.prefetch(range(6))
+    busy = data.Prefetcher(range(6))
     for _ in busy:
         time.sleep(0.05)
     assert starved.idle_fraction > 0.8
@@ -103,7 +103,7 @@ def test_idle_fraction_tells_a_slow_producer_from_a_slow_consumer():
 
 def test_size_must_be_positive():
     with pytest.raises(ValueError, match="size=0"):
-        data.prefetch([], 0)
+        data.Prefetcher([], 0)
 
 
 def toy():

@@ -74,7 +74,8 @@ def test_shots_out_of_range():
     with pytest.raises(ValueError, match="amount=0 shots"):
         data.subset(DATASET, 0, seed=0)
     with pytest.raises(
-        ValueError, match="amount=11 shots per class must be <= 10, all that class 0"
+        ValueError,
+        match="amount=11 shots per class must be <= 10, the number of examples of class 0",
     ):
         data.subset(DATASET, 11, seed=0)
     with pytest.raises(ValueError, match="1 of 4 classes"):

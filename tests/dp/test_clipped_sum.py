@@ -261,3 +261,69 @@ def test_python_floats_and_empty_batches(method):
     assert (facts.loss.shape, facts.norms.shape) == ((0,), (0, 1))
     with pytest.raises(TypeError, match=r"rule=1\.0 must be a ClipRule"):
         dp.clipped_sum(lambda p, x: 0.0, 1.0)
+
+
+def contributions(loss_fn, params, batch, rule, method):
+    """Norm of each example's contribution over the sensitivity, in float64."""
+    engine = jax.jit(dp.clipped_sum(loss_fn, rule, method=method))
+    n = jax.tree.leaves(batch)[0].shape[0]
+    totals = [engine(params, batch, np.arange(n) == i)[0] for i in range(n)]
+    squares = [
+        sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(total.value))
+        for total in totals
+    ]
+    return np.sqrt(squares) / float(rule.sensitivity())
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("shape", [(32, 32), (2,) * 14, (50_000,), (3, 3, 64, 64)])
+@pytest.mark.parametrize("small", [1.0, 2.0**-12])
+def test_a_norm_is_added_up_in_a_tree(method, shape, small):
+    """Squares that a running sum would lose: one of 1, and thousands just below its rounding."""
+    e = np.full((1, *shape), small, np.float32)
+    e.flat[0] = 1.0
+    params = {"w": np.zeros(shape, np.float32)}
+    found = contributions(
+        lambda p, x: jnp.sum(jnp.sin(p["w"]) * x), params, e, dp.flat(0.01), method
+    )
+    assert 1 - 2e-5 < found[0] <= 1
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("large", [lambda n, c: jnp.full_like(n, 1e30), None])
+def test_norms_at_the_smallest_that_is_measured(method, large):
+    """The squares of x underflow, so that the engine measures 0 where the norm is 1.0075e-9."""
+    x = np.full((1, 1, 1), 2.0**-63 * (1 - 1e-6), np.float32)
+    g = np.float32(1.0075e-9) / x
+    rule = dp.flat(1e-9) if large is None else dp.rule(large, 1e-9)
+    loss = lambda p, e: jnp.sum((e["x"] @ p["w"]) * e["g"])  # noqa: E731
+    params = {"w": np.zeros((1, 1), np.float32)}
+    assert contributions(loss, params, {"x": x, "g": g}, rule, method)[0] <= 1
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("poison", [np.nan, 3e38])
+@pytest.mark.parametrize("real", [True, False])
+def test_a_poisoned_example_inside_a_gradient_penalty(method, poison, real):
+    """XLA's batched gradient of a grouped convolution spreads NaN over the *losses* of all."""
+
+    def conv(w, x):
+        return jax.lax.conv_general_dilated(
+            x[None], w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=2,
+        )  # fmt: skip
+
+    def loss_fn(params, x):
+        penalty = jax.grad(lambda w: jnp.sum(jnp.square(conv(w, x))))(params["w"])
+        return jnp.sum(jnp.sin(conv(params["w"], x))) + jnp.sum(jnp.square(penalty))
+
+    numbers = np.random.default_rng(0)
+    x = numbers.standard_normal((4, 5, 4)).astype(np.float32)
+    params = {"w": numbers.standard_normal((2, 2, 4)).astype(np.float32)}
+    engine = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
+    want, facts = engine(params, x, np.arange(4) != 1)
+    x[1] = poison
+    found, other = engine(params, x, (np.arange(4) != 1) | real)
+    assert other.factors[1] == 0
+    np.testing.assert_allclose(other.factors, facts.factors, rtol=1e-4)
+    np.testing.assert_allclose(found.value["w"], want.value["w"], rtol=1e-4, atol=1e-5)

@@ -251,9 +251,9 @@ def test_every_draw_for_privacy_has_these_tails():
 
 
 def test_aggregate_sums_in_full_precision():
-    """On other hardware the default has fewer bits, and a sum of many could pass the bound."""
+    """On other hardware a product of matrices has fewer bits, and a sum could pass the bound."""
     tx = dp.aggregate(1.0, 0.0, 2, key=jax.random.key(0))
     params = {"w": jnp.zeros(3)}
     made = jax.make_jaxpr(lambda g: tx.update(g, tx.init(params))[0])({"w": jnp.ones((2, 3))})
-    text = str(made)
-    assert text.count("Precision.HIGHEST") == 2 * text.count("dot_general[") > 0
+    assert "reduce_sum[" in str(made)
+    assert "dot_general[" not in str(made)

@@ -97,7 +97,7 @@ def test_mechanisms_of_other_batches_are_refused():
         mechanism(n=99),
         dp.calibrated(epsilon=1.0, delta=1e-5, num_examples=100, batch_size=10, steps=4),
     ):
-        with pytest.raises(ValueError, match="full batches of the 100"):
+        with pytest.raises(ValueError, match="the number of labels, 100"):
             fit(logits, labels, wrong)
     for bound in (0.0, float("inf")):
         with pytest.raises(ValueError, match=f"bound={bound}"):

@@ -81,7 +81,7 @@ def test_a_stop_saves_and_the_command_goes_on(file, tmp_path):
     work = tmp_path / "w"
     arguments = [f"--config={file}:smoke", f"--workdir={work}"]
     assert run_study.main(arguments, stop=lambda step: step == 1) == 75
-    assert study.read(work)[1].status == "cut"
+    assert study.read(work)[1].status == "interrupted"
     assert run_study.main(arguments) == 0
     assert study.read(work)[1].status == "finished"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

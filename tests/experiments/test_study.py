@@ -62,8 +62,9 @@ def test_runs_are_read_back_with_their_status(tmp_path):
     write_run(tmp_path, 3, accuracy=None)
     plan(tmp_path, 5)
     found = study.read(tmp_path)
-    assert [r.status for r in found] == ["finished", "diverged", "exit 2: no such file", "cut",
-                                         "waiting"]  # fmt: skip
+    assert [r.status for r in found] == [
+        "finished", "diverged", "exit 2: no such file", "interrupted", "waiting",
+    ]  # fmt: skip
     assert study.field(found[0], "dp.bound") == 1.0
     assert found[0].privacy["epsilon"] == 1.98
     with pytest.raises(ValueError, match=r"has no study\.json"):

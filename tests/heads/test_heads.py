@@ -142,7 +142,8 @@ def test_full_batch_and_facts(blobs):
     assert made.facts["loss"][:, 0] == pytest.approx(np.log(3), rel=1e-5)
     assert not np.allclose(made.params["head"]["kernel"][0], made.params["head"]["kernel"][1])
     drawn = train(blobs, [point()]).facts["count"][0]
-    want = [len(heads.batches_of(point(), EXAMPLES, BATCH)(step)) for step in range(STEPS)]
+    seed = dp.seeds.sampler_seed(point().private_seed)
+    want = [len(mechanism().indices(seed, step)) for step in range(STEPS)]
     np.testing.assert_array_equal(drawn, want)
 
 

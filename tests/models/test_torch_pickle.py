@@ -102,7 +102,7 @@ class Harm:
 
 
 def test_legacy_torch_files_run_no_code(legacy):
-    with pytest.raises(ValueError, match=r"_do_harm has no place in a file of weights"):
+    with pytest.raises(ValueError, match=r"_do_harm does not belong in a weight file"):
         models.read_tensors(legacy({"a": Harm()}, []))
     with pytest.raises(ValueError, match="not every entry is a tensor"):
         models.read_tensors(legacy({"a": 1}, []))

@@ -35,7 +35,7 @@ def net(frozen):
 def test_batch_norm_in_training_mode_is_refused_behind_a_zero_head():
     apply, variables = net(frozen=False)
     assert not np.any(apply(variables, INPUTS))
-    with pytest.raises(ValueError, match=r"(?s)examples are coupled.*Batch normalisation"):
+    with pytest.raises(ValueError, match=r"(?s)examples are coupled.*Batch normalization"):
         check(apply, variables)
 
 
@@ -64,7 +64,7 @@ def test_any_coupling_is_refused(apply):
     [
         (lambda p, x: x @ p["w"], INPUTS[:1], "must be one size >= 2"),
         (lambda p, x: jnp.ones((len(x), 2)), INPUTS, "do not depend on the inputs"),
-        (lambda p, x: jnp.sum(x @ p["w"]), INPUTS, r"gives shape \(\)"),
+        (lambda p, x: jnp.sum(x @ p["w"]), INPUTS, r"returns shape \(\)"),
         (lambda p, x: jnp.log(x - 100), INPUTS, "not finite"),
         (lambda p, x: x @ p["w"], (INPUTS, INPUTS[:3]), "must be one size >= 2"),
     ],

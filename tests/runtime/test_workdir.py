@@ -133,7 +133,7 @@ def files_no_longer_than(size):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_a_clear_error_and_harms_nothing(tmp_path):
     path = saved(tmp_path / "c", steps=(1,))
-    said = r"could not be written \(.*\); checkpoint 1 is whole"
+    said = r"could not be written \(.*\); checkpoint 1 is intact"
     with files_no_longer_than(2000), pytest.raises(Unwritable, match=said):
         saved(path, steps=(2,))
     with Checkpoints(path, keep=9) as checkpoints:  # and what was begun is cleared away
@@ -176,7 +176,7 @@ def test_restart_moves_the_run_aside(tmp_path):
     assert json.loads(Path(f"{path}.1/privacy.json").read_text()) == {"run": 1}
     path.mkdir()
     (path / "thesis.tex").write_text("x")
-    with pytest.raises(OtherRun, match="not a run's"):
+    with pytest.raises(OtherRun, match="does not contain a dpjax run"):
         Workdir(path).move_aside()
 
 

@@ -141,9 +141,9 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
     assert paid["epsilon_by_part"] == {"train": paid["epsilon"]}
     assert paid["epsilon_of_one_run"] == mine["epsilon"]
     assert not any(item.startswith("the choice") for item in paid["not_charged"])
-    assert "8 in the mean" in paid["released"][-1]
+    assert "8 on average" in paid["released"][-1]
     assert f"({paid['epsilon']:.4g}, 1e-05)" in dp.ledger.to_markdown(paid)
-    with pytest.raises(ValueError, match=r"over its 2\.9"):
+    with pytest.raises(ValueError, match=r"budget of 2\.9"):
         repeat_and_select.charged(mine, [mine], {**facts, "mean": 8.0, "epsilon": 2.9})
     other = statement_of(one_run(epsilon=spend, steps=19), spend)
     with pytest.raises(ValueError, match="cannot be charged"):
@@ -159,15 +159,15 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
         (["--method=randon"], "Did you mean 'random'?"),
         (["--metric=acuracy"], "Did you mean 'accuracy'?"),
         (["--trials=7"], "trials=7 must be in [1, 6]"),
-        (["--method=grid", "--trials=2"], "a grid is whole"),
-        (["--storage=sqlite:///x"], "belongs to method='optuna'"),
+        (["--method=grid", "--trials=2"], "'grid' runs every point"),
+        (["--storage=sqlite:///x"], "needs method='optuna'"),
         (["--charge=1"], "charge=1.0 must be > 1"),
-        (["--charge=5", "--trials=3"], "their number is drawn"),
+        (["--charge=5", "--trials=3"], "their number must be random"),
         (["--charge=5", "--method=optuna"], "independent"),
         (["--charge=5", "--config.private_seed=1"], "takes no overrides"),
-        (["--charge=5", ":batches"], "'batch_size' must not differ"),
+        (["--charge=5", ":batches"], "'batch_size' must not vary"),
         (["--charge=5", ":fixed"], "private_seed=5 must be None"),
-        (["--charge=5", ":own"], "test_split='train[:10%]' must not be of the training data"),
+        (["--charge=5", ":own"], "test_split='train[:10%]' must not overlap the training data"),
         (["--charge=5", ":audited"], "audit.count=9 must be"),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_random_search_and_its_statement(file, tmp_path, monkeypatch, capsys):
     assert main(command) == 0  # everything is done
     assert (tmp_path / "w/search.md").read_text() == before
     assert main([*command[:-1], "--seed=2"]) == 2
-    assert "holds another search" in capsys.readouterr().err
+    assert "contains another search" in capsys.readouterr().err
     grid = [f"--config={file}", f"--workdir={tmp_path / 'g'}", "--method=grid"]
     assert main(grid) == 0
     assert len(list((tmp_path / "g/trials").glob("*/*/eval.json"))) == 6

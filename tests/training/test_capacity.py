@@ -34,7 +34,7 @@ def test_fewest_equal_chunks_that_fit(limit, size):
 
 
 def test_too_little_for_the_smallest_chunk():
-    with pytest.raises(capacity.DoesNotFit, match=r"8 rows need 800 bytes a device of 700"):
+    with pytest.raises(capacity.DoesNotFit, match=r"8 rows need 800 bytes per device, of 700"):
         capacity.largest(lambda rows: 100 * rows, 700, 8, enough=100.0)
 
 

@@ -156,7 +156,7 @@ def test_a_full_disk_ends_the_run_and_the_one_before_goes_on(run, whole, tmp_pat
                 limits.enter_context(files_no_longer_than(3500))
             return False
 
-        with pytest.raises(Unwritable, match="checkpoint 3 is whole"):
+        with pytest.raises(Unwritable, match="checkpoint 3 is intact"):
             loop.train(run._replace(config=config), Workdir(path), stop=fill_the_disk)
     assert checkpoint_steps(path) == [3]
     loop.train(run, Workdir(path))
@@ -231,7 +231,7 @@ def test_other_data_under_the_same_name_are_refused_before_any_checkpoint(run, t
     with pytest.raises(loop.Preempted):
         loop.train(run, path, stop=lambda step: step == 1)
     shutil.rmtree(path.path / "checkpoints")
-    with pytest.raises(OtherRun, match=r"the workdir is of another run: run\.data: "):
+    with pytest.raises(OtherRun, match=r"the workdir belongs to another run: run\.data: "):
         loop.train(OTHERS["data"](run), path)
     loop.train(run, path)
 

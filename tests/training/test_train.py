@@ -109,11 +109,9 @@ def sum_of(run):
     mechanism = dataclasses.replace(phase.mechanism, num_examples=len(run.train))
     run = run._replace(phases=(phase._replace(mechanism=mechanism),))
     steps, hyper = phases.prepare(run, 0, 5)
-    trainable, frozen = finetune.split(run.params, phase.trainable)
-    frozen = sharding.place(frozen, run.layout.whole(frozen))
-    state = phases.first_state(run, 0, steps, hyper, trainable, None)
+    _, frozen, state = phases.begin(run, 0, run.params, None, private_seed=5)
     whole, totals = steps.begin(state)
-    for chunk in feed.chunks(run, run.phases[0], run.layout, seed=1, size=64, steps=range(1)):
+    for chunk in feed.chunks(run, run.phases[0], seed=1, size=64, steps=range(1)):
         batch = sharding.to_mesh(chunk.batch, run.layout.mesh)
         now = at_bound(hyper, state)
         totals = steps.accumulate(totals, whole, frozen, batch, jnp.int32(0), now)
@@ -346,7 +344,7 @@ def test_mistakes_are_clear_and_cost_nothing(name, tmp_path):
     ("prepare", "text"),
     [
         (lambda p: p.write_text("a file"), "not a directory"),
-        (lambda p: (p.mkdir(), (p / "thesis.tex").write_text("x")), "not a run's"),
+        (lambda p: (p.mkdir(), (p / "thesis.tex").write_text("x")), "does not contain a dpjax run"),
     ],
 )
 def test_foreign_workdirs_are_left_alone(prepare, text, tmp_path):
@@ -428,7 +426,9 @@ def test_given_data_take_the_place_of_those_named(tmp_path):
 def test_data_that_the_privacy_was_not_planned_for_are_refused(tmp_path):
     run = build.build(tiny_config(finetune="head"))
     other = run._replace(train=run.train.select(np.arange(100)))
-    with pytest.raises(ValueError, match=r"num_examples=1617 of phase .* the training data, 100:"):
+    with pytest.raises(
+        ValueError, match=r"num_examples=1617 of phase .* the 100 training examples:"
+    ):
         loop.train(other, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 

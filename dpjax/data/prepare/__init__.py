@@ -1,4 +1,4 @@
-"""Published archives, folders of images and packages' own images become TFDS data sets."""
+"""Turns published archives, image folders and images shipped in packages into TFDS data sets."""
 
 from dpjax.data.prepare.atomic import prepare_builder
 from dpjax.data.prepare.builders import EMBEDDED

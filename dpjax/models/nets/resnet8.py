@@ -49,7 +49,7 @@ class _Backbone(nn.Module):
         side, channels = x.shape[-2] // _POOL, x.shape[-1]
         cells = x.reshape(*x.shape[:-3], side, _POOL, side, _POOL, channels)
         pooled = cells.mean(axis=(-4, -2), dtype=jnp.float32)
-        # The published head reads channels first.
+        # The published head expects the flattened features with channels first.
         return jnp.moveaxis(pooled, -1, -3).reshape(*x.shape[:-3], -1)
 
 
@@ -91,19 +91,19 @@ def _load(params: Params, path: str, *, head: bool = False) -> Params:
 def resnet8(
     num_classes: int, *, head_init: str = "zero", dtype: jnp.dtype | str = "float32"
 ) -> Model:
-    """ResNet-8: a stem of width 64, one block in each of three stages, 113k parameters.
+    """Returns a ResNet-8: a stem of width 64, one block in each of 3 stages, 113k parameters.
 
-    Batch norm runs in inference mode with the published statistics, folded into the convolutions
-    when they are loaded, hence examples stay independent. Norm paths: `norm_stem`,
+    Batch norm runs in inference mode with the published statistics, which `load` folds into the
+    convolutions, so examples are independent. Norm paths: `norm_stem`,
     `stages_i/{norm1,norm2,norm_shortcut}`, each with scale and bias.
 
     Args:
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the convolutions compute in.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: compute dtype of the convolutions.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     spec = InputSpec(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     return from_linen(

@@ -1,4 +1,4 @@
-"""BERT-class text encoder (arXiv:1810.04805; DistilBERT arXiv:1910.01108) with a head."""
+"""A BERT-style text encoder (arXiv:1810.04805; DistilBERT arXiv:1910.01108) with a head."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ class TextConfig:
     """Shape of a text encoder.
 
     Args:
-      vocab_size: number of token ids.
-      width: token width.
-      depth: number of blocks.
-      heads: attention heads; divides width.
-      mlp: width of the hidden layer of a block's MLP.
-      positions: number of position embeddings.
-      max_length: tokens of every (padded or cut) sequence; at most positions.
-      token_types: number of token-type embeddings (all our tokens have type 0); 0 for DistilBERT.
-      pad_id: id of the padding token, which is masked out.
-      pooling: "mean" averages the tokens that are not padding; "cls" reads the first one.
+        vocab_size: number of token ids.
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads; divides width.
+        mlp: width of the hidden layer of a block's MLP.
+        positions: number of position embeddings.
+        max_length: tokens of every (padded or truncated) sequence; at most positions.
+        token_types: number of token-type embeddings (all tokens here have type 0); 0 for
+            DistilBERT.
+        pad_id: id of the padding token, which is masked out.
+        pooling: "mean" averages the tokens that are not padding; "cls" takes the first token.
     """
 
     vocab_size: int = 30522
@@ -121,7 +122,7 @@ class _Backbone(nn.Module):
         if self.config.pooling == "cls":
             return x[..., 0, :]
         weights = jnp.broadcast_to(keep[..., None], x.shape).astype(jnp.float32)
-        # At least one, so that a sequence of nothing but padding stays finite.
+        # At least one: a sequence of padding only would be 0 / 0.
         count = jnp.maximum(weights.sum(axis=-2), 1.0)
         return (x * weights).sum(axis=-2) / count
 
@@ -133,22 +134,22 @@ def text_encoder(
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
 ) -> Model:
-    """A classifier of token sequences; padding takes no part in attention or in the mean.
+    """Returns a classifier of token sequences; attention and the mean ignore padding.
 
     Parameters: `embed/{word,position,token_type}`, `embed/norm/{scale,bias}`,
     `blocks_i/attn/{query,key,value,out}/{kernel,bias}`, `blocks_i/mlp/{fc1,fc2}/{kernel,bias}`,
     `blocks_i/{norm1,norm2}/{scale,bias}` (each after its residual sum), `head/{kernel,bias}`. The
     published pooler and language-model heads are not part of it. `load` reads Hugging Face
-    `.safetensors` of BERT and DistilBERT, and our own files.
+    `.safetensors` of BERT and DistilBERT, and files of `save_weights`.
 
     Args:
-      config: the shape; `TEXT_SIZES` has the usual ones.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the blocks compute in; parameters, softmax and logits are float32.
+        config: the shape; `TEXT_SIZES` has the usual ones.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: compute dtype of the blocks; parameters, softmax and logits are float32.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),
@@ -160,11 +161,11 @@ def text_encoder(
     )
 
 
-# Published weights: Hugging Face `.safetensors` of BERT and DistilBERT, and our own files.
+# Published weights: Hugging Face `.safetensors` of BERT and DistilBERT, and `save_weights` files.
 
 Table = dict[str, Source]
 
-# Buffers, and what sits between the features and a head of theirs.
+# Buffers, and layers between the features and the published heads.
 _IGNORE = (
     r"position_ids$|(^|\.)pooler\.|^cls\.|^pre_classifier\."
     r"|^vocab_(transform|layer_norm|projector)\."
@@ -225,7 +226,7 @@ def _table(cfg: TextConfig, classes: int, prefix: str, layer: str, names: dict[s
 
 
 def _modern(tensors: Tensors) -> Tensors:
-    """Names of norms as they are spelt today; the oldest files say gamma and beta."""
+    """Renames gamma and beta of norms, as the oldest files spell them, to weight and bias."""
     names = {
         name: re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name).replace(
             "LayerNorm.gamma", "LayerNorm.weight"
@@ -236,16 +237,13 @@ def _modern(tensors: Tensors) -> Tensors:
 
 
 def _load(cfg: TextConfig, params: Params, path: str, *, head: bool = False) -> Params:
-    """Puts a weight file into the parameters of a text encoder.
+    """Loads a weight file into the parameters of a text encoder; see `Loader`.
 
     Args:
-      cfg: shape of the encoder.
-      params: its parameters.
-      path: a Hugging Face `.safetensors` of BERT or DistilBERT, or a file of `save_weights`.
-      head: whether to take the file's `classifier` too.
-
-    Raises:
-      ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+        cfg: shape of the encoder.
+        params: its parameters.
+        path: a Hugging Face `.safetensors` of BERT or DistilBERT, or a file of `save_weights`.
+        head: whether the file's `classifier` is loaded too.
     """
     tensors, kept = read_tensors(path), None if head else "head"
     if set(tensors) & set(flatten(params)):

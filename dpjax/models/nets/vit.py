@@ -1,8 +1,8 @@
-"""Vision transformer from a few blocks to Ti, S and B (Dosovitskiy et al., arXiv:2010.11929).
+"""Vision transformers, from a few blocks to Ti, S and B (Dosovitskiy et al., arXiv:2010.11929).
 
-Pre-norm blocks, exact GELU, LayerNorm with epsilon 1e-6, no dropout and no `pre_logits`. The
-query, key and value projections are separate square matrices, so that every published layout maps
-on them exactly and each is one plain matmul under vmap.
+Pre-norm blocks, exact GELU, LayerNorm with epsilon 1e-6, no dropout and no `pre_logits`. The query,
+key and value projections are separate square matrices: every published layout maps to them exactly,
+and each is one plain matmul under vmap.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class ViTConfig:
     """Shape of a vision transformer.
 
     Args:
-      width: token width.
-      depth: number of blocks.
-      heads: attention heads; divides width.
-      mlp: width of the hidden layer of a block's MLP.
-      patch: side of a patch, in pixels.
-      image_size: side of the image, in pixels; a multiple of patch.
-      channels: image channels.
-      pooling: "cls" reads the class token after the last norm; "gap" averages the patch tokens,
-        then applies the last norm (as timm's `global_pool="avg"`).
-      class_token: whether there is a class token; needed by "cls".
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads; divides width.
+        mlp: width of the hidden layer of a block's MLP.
+        patch: side of a patch, in pixels.
+        image_size: side of the image, in pixels; a multiple of patch.
+        channels: image channels.
+        pooling: "cls" takes the class token after the last norm; "gap" averages the patch tokens,
+            then applies the last norm, like timm's `global_pool="avg"`.
+        class_token: whether there is a class token; "cls" needs it.
     """
 
     width: int = 64
@@ -68,7 +68,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Number of patches along one side."""
         return self.image_size // self.patch
 
     @property
@@ -77,7 +77,7 @@ class ViTConfig:
         return self.grid**2 + int(self.class_token)
 
     def at(self, image_size: int) -> ViTConfig:
-        """The same shape for another image size."""
+        """Returns the same shape for another image size."""
         return dataclasses.replace(self, image_size=image_size)
 
 
@@ -112,8 +112,8 @@ class _Backbone(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         cfg = self.config
         batch = images.shape[:-3]
-        # One matmul over flattened patches is the stride-`patch` convolution, and is what both
-        # vmap and book-keeping handle fastest.
+        # A matmul over flattened patches equals the stride-`patch` convolution, and both vmap and
+        # book-keeping are fastest with it.
         grid = images.reshape(*batch, cfg.grid, cfg.patch, cfg.grid, cfg.patch, cfg.channels)
         patches = jnp.swapaxes(grid, -4, -3).reshape(*batch, cfg.grid**2, -1)
         x = nn.Dense(cfg.width, dtype=self.dtype, name="embed")(patches)
@@ -139,28 +139,28 @@ def vision_transformer(
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
 ) -> Model:
-    """A ViT classifier.
+    """Returns a ViT classifier.
 
     Parameters: `embed/{kernel,bias}`, `cls`, `pos_embed`, `blocks_i/{norm1,norm2}/{scale,bias}`,
     `blocks_i/attn/{query,key,value,out}/{kernel,bias}`, `blocks_i/mlp/{fc1,fc2}/{kernel,bias}`,
-    `norm/{scale,bias}`, `head/{kernel,bias}`. `load` reads our own files, AugReg `.npz`, and timm
-    and Hugging Face `.safetensors`.
+    `norm/{scale,bias}`, `head/{kernel,bias}`. `load` reads AugReg `.npz`, timm and Hugging Face
+    `.safetensors`, and files of `save_weights`.
 
     Args:
-      config: the shape; `SIZES` has the usual ones.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the blocks compute in; parameters, softmax, norm statistics and logits are
-        float32 whatever it is.
+        config: the shape; `SIZES` has the usual ones.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: compute dtype of the blocks; parameters, softmax, norm statistics and logits are
+            always float32.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
 
     >>> model = vision_transformer(ViTConfig(), num_classes=10)
     >>> jax.eval_shape(model.init, jax.random.key(0))["blocks_0"]["attn"]["query"]["kernel"].shape
     (64, 64)
     """
-    # Pixels to [-1, 1], as all AugReg descendants were trained.
+    # Pixels in [-1, 1], like all networks that descend from AugReg.
     spec = InputSpec(
         config.image_size, config.channels, (0.5,) * config.channels, (0.5,) * config.channels
     )
@@ -174,7 +174,8 @@ def vision_transformer(
     )
 
 
-# Published weights: AugReg `.npz`, timm and Hugging Face `.safetensors`, and our own files.
+# Published weights: AugReg `.npz`, timm and Hugging Face `.safetensors`, and files of
+# `save_weights`.
 
 Table = dict[str, Source]
 Resize = Callable[[np.ndarray], np.ndarray]
@@ -198,12 +199,12 @@ def _flat(tensor: np.ndarray) -> np.ndarray:
 
 
 def _positions(tensor: np.ndarray, *, cfg: ViTConfig, method: str) -> np.ndarray:
-    """`[1, tokens, width]` of any square grid to `[tokens, width]` of ours."""
+    """Resamples `[1, tokens, width]` of any square grid to `[tokens, width]` of ours."""
     tensor = tensor.reshape(-1, tensor.shape[-1])
     prefix = int(cfg.class_token)
     side = math.isqrt(max(len(tensor) - prefix, 0))
     if side == 0 or side**2 + prefix != len(tensor):
-        return tensor  # the shape check after us names it
+        return tensor  # not a square grid: the shape check of `translate` reports it
     grid = tensor[prefix:].reshape(side, side, -1)
     resized = resample_grid(grid, cfg.grid, method)
     return np.concatenate([tensor[:prefix], resized.reshape(cfg.grid**2, -1)])
@@ -222,7 +223,7 @@ def _norm(table: Table, ours: str, scale: str, bias: str, width: int) -> None:
 
 
 def _torch_dense(table: Table, ours: str, theirs: str, shape: tuple[int, int]) -> None:
-    """`shape` is ours, [inputs, outputs]."""
+    """Adds a dense layer; `shape` is ours, [inputs, outputs]."""
     table[f"{ours}/kernel"] = Source(f"{theirs}.weight", shape[::-1], _transposed)
     table[f"{ours}/bias"] = Source(f"{theirs}.bias", shape[1:])
 
@@ -350,29 +351,26 @@ def _table(cfg: ViTConfig, params: Params, tensors: Tensors, origin: str) -> Tab
             return _hugging_face(cfg, classes, prefix)
     some = ", ".join(sorted(tensors)[:5])
     raise ValueError(
-        f"{origin} is in none of the layouts of AugReg, timm, Hugging Face or ours; it has: {some}."
+        f"{origin} has none of the layouts of AugReg, timm, Hugging Face or dpjax; it has: {some}."
     )
 
 
 def _load(cfg: ViTConfig, params: Params, path: str, *, head: bool = False) -> Params:
-    """Puts a weight file into the parameters of a ViT; the layout is recognised by its names.
+    """Loads a weight file into the parameters of a ViT, see `Loader`; names reveal the layout.
 
     Args:
-      cfg: shape of the ViT.
-      params: its parameters.
-      path: an AugReg `.npz`, a timm or Hugging Face `.safetensors`, or a file of `save_weights`.
-      head: whether to take the file's head too.
+        cfg: shape of the ViT.
+        params: its parameters.
+        path: an AugReg `.npz`, a timm or Hugging Face `.safetensors`, or a file of `save_weights`.
+        head: whether the file's head is loaded too.
 
     Returns:
-      Parameters like `params`. Position embeddings of another image size are resampled as timm
-      does it for its own files and for AugReg's, and as Hugging Face does it for theirs.
-
-    Raises:
-      ValueError: a tensor is missing, unexpected, misshapen or not finite; all are named.
+        Parameters like `params`. Position embeddings of another image size are resampled as timm
+        resamples its own files and AugReg's, and as Hugging Face resamples theirs.
     """
     tensors = read_tensors(path)
     table = _table(cfg, params, tensors, path)
-    # Poolers and pre-logits are layers between the features and a head that we do not take.
+    # Ignored: poolers and pre-logits are layers between the features and a head not used here.
     return translate(
         params,
         tensors,
@@ -384,14 +382,14 @@ def _load(cfg: ViTConfig, params: Params, path: str, *, head: bool = False) -> P
 
 
 def to_timm(params: Mapping[str, object], cfg: ViTConfig) -> Tensors:
-    """The same weights under timm's names, for export.
+    """Returns the weights under timm's names, for export.
 
     Args:
-      params: parameters of a ViT.
-      cfg: its shape.
+        params: parameters of a ViT.
+        cfg: its shape.
 
     Returns:
-      Tensors that `timm`'s `VisionTransformer` of this shape loads strictly.
+        Tensors that timm's `VisionTransformer` of this shape loads with `strict=True`.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     norm = "norm" if cfg.pooling == "cls" else "fc_norm"

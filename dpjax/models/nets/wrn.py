@@ -1,4 +1,4 @@
-"""Wide ResNet for training from scratch under DP (De et al., arXiv:2204.13650, section 3)."""
+"""Wide ResNets for training from scratch under DP (De et al., arXiv:2204.13650, section 3)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class WideResNetConfig:
     """Shape of a wide ResNet.
 
     Args:
-      depth: number of layers, 6 n + 4 for n blocks in each of the three stages.
-      widen: the stages have widths 16, 32 and 64 times this.
-      groups: groups of the norms; divides 16.
-      image_size: side of the image, in pixels.
-      channels: image channels.
+        depth: number of layers, 6 n + 4 for n blocks in each of the three stages.
+        widen: the stages have widths 16, 32 and 64 times this.
+        groups: groups of the norms; divides 16.
+        image_size: side of the image, in pixels.
+        channels: image channels.
     """
 
     depth: int = 16
@@ -48,7 +48,7 @@ class WideResNetConfig:
 
     @property
     def features(self) -> int:
-        """Channels after the last stage."""
+        """Number of channels after the last stage."""
         return _STEM * self.widen * 2 ** (_STAGES - 1)
 
 
@@ -99,21 +99,21 @@ def wide_resnet(
     head_init: str = "random",
     dtype: jnp.dtype | str = "float32",
 ) -> Model:
-    """A WRN with group norm and scaled weight standardisation; `WRN_16_4` is the usual one.
+    """Returns a WRN with group norm and scaled weight standardization; `WRN_16_4` is usual.
 
     Norm paths: `stages_i_blocks_j/{norm1,norm2}` and `norm`, each with scale and bias. `load` reads
-    our own files; nothing is published in this layout.
+    files of `save_weights`; no weights are published in this layout.
 
     Args:
-      config: the shape.
-      num_classes: number of classes.
-      head_init: "zero", "random" or "near_zero".
-      dtype: what the convolutions compute in.
+        config: the shape.
+        num_classes: number of classes.
+        head_init: "zero", "random" or "near_zero".
+        dtype: compute dtype of the convolutions.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
-    # Constants, not statistics of a data set that may be private.
+    # Constants: statistics of the training data would be private.
     half = (0.5,) * config.channels
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),

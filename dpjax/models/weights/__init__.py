@@ -1,4 +1,4 @@
-"""Weight files: where they are, how they are read, and how their names become ours."""
+"""Weight files: finding and reading them, and mapping their tensors to this package's names."""
 
 from dpjax.models.weights.published import WEIGHTS, locate
 from dpjax.models.weights.resample import resample_grid

@@ -1,4 +1,4 @@
-"""Published weights by name: a package's file, or a download that must have the known checksum."""
+"""Published weights by name: a file of a package, or a download with a known checksum."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SUFFIXES = (".npz", ".safetensors", ".pth")
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Where a weight file is to be had.
+    """Where a weight file comes from.
 
     Args:
-      file: its name; inside a package, its path there.
-      sha256: its checksum, or None if we do not know it; then it is never downloaded for the user.
-      package: importable package that carries the file.
-      install: what installs that package.
-      url: where the file can be downloaded.
+        file: name of the file; in a package, its path there.
+        sha256: its checksum; None if unknown, and then it is never downloaded automatically.
+        package: importable package that contains the file.
+        install: command that installs the package.
+        url: address of the file.
     """
 
     file: str
@@ -75,7 +75,7 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
         "distilbert_base_tokenizer": PublishedWeights(
             "tokenizer.json", None, url=_DISTILBERT + "tokenizer.json"
         ),
-        # Ours: configs/pretrain_digits.py says how it was made.
+        # Trained here, on public digits, by configs/pretrain_digits.py.
         "vit_mini_digits": PublishedWeights(
             "vit_mini_digits.safetensors",
             "8641c0a6410eb1b0d7a0a7f41a71ad51db42c5d89f56655b2b71442f37761bc6",
@@ -91,7 +91,7 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
 
 
 def sha256(path: str) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -102,22 +102,22 @@ def locate(
     *,
     registry: Mapping[str, PublishedWeights] = WEIGHTS,
 ) -> str:
-    """Path of a weight file, given by its path or by a name of the registry.
+    """Returns the path of a weight file, given its path or its name in the registry.
 
-    A named file is looked for in its package, then in the cache, then downloaded.
+    A named file is taken from its package, else from the cache, else downloaded.
 
     Args:
-      name_or_path: a name in `registry`, or a path.
-      cache_dir: where downloads are kept; by default `$DPJAX_CACHE_DIR/weights`, else
-        `~/.cache/dpjax/weights`.
-      registry: the known names.
+        name_or_path: a name in `registry`, or a path.
+        cache_dir: directory of downloads; by default `$DPJAX_CACHE_DIR/weights`, else
+            `~/.cache/dpjax/weights`.
+        registry: the known names.
 
     Guarantees:
-      A file given by name has the checksum of the registry, whenever that holds one.
+        A file given by name has the checksum of the registry, if the registry has one.
 
     Raises:
-      FileNotFoundError: there is no such file; says which one to put where.
-      ValueError: the name is unknown, or the file's checksum is not the published one.
+        FileNotFoundError: the file does not exist; the message says how to get it.
+        ValueError: the name is unknown, or the file's checksum is not the published one.
     """
     if name_or_path in registry:
         folder = files.cache_dir("weights") if cache_dir is None else Path(cache_dir).expanduser()
@@ -146,8 +146,8 @@ def _published(name: str, entry: PublishedWeights, folder: Path) -> str:
             f"put {entry.url} at {cached}, or give the path of the file instead of its name"
         )
     if entry.url is None or entry.sha256 is None:
-        why = "" if entry.url is None else " (its checksum is not known here, so not downloaded)"
-        raise FileNotFoundError(f"weights {name!r} are not here{why}: {', or '.join(ways)}.")
+        why = "" if entry.url is None else " and are not downloaded, as their checksum is unknown"
+        raise FileNotFoundError(f"weights {name!r} are not installed{why}: {', or '.join(ways)}.")
     try:
         _download(entry.url, cached)
     except OSError as error:
@@ -169,9 +169,9 @@ def _in_package(entry: PublishedWeights) -> str | None:
 
 
 def _checked(name: str, path: str, entry: PublishedWeights) -> str:
-    if entry.sha256 is not None and (found := sha256(path)) != entry.sha256:
+    if entry.sha256 is not None and (checksum := sha256(path)) != entry.sha256:
         raise ValueError(
-            f"{path} is not the published file of {name!r}: its sha256 is {found}, must be "
+            f"{path} is not the published file of {name!r}: its sha256 is {checksum}, but must be "
             f"{entry.sha256}. Remove it and try again."
         )
     return path

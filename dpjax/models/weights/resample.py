@@ -1,4 +1,4 @@
-"""Resampling of a square grid, as the libraries that resize position embeddings do it."""
+"""Resamples a square grid in the ways in which other libraries resize position embeddings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def _triangle(x: np.ndarray) -> np.ndarray:
 
 
 def _matrix(old: int, new: int, method: str) -> np.ndarray:
-    """Weights `[new, old]` of one axis."""
+    """Returns the weights `[new, old]` of one axis."""
     centers = (np.arange(new) + 0.5) * (old / new) - 0.5
     if method == "cubic_antialiased":
-        # The kernel is widened when shrinking, cut at the border and renormalised.
+        # When shrinking, the kernel is widened (antialiasing). At the border it is truncated, and
+        # its weights are renormalized.
         width = max(old / new, 1.0)
         weights = _cubic((np.arange(old)[None] - centers[:, None]) / width, -0.5)
         return np.asarray(weights / weights.sum(axis=1, keepdims=True))
@@ -34,26 +35,26 @@ def _matrix(old: int, new: int, method: str) -> np.ndarray:
         index = np.floor(centers).astype(int) + tap
         offset = index - centers
         weight = _triangle(offset) if method == "linear" else _cubic(offset, -0.75)
-        # The border is repeated.
+        # Beyond the border, the last value is repeated.
         np.add.at(weights, (np.arange(new), np.clip(index, 0, old - 1)), weight)
     return weights
 
 
 def resample_grid(grid: np.ndarray, size: int, method: str) -> np.ndarray:
-    """Resamples `[old, old, width]` to `[size, size, width]` with half-pixel centres.
+    """Resamples `[old, old, width]` to `[size, size, width]` with half-pixel centers.
 
     Args:
-      grid: the values.
-      size: side of the new grid.
-      method: one of `RESAMPLINGS`: "cubic_antialiased" (torch's antialiased bicubic, as timm
-        resizes its own weights), "cubic" (torch's bicubic, as Hugging Face does) or "linear"
-        (torch's bilinear, as timm resizes AugReg's).
+        grid: the values.
+        size: side of the new grid.
+        method: one of `RESAMPLINGS`: "cubic_antialiased" (torch's antialiased bicubic, as timm
+            resizes its own weights), "cubic" (torch's bicubic, as Hugging Face does) or "linear"
+            (torch's bilinear, as timm resizes AugReg's).
 
     Returns:
-      float32. The same values if the size does not change.
+        float32 `[size, size, width]`; unchanged values if the size does not change.
 
     Raises:
-      ValueError: the method is unknown.
+        ValueError: the method is unknown.
     """
     if method not in RESAMPLINGS:
         raise ValueError(f"method={method!r} must be one of {', '.join(RESAMPLINGS)}.")

@@ -1,8 +1,8 @@
-"""Weight files: reading and writing ours, and putting published ones in by a table of names.
+"""Weight files: reads and writes ours, and loads published ones by a table of names.
 
-A loader is a table from our parameter paths to `Source`s: the tensor's name and shape in the file
-and how to turn it into ours. `translate` checks the table against the file in both directions, so
-that a file either fits exactly or is refused with every difference named.
+A loader is a table from our parameter paths to `Source`s: name and shape of the tensor in the file,
+and its conversion to ours. `translate` checks the table against the file in both directions: a file
+fits exactly, or is rejected with a message that names every difference.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Source:
     """Where one of our parameters comes from.
 
     Args:
-      name: the tensor's name in the file.
-      shape: its shape in the file; None stands for any length.
-      convert: makes our array of it. It is given the file's tensors named in `others` too.
-      others: further tensors, each with the shape it must have.
+        name: name of the tensor in the file.
+        shape: its shape in the file; None matches any length.
+        convert: converts it to our array; receives the tensors of `others` too.
+        others: names of further tensors, with their shapes.
     """
 
     name: str
@@ -60,16 +60,16 @@ class Source:
     others: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
 
     def tensors(self) -> tuple[tuple[str, tuple[int | None, ...]], ...]:
-        """All names with their shapes."""
+        """Returns all names with their shapes."""
         return ((self.name, self.shape), *self.others)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """All tensors of a `.npz`, `.safetensors` or legacy torch `.pth` file.
+    """Reads all tensors of a `.npz`, `.safetensors` or legacy torch `.pth` file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is of another kind, or broken.
+        FileNotFoundError: the file does not exist.
+        ValueError: it has another suffix, or is damaged.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -107,26 +107,27 @@ def translate(
     head: str | None = "head",
     ignore: str | None = None,
 ) -> Params:
-    """Puts the tensors of a file into a parameter tree.
+    """Loads the tensors of a file into a parameter tree.
 
     Args:
-      params: the tree; gives the wanted paths and shapes.
-      tensors: the file's content.
-      table: for every path of `params`, where it comes from.
-      origin: the file, for messages.
-      head: top-level key to be kept from `params` whatever the file says, or None to take the
-        file's head like every other parameter.
-      ignore: regular expression for names in the file that are known and have no use here.
+        params: the tree, with the expected paths and shapes.
+        tensors: the tensors of the file.
+        table: the source of every path of `params`.
+        origin: name of the file, for messages.
+        head: top-level key that is kept from `params`, whatever the file contains; None loads the
+            head like every other parameter.
+        ignore: regular expression of names in the file that are known and not used.
 
     Returns:
-      A tree like `params`, float32.
+        A tree like `params`, float32.
 
     Guarantees:
-      Every parameter outside a kept head is from the file, and every tensor of the file was used,
-      belongs to the kept head, or matches `ignore`.
+        Every parameter outside a kept head comes from the file. Every tensor of the file was used,
+        belongs to the kept head, or matches `ignore`.
 
     Raises:
-      ValueError: names every tensor that is missing, unexpected, misshapen or not finite.
+        ValueError: a tensor is missing, unexpected, misshapen or not finite; the message names all
+            of them.
     """
     wanted = flatten(params)
     kept = {path for path in wanted if head is not None and path.split("/")[0] == head}
@@ -140,20 +141,20 @@ def translate(
         if path in kept or path not in table:
             flat[path] = leaf
             continue
-        found = [_find(tensors, name, shape, problems) for name, shape in table[path].tensors()]
-        if any(tensor is None for tensor in found):
+        parts = [_find(tensors, name, shape, problems) for name, shape in table[path].tensors()]
+        if any(part is None for part in parts):
             continue
-        value = np.asarray(table[path].convert(*found), np.float32)
+        value = np.asarray(table[path].convert(*parts), np.float32)
         if value.shape != tuple(leaf.shape):
             problems.append(f"{path} is {_show(value.shape)} in the file, {_show(leaf.shape)} here")
             continue
         flat[path] = jnp.asarray(value)
     if problems:
-        # One tensor can feed several parameters; say it once.
+        # One tensor can be the source of several parameters, and is reported once.
         unique = list(dict.fromkeys(problems))
         raise ValueError(f"{origin} does not fit the model: {'; '.join(unique)}.")
     if kept:
-        _log.info("%s: head %r keeps its own initial values on purpose.", origin, head)
+        _log.info("%s: head %r keeps its initial values, as requested.", origin, head)
     return unflatten(flat)
 
 
@@ -178,13 +179,10 @@ def _find(
 
 
 def save_weights(params: Params, path: str | os.PathLike[str]) -> None:
-    """Writes a parameter tree, one tensor for each path, as `.npz` or `.safetensors`.
-
-    Guarantees:
-      The file appears whole or not at all.
+    """Writes a parameter tree atomically, one tensor per path, as `.npz` or `.safetensors`.
 
     Raises:
-      ValueError: the suffix is another one.
+        ValueError: another suffix.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1]
@@ -200,20 +198,21 @@ def save_weights(params: Params, path: str | os.PathLike[str]) -> None:
 
 
 def load_weights(path: str | os.PathLike[str], like: Params, *, head: str | None = None) -> Params:
-    """Reads what `save_weights` wrote, into a tree of the same paths and shapes.
+    """Reads a file of `save_weights` into a tree of the same paths and shapes.
 
     Args:
-      path: the file.
-      like: gives the paths and shapes that must be there (arrays or `ShapeDtypeStruct`s).
-      head: top-level key to be kept from `like` instead, or None.
+        path: the file.
+        like: arrays or `ShapeDtypeStruct`s with the expected paths and shapes.
+        head: top-level key that is kept from `like` instead, or None.
 
     Raises:
-      ValueError: names every tensor that is missing, unexpected, misshapen or not finite.
+        ValueError: a tensor is missing, unexpected, misshapen or not finite; the message names all
+            of them.
     """
     table = {name: Source(name, tuple(leaf.shape)) for name, leaf in flatten(like).items()}
     return translate(like, read_tensors(path), table, origin=os.fspath(path), head=head)
 
 
 def load_plain(params: Params, path: str, *, head: bool = False) -> Params:
-    """The `Loader` of a model that has no layout but its own: reads what `save_weights` wrote."""
+    """The `Loader` of a model without a published layout: reads files of `save_weights`."""
     return load_weights(path, params, head=None if head else "head")

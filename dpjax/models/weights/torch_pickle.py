@@ -1,4 +1,4 @@
-"""Reads torch's legacy pickle of a state dict with numpy alone, and runs no code from the file."""
+"""Reads torch's legacy pickle of a state dict with numpy only, without running code from it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _rebuild(storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows an ordered dict, tensors and their storages, and nothing else."""
+    """Accepts an ordered dict, tensors and their storages, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -54,7 +54,7 @@ class _Unpickler(pickle.Unpickler):
             return _rebuild
         if module == "torch" and name in _DTYPES:
             return np.dtype(_DTYPES[name])
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of weights")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weight file")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, _, view = pid
@@ -86,18 +86,15 @@ def _read_storages(file: BinaryIO, dtypes: dict[str, np.dtype]) -> dict[str, np.
 
 
 def read_torch_pickle(path: str) -> dict[str, np.ndarray]:
-    """The tensors of a state dict saved by torch before 1.6, or later in the legacy format.
-
-    Args:
-      path: the file.
+    """Reads the tensors of a state dict saved by torch before 1.6, or later in the legacy format.
 
     Raises:
-      ValueError: it is not such a file, it is cut off, or it wants anything but tensors.
+        ValueError: the file has another format, is truncated, or contains anything but tensors.
     """
     try:
         with open(path, "rb") as file:
             if _Unpickler(file).load() != _MAGIC or _Unpickler(file).load() != _PROTOCOL:
-                raise pickle.UnpicklingError("the magic number is another one")
+                raise pickle.UnpicklingError("the magic number is wrong")
             _Unpickler(file).load()  # the writer's word sizes
             state = _Unpickler(file).load()
             if not isinstance(state, dict):
