@@ -1,5 +1,6 @@
 """Heads from cached features: the loop's own heads, grids, and mistakes."""
 
+import dataclasses
 import functools
 
 import jax
