@@ -234,7 +234,7 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
 
 
 def _law(mechanism: dp.Mechanism | None) -> dict[str, Any]:
-    """The fields of a mechanism as JSON values; of samplers with equal fields, the title tells."""
+    """The fields of a mechanism as JSON values; the title separates samplers of equal fields."""
     if mechanism is None:
         return {}
     facts = dataclasses.asdict(mechanism)

@@ -20,6 +20,7 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 
 from dpjax.dp import accounting
 from dpjax.dp.mechanism import Mechanism
+from dpjax.dp.sampling import FullBatch, Poisson, Sampler
 
 __all__ = ["charged", "draw", "epsilon", "epsilon_of_one", "mechanisms", "not_charged"]
 
@@ -28,6 +29,8 @@ _ORDERS = (*range(2, 64), *range(64, 257, 8), 512)  # integer orders are fast; a
 # Relative. A run's noise is calibrated to its epsilon only to about 1e-4, and the error must not
 # carry the search over its budget.
 _MARGIN = 2e-3
+# The samplers that a charged search accepts, by the title that a statement gives them.
+_SAMPLERS: dict[str, Any] = {kind.title: kind for kind in (Poisson, FullBatch)}
 # Start of the line in a run's own statement that the search replaces.
 _HYPERPARAMETERS = "the choice of hyperparameters"
 
@@ -45,14 +48,11 @@ def epsilon(run: Sequence[Mechanism], delta: float, *, mean: float) -> float:
     """
     if not 1 < mean < math.inf:
         raise ValueError(f"mean={mean} must be > 1 and finite.")
+    for mechanism in run:
+        _check_title(mechanism.sampler.title)
     composed = dpa.ComposedDpEvent([m.event() for m in run])
     event = RepeatAndSelectDpEvent(composed, mean, _GEOMETRIC)
     accountant = rdp.RdpAccountant(_ORDERS, dpa.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    if run[0].relation != "add_or_remove_one" or not accountant.supports(event):
-        raise ValueError(
-            f"dp.sampler={run[0].sampler!r} cannot be charged in a search: use 'poisson' or "
-            "'full_batch'."
-        )
     return float(accountant.compose(event).get_epsilon(delta))
 
 
@@ -107,18 +107,37 @@ def mechanisms(statement: dict[str, Any]) -> tuple[Mechanism, ...]:
     """Returns the planned mechanisms of a run from its `privacy.json`.
 
     Raises:
-        ValueError: the run divides its data into parts, which a charged search does not support.
+        ValueError: the run divides its data into parts, or draws neither Poisson nor full batches,
+            which a charged search does not support.
     """
     phases = statement["phases"]
     if len({phase["part"] for phase in phases}) > 1:
         raise ValueError("dp.temperature.share must be 0 in a charged search.")
-    names = {f.name for f in dataclasses.fields(Mechanism)} - {"steps"}
+
+    def sampler(phase: dict[str, Any]) -> Sampler:
+        kind = _SAMPLERS[_check_title(phase["sampler"])]
+        fields = {field.name: phase[field.name] for field in dataclasses.fields(kind)}
+        made: Sampler = kind(**fields)
+        return made
+
     return tuple(
         Mechanism(
-            steps=phase["steps_planned"], **{name: phase[name] for name in names if name in phase}
+            sampler=sampler(phase),
+            steps=phase["steps_planned"],
+            noise_multiplier=phase["noise_multiplier"],
+            count_noise=phase["count_noise"],
         )
         for phase in phases
     )
+
+
+def _check_title(title: str) -> str:
+    if title not in _SAMPLERS:
+        raise ValueError(
+            f"dp.sampler draws {title!r}, which cannot be charged in a search: use 'poisson' or "
+            "'full_batch'."
+        )
+    return title
 
 
 def not_charged(statement: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
