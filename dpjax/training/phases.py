@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, Steps, TrainState, at_bound, carry_over, make_steps
 from dpjax.training.feed import Chunk
 
-__all__ = ["Prepared", "checkpoint_like", "prepare", "spans"]
+__all__ = ["Prepared", "checkpoint_like", "prepare"]
 
 
 class Prepared(NamedTuple):
@@ -32,6 +31,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         phase: what is executed.
+        span: the numbers of its steps, counted over all phases.
         steps: its jitted functions.
         hyper: its traced values.
         layout: where parameters, state and batches live.
@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     """
 
     phase: Phase
+    span: range
     steps: Steps
     hyper: Hyper
     layout: Layout
@@ -103,13 +104,9 @@ class Prepared(NamedTuple):
         return state, facts, chunk.rows
 
 
-def spans(phases: Sequence[Phase]) -> list[range]:
-    """Returns the numbers of the steps of each phase, counted over all phases."""
-    ends = itertools.accumulate(phase.steps for phase in phases)
-    return [range(end - phase.steps, end) for phase, end in zip(phases, ends, strict=True)]
-
-
-# Phases of one training differ in traced values alone: the second compiles nothing.
+# Phases of one training differ in traced values only. With the same jitted functions (same loss,
+# optimizer and layout objects), the second phase compiles nothing, and neither do the runs of an
+# audit after the first. Two entries: a run has two trainings at most.
 _make_steps = functools.lru_cache(maxsize=2)(make_steps)
 
 
@@ -122,11 +119,14 @@ def prepare(run: Run, private_seed: int) -> tuple[Prepared, ...]:
     """
     prepared: list[Prepared] = []
     before: list[Callable[[str], bool]] = []
+    first = 0
     for phase in run.phases:
+        span = range(first, first + phase.steps)
+        first = span.stop
         steps, hyper = _functions(run, phase), _values(run, phase, private_seed)
         continues = bool(prepared) and prepared[-1].phase.training == phase.training
         trained = functools.partial(_any_of, tuple(before))
-        prepared.append(Prepared(phase, steps, hyper, run.layout, continues, trained))
+        prepared.append(Prepared(phase, span, steps, hyper, run.layout, continues, trained))
         before.append(phase.trainable)
     return tuple(prepared)
 
@@ -150,6 +150,8 @@ def _functions(run: Run, phase: Phase) -> Steps:
 def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
     config = run.config
     hyper = Hyper(
+        # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles
+        # once.
         learning_rate=jnp.asarray(phase.learning_rate, jnp.float32),
         noise_multiplier=jnp.zeros((), jnp.float32),
         rule=None,
@@ -162,6 +164,8 @@ def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
     if mechanism is None or run.rule is None:
         return hyper
     hyper = hyper._replace(
+        # Of the gradient alone: with an adaptive bound, the count query takes its share of the
+        # accounted multiplier (see `dp.adaptive`).
         noise_multiplier=jnp.asarray(mechanism.gradient_noise_multiplier, jnp.float32),
         rule=dataclasses.replace(run.rule, threshold=phase.bound),
         noise_key=jax.random.fold_in(seeds.noise_key(private_seed), phase.training),
@@ -170,6 +174,8 @@ def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
         hyper = hyper._replace(
             adaptive=run.adaptive,
             count_noise=jnp.asarray(mechanism.count_noise, jnp.float32),
+            # Not folded with the training: the step folds in its own number, which counts over all
+            # phases and never restarts.
             count_key=seeds.noise_key(private_seed, "count"),
         )
     return hyper
