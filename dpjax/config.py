@@ -52,6 +52,7 @@ def default() -> ConfigDict:
             # per run. A number makes the run repeatable and is for study, not for release.
             "private_seed": placeholder(int),
             "data": {
+                # Of prepared data, or MODULE:FUNCTION of yours (split -> dpjax.data.Dataset).
                 "name": "mnist5k",
                 "data_dir": placeholder(str),  # None: the user's cache
                 "train_split": "train",
@@ -69,6 +70,8 @@ def default() -> ConfigDict:
                 "flip": False,  # augmentation: random horizontal flips
                 "crop": 0,  # augmentation: random crops after padding by so many pixels
                 "pixel_noise": 0.0,  # augmentation: Gaussian noise on normalised pixels
+                # After these, MODULE:FUNCTION of yours (image, *, key -> image), on one image.
+                "augmentation": placeholder(str),
                 "multiplicity": 1,  # augmented views of an example, averaged before clipping
             },
             "model": {
@@ -96,9 +99,13 @@ def default() -> ConfigDict:
             "dp": {
                 "epsilon": 2.0,
                 "delta": 1e-5,
-                "sampler": "poisson",  # poisson, full_batch, fixed_size, truncated_poisson
+                # poisson, full_batch, fixed_size, truncated_poisson, or MODULE:FUNCTION of yours
+                # (num_examples, batch_size -> dp.Sampler, which carries its privacy event)
+                "sampler": "poisson",
                 "max_batch_size": placeholder(int),  # for truncated_poisson
-                "clipping": "flat",  # flat, per_layer, automatic, global
+                # flat, per_layer, automatic, global, or MODULE:FUNCTION of yours
+                # (bound, normalised -> dp.ClipRule)
+                "clipping": "flat",
                 "bound": 1.0,  # C, in units of gradient norm
                 # C by fraction of the epochs, instead of `bound`: ((0.0, 0.1), (0.95, 20.0)) ends
                 # with a larger one (arXiv 2106.07830). Costs no privacy: noise is relative to C.
@@ -140,9 +147,14 @@ def default() -> ConfigDict:
             # all of them, "fsdp:REGEX" for those whose path matches.
             "sharding": "replicated",
             "optimizer": {
-                "name": "adam",  # adam, sgd, lamb, adam_corrected
+                # adam, sgd, lamb, adam_corrected, or MODULE:FUNCTION such as optax:adamw
+                # (learning_rate, **options -> optax transform of the noisy mean gradient; the
+                # rate is a function of the step)
+                "name": "adam",
                 "learning_rate": 1e-3,
-                "schedule": "constant",  # constant, cosine, linear
+                # constant, cosine, linear, or MODULE:FUNCTION of yours (steps -> function from
+                # the step, counted after the warm-up, to a fraction of the learning rate)
+                "schedule": "constant",
                 "warmup": 0,  # steps of linear warm-up
                 "options": {},  # of the optax optimiser, such as b1 or momentum
             },

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["cache_dir", "caching", "choose", "did_you_mean", "nearest", "replacing"]
+__all__ = [
+    "cache_dir", "caching", "choose", "did_you_mean", "nearest", "replacing", "resolve", "returned",
+]  # fmt: skip
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -61,13 +66,47 @@ def did_you_mean(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> 
     return "" if near is None else f" Did you mean {near!r}?"
 
 
-def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
+def choose(field: str, name: str, table: Mapping[str, Any], *, also: Sequence[str] = ()) -> Any:
     """Returns the entry of a table that the field of a config names.
 
     Raises:
-        ValueError: there is no such entry; lists the names and says which is nearest.
+        ValueError: there is no such entry; lists the names, and what else is `also` allowed, and
+            says which name is nearest.
     """
     if name in table:
         return table[name]
-    hint = did_you_mean(name, table)
-    raise ValueError(f"{field}={name!r} must be one of {', '.join(sorted(table))}.{hint}")
+    names = ", ".join([*sorted(table), *also])
+    raise ValueError(f"{field}={name!r} must be one of {names}.{did_you_mean(name, table)}")
+
+
+def resolve(field: str, text: str, table: Mapping[str, Any]) -> Any:
+    """Returns what the field of a config names: an entry of a table, or a user's function.
+
+    Args:
+        field: of the config.
+        text: a key of `table`, or "module:function".
+        table: our own entries.
+
+    Raises:
+        ValueError: it is neither; names the field, its value and the nearest name.
+    """
+    module, colon, name = str(text).partition(":")
+    if not colon:
+        return choose(field, text, table, also=["MODULE:FUNCTION of yours"])
+    try:
+        own = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{field}={text!r} cannot be imported: {reason}.") from error
+    found = getattr(own, name, None)
+    if not callable(found):
+        hint = did_you_mean(name, (key for key, value in vars(own).items() if callable(value)))
+        raise ValueError(f"{field}={text!r}: {module} has no function {name!r}.{hint}")
+    return found
+
+
+def returned(field: str, text: str, value: T, kind: type[T]) -> T:
+    """Checks the type of what a function that a config names has returned."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{field}={text!r} must return a {kind.__name__}, not {value!r}.")
+    return value

@@ -231,7 +231,7 @@ def make_steps(
             grads = dp.ClippedSum(grads, first(totals.grads.sensitivity))
         # The noise is drawn here, once, in the global view: the same on any number of devices.
         after = apply_updates(optimizer(at_bound(hyper, state)), grads, state, hyper.ema_decay)
-        # The exact count below the bound ends here: only its noised version moves the next bound.
+        # The exact count below the bound ends here: only the noisy count moves the next bound.
         below = facts.pop("below")
         if state.bound is not None:
             facts["bound"] = state.bound
@@ -265,13 +265,13 @@ def apply_updates(
     state: TrainState,
     ema_decay: jax.typing.ArrayLike | None,
 ) -> TrainState:
-    """Returns the state after one more step of the optimizer; its bound is not changed.
+    """Returns the state after one optimizer step, with an unchanged clip bound.
 
     Args:
-        transform: noise transform and optimizer; without privacy the optimizer alone.
-        grads: what `transform` takes, summed over the whole batch.
-        state: before the step.
-        ema_decay: see `moving_average`; not needed if the state has no average.
+        transform: noise transform and optimizer; without privacy, the optimizer alone.
+        grads: gradient sum over the whole batch, a `ClippedSum` if private.
+        state: state before the step.
+        ema_decay: see `moving_average`; ignored if the state has no average.
     """
     updates, opt = transform.update(grads, state.opt, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
@@ -282,24 +282,29 @@ def apply_updates(
 
 
 def draws(
-    mechanism: dp.Mechanism | None, seed: int, *, num_examples: int, batch_size: int
+    mechanism: dp.Mechanism | None,
+    seed: int,
+    *,
+    num_examples: int,
+    batch_size: int,
+    first: int = 0,
 ) -> Callable[[int], np.ndarray]:
-    """Returns the map from a step to the indices of its batch.
+    """Returns the function from a step number to the indices of its batch.
 
     Args:
-        mechanism: draws them; None for Poisson sampling without privacy.
-        seed: of the sampler.
-        num_examples: of the data, where no mechanism says it.
-        batch_size: expected batch size, where no mechanism says it.
+        mechanism: draws the batches; None for Poisson sampling without privacy.
+        seed: the sampler's seed.
+        num_examples: number of training examples; a mechanism has its own.
+        batch_size: expected batch size; a mechanism has its own.
+        first: number of the mechanism's first step.
     """
     if mechanism is not None:
-        return functools.partial(mechanism.indices, seed)
+        return functools.partial(mechanism.indices, seed, first=first)
     # Without privacy the batches are Poisson samples too, so that a private run and its baseline
     # differ in clipping and noise only.
     prob = batch_size / num_examples
-    return functools.partial(
-        dp.sampling.poisson, seed, num_examples=num_examples, sampling_prob=prob
-    )
+    sampler = dp.Poisson(num_examples=num_examples, sampling_prob=prob)
+    return functools.partial(sampler.indices, seed)
 
 
 def at_bound(hyper: Hyper, state: TrainState) -> Hyper:

@@ -87,7 +87,7 @@ def by(transform):
 
 
 FROM_OPTAX = Trainer(
-    indices=lambda step: MECHANISM.indices(11, step),
+    indices=lambda step: MECHANISM.sampler.indices(11, step),
     rows=lambda indices: dp.chunks(indices, CHUNK),
     clipped=clipping(dp.flat(1.0)),
     charge=lambda ledger: ledger.charge(0),
@@ -369,17 +369,15 @@ BROKEN = {
     "noise drawn on every device": Broken({"update": noise_of_every_device}, {scale, empty}),
     "one key for all steps": Broken({"update": same_noise_in_every_step}, {fresh}),
     "one key for all leaves": Broken({"update": same_noise_in_every_leaf}, {fresh}),
-    "no clipping": Broken(
-        {"clipped": clipping(Unclipped(1.0, 0.0, dp.one_group, "flat", False))}, {moves, audited}
-    ),
+    "no clipping": Broken({"clipped": clipping(Unclipped(**vars(dp.flat(1.0))))}, {moves, audited}),
     "clipping after the mean": Broken({"clipped": clipped_after_the_mean}, {moves, audited}),
     "frozen layers in the norm": Broken({"clipped": frozen_in_the_norm}, {spent}),
     "an example used twice": Broken({"rows": wrapped}, {once, moves}),
     "shuffling accounted as Poisson": Broken({"indices": shuffled}, {sampler}),
     "truncation unaccounted": Broken(
-        {"indices": lambda step: MECHANISM.indices(11, step)[:BATCH]}, {sampler}
+        {"indices": lambda step: MECHANISM.sampler.indices(11, step)[:BATCH]}, {sampler}
     ),
-    "division by the realised size": Broken(
+    "division by the realized size": Broken(
         {"update": divided_by_the_realised_size}, {division, empty}
     ),
     "empty batches skipped": Broken({"update": skipping_empty_batches}, {empty}),

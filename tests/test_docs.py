@@ -48,7 +48,7 @@ def test_api_reference_builds(tmp_path):
 def test_commands_exist(path):
     text = path.read_text()
     for name, flags in commands(text):
-        if name in cli.verbs():
+        if "." not in name and importlib.util.find_spec(f"dpjax.commands.{name}") is not None:
             cli.parser(name).parse(shlex.split(flags))
         else:
             assert importlib.util.find_spec(name) is not None, name

@@ -64,7 +64,7 @@ PITFALLS = {
         ["test_numerics.py::test_drift_would_show_in_half_precision"],
     ),
     "a sum that is rounded to few bits": (
-        ["test_bookkeeping.py::test_many_examples_move_no_sum_by_more_than_the_bound"],
+        ["test_bookkeeping_precision.py::test_many_examples_move_no_sum_by_more_than_the_bound"],
         ["test_numerics.py::test_drift_would_show_in_half_precision"],
     ),
     "a norm that is measured smaller than it is": (
@@ -103,7 +103,7 @@ PITFALLS = {
         ],
         [
             "test_noise.py::test_division_by_the_realised_or_padded_size_is_seen",
-            f"{CAUGHT}[division by the realised size]",
+            f"{CAUGHT}[division by the realized size]",
         ],
     ),
     "accumulation counted as one draw, shuffling as Poisson, truncation uncounted, rate rounded": (
@@ -139,7 +139,7 @@ PITFALLS = {
     "NaN example poisons the sum": (
         [
             "test_clipped_sum.py::test_a_poisoned_example_leaves_the_others_bit_for_bit",
-            "test_bookkeeping.py::test_poisoned_example_leaves_the_others_unchanged",
+            "test_bookkeeping_precision.py::test_poisoned_example_leaves_the_others_unchanged",
             "test_fuzz.py::test_chunks_masks_and_broken_pixels_add_up",
         ],
         ["test_clipped_sum.py::test_masking_by_multiplication_is_seen"],
@@ -147,7 +147,7 @@ PITFALLS = {
     "frozen layers eat the clipping budget": (
         [
             "test_clipped_sum.py::test_frozen_leaves_do_not_enter_the_norm",
-            "test_bookkeeping.py::test_frozen_parameters_cost_nothing",
+            "test_bookkeeping_precision.py::test_frozen_parameters_cost_nothing",
         ],
         [f"{CAUGHT}[frozen layers in the norm]"],
     ),

@@ -64,7 +64,8 @@ def audit(
     """Audits a run; writes nothing.
 
     Args:
-        run: from `build.build`, private, of the sampler "poisson" or "full_batch".
+        run: from `build.build`, private, of a sampler whose claim is about adding or removing an
+            example and does not depend on the number of examples, such as "poisson".
         canaries: one of `CANARIES`.
         count: canaries of a single run.
         runs: 1, or an even number >= 4 of runs with one canary in every second one.
@@ -131,10 +132,11 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
     if canaries == "mislabelled" and run.train.num_classes < 2:
         raise ValueError("canaries='mislabelled' needs two classes or more.")
     for phase in run.ledger.phases:
-        if phase.mechanism.sampler not in ("poisson", "full_batch"):
+        sampler = phase.mechanism.sampler
+        if sampler.relation != "add_or_remove_one" or not _of_any_size(sampler):
             raise ValueError(
-                f"dp.sampler={phase.mechanism.sampler!r}: audits are for 'poisson' and "
-                "'full_batch', which claim something about adding or removing an example."
+                f"dp.sampler draws {sampler.title!r}: an audit needs a claim about adding or "
+                "removing an example that does not depend on N, such as that of 'poisson'."
             )
     return run.ledger
 
@@ -226,7 +228,13 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
         ledger = ledger.charge(index, len(phase.span))
         frozen, state = phase.begin(params, state)
         chunks = feed.physical_chunks(
-            run.train, phase.phase, run.layout, seed=seed, size=size, steps=phase.span
+            run.train,
+            phase.phase,
+            run.layout,
+            seed=seed,
+            size=size,
+            steps=phase.span,
+            first=phase.span.start,
         )
         for step in phase.span:
             state, *_ = phase.execute(state, frozen, step, chunks)
@@ -239,8 +247,17 @@ def _of_size(phase: Phase, num_examples: int) -> Phase:
     """The phase with its sampler over `num_examples`, at the same probability."""
     if phase.mechanism is None:
         return phase
-    mechanism = dataclasses.replace(phase.mechanism, num_examples=num_examples)
-    return phase._replace(mechanism=mechanism)
+    sampler = dataclasses.replace(phase.mechanism.sampler, num_examples=num_examples)
+    return phase._replace(mechanism=dataclasses.replace(phase.mechanism, sampler=sampler))
+
+
+def _of_any_size(sampler: dp.Sampler) -> bool:
+    """Whether a sampler can draw from more examples, and costs the same then."""
+    try:
+        more = dataclasses.replace(sampler, num_examples=sampler.num_examples + 1)
+        return bool(more.event(1.0, 1) == sampler.event(1.0, 1))
+    except (TypeError, ValueError):
+        return False
 
 
 def _coins(run: Run, count: int) -> np.ndarray:

@@ -49,6 +49,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     schedules.batch_sizes(config, None)
     spec = model.tuned(config, num_classes=2).model.input  # however many classes there will be
     loss.check(spec, config.data)
+    data.check(config.data)
     weights = model.weights_file(config.model)
 
     train, test = data.given(config, datasets) if datasets else data.opened(config, spec)

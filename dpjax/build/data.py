@@ -8,18 +8,31 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from dpjax import data, models
+from dpjax.files import resolve, returned
 
-__all__ = ["given", "opened"]
+__all__ = ["check", "given", "opened"]
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a function of the user's in `config.data.name` that does not exist."""
+    if ":" in config.name:
+        resolve("data.name", config.name, {})
 
 
 def opened(
     config: ConfigDict, spec: models.InputSpec | models.TextSpec
 ) -> tuple[data.Dataset, data.Dataset]:
     """Opens the training data and the data to evaluate on, for the input of a model."""
-    if isinstance(spec, models.InputSpec):
+    own = config.data.name
+    if ":" in own:
+        function = resolve("data.name", own, {})
+        reader: Callable[..., data.Dataset] = lambda name, *, split, data_dir: returned(  # noqa: E731
+            "data.name", own, function(split), data.Dataset
+        )
+    elif isinstance(spec, models.InputSpec):
         size, resample = config.data.host_image_size, config.data.resample
         image = data.ImageSpec(image_size=size, resample=resample)
-        reader: Callable[..., data.Dataset] = functools.partial(data.load, spec=image)
+        reader = functools.partial(data.load, spec=image)
     else:
         tokenize = models.tokenizer(models.locate(config.data.tokenizer), spec)
         reader = functools.partial(data.load_text, tokenize=tokenize)

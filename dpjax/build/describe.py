@@ -49,7 +49,7 @@ def describe(run: Run) -> str:
         rows |= {
             "budget": f"epsilon {config.dp.epsilon:g}, delta {config.dp.delta:g}",
             "neighbouring": mechanism.relation,
-            "sampler": _each(run, lambda p: p.mechanism.sampler if p.mechanism else "")
+            "sampler": _each(run, lambda p: p.mechanism.sampler.title if p.mechanism else "")
             + f", q = {_each(run, lambda p: f'{p.batch_size / len(run.train):.6g}')}",
             "accountant": mechanism.accountant,
             "noise sigma": _each(
@@ -205,7 +205,7 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
                 "bound": phase.bound,
                 "training": phase.training,
                 "keep_optimizer": phase.keep_optimizer,
-                **(dataclasses.asdict(phase.mechanism) if phase.mechanism is not None else {}),
+                **_law(phase.mechanism),
             }
             for index, phase in enumerate(run.phases)
         },
@@ -213,7 +213,7 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
     }
     if run.temperature is not None:
         facts["temperature"] = {
-            **dataclasses.asdict(run.temperature.mechanism),
+            **_law(run.temperature.mechanism),
             "bound": run.temperature.bound,
             "data": seeds.digest(private_seed, run.temperature.data.digest),
         }
@@ -231,3 +231,11 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             },
         }
     return facts
+
+
+def _law(mechanism: dp.Mechanism | None) -> dict[str, Any]:
+    """The fields of a mechanism as JSON values; of samplers with equal fields, the title tells."""
+    if mechanism is None:
+        return {}
+    facts = dataclasses.asdict(mechanism)
+    return {**facts, "sampler": {**facts["sampler"], "title": mechanism.sampler.title}}

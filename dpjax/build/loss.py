@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dpjax import data, models
+from dpjax.files import resolve
 from dpjax.models import Model, Params
 from dpjax.step import LossFn
 
@@ -102,6 +103,8 @@ def augmentation(
         chosen.append(
             lambda image, *, key: image + config.pixel_noise * jax.random.normal(key, image.shape)
         )
+    if config.augmentation is not None:
+        chosen.append(resolve("data.augmentation", config.augmentation, {}))
     if chosen and isinstance(spec, models.TextSpec):
         raise ValueError("data: augmentations are for images, not for text.")
     if config.multiplicity < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dpjax import models
 from dpjax.dp import seeds
-from dpjax.files import choose
+from dpjax.files import choose, resolve, returned
 from dpjax.models import Model, Params, finetune
 
 __all__ = ["finetuning_set", "initial", "model", "model_title", "size", "tuned", "weights_file"]
@@ -50,20 +49,13 @@ def model(config: ConfigDict, num_classes: int) -> Model:
     except TypeError as error:
         shown = dict(config.options)
         raise ValueError(f"model.options={shown}: model.name={config.name!r}: {error}.") from error
-    made: Model = make(*arguments, **options)
-    return made
+    return returned("model.name", config.name, make(*arguments, **options), Model)
 
 
 def _family(name: str) -> tuple[Callable[..., Model], Any]:
-    """A family of ours and its sizes, or a function "module:function" of the user's."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        family: tuple[Callable[..., Model], Any] = choose("model.name", name, _MODELS)
-        return family
-    try:
-        return getattr(importlib.import_module(module), function), None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model.name={name!r} cannot be imported: {error}.") from error
+    """A family of ours and its sizes, or a function of the user's."""
+    family = resolve("model.name", name, _MODELS)
+    return family if isinstance(family, tuple) else (family, None)
 
 
 def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:

@@ -12,28 +12,25 @@ import optax
 from ml_collections import ConfigDict
 
 from dpjax import dp
-from dpjax.files import choose
+from dpjax.files import choose, resolve, returned
 from dpjax.step import Hyper
 
 __all__ = ["check", "optimizer"]
 
-# By name: the transform without privacy, the private one, and the function of its options.
-_OPTIMIZERS: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any], Callable[..., Any]]] = {
-    "adam": (optax.adam, dp.adam, optax.adam),
-    "sgd": (optax.sgd, dp.sgd, optax.sgd),
-    "lamb": (optax.lamb, dp.lamb, optax.lamb),
-    "adam_corrected": (None, dp.adam_corrected, dp.scale_by_adam_corrected),
-}
+_OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd, "lamb": optax.lamb}
+_PRIVATE = {**_OPTIMIZERS, "adam_corrected": dp.scale_by_adam_corrected}
 _OURS = ("learning_rate", "noise_variance")  # no options: fields of a run of their own
 
 
 def check(config: ConfigDict, *, private: bool) -> None:
     """Refuses a name, an option or a schedule that does not exist, by a trial on one parameter."""
     factory = optimizer(config, config.warmup + 1, private=private)
-    *_, function = _OPTIMIZERS[config.name]
-    known = [name for name in inspect.signature(function).parameters if name not in _OURS]
-    for option in config.options:
-        choose("optimizer.options field", option, dict.fromkeys(known))
+    function = _maker(config, private=private)
+    known = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for option in config.options:
+            names = [name for name in known if name not in _OURS]
+            choose("optimizer.options field", option, dict.fromkeys(names))
     one = jnp.ones(())
     rule = dp.flat(1.0) if private else None
     hyper = Hyper(one, one, rule, jax.random.key(0), jax.random.key(1), one)
@@ -43,20 +40,32 @@ def check(config: ConfigDict, *, private: bool) -> None:
         gradient = dp.ClippedSum(params, hyper.batch_size) if private else params
         return transform.update(gradient, transform.init(params), params)
 
+    options = dict(config.options)
+    try:
+        alone = function(optax.constant_schedule(1.0), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.options={options} of {config.name!r}: {error}") from error
+    returned("optimizer.name", config.name, alone, optax.GradientTransformation)
     try:
         jax.eval_shape(trial, hyper, {"kernel": jnp.zeros((2, 2))})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer.options={dict(config.options)}: {error}") from error
+        raise ValueError(f"optimizer.options={options} of {config.name!r}: {error}") from error
+
+
+def _maker(config: ConfigDict, *, private: bool) -> Callable[..., optax.GradientTransformation]:
+    table: dict[str, Any] = _PRIVATE if private else _OPTIMIZERS
+    make: Callable[..., optax.GradientTransformation] = resolve(
+        "optimizer.name", config.name, table
+    )
+    return make
 
 
 def optimizer(
     config: ConfigDict, steps: int, *, private: bool
 ) -> Callable[[Hyper], optax.GradientTransformation]:
-    """Makes the optimiser factory of `config.optimizer`; private ones take a `ClippedSum`."""
+    """Makes the optimizer factory of `config.optimizer`; private ones take a `ClippedSum`."""
     name, options = config.name, dict(config.options)
-    makers = {known: pair[private] for known, pair in _OPTIMIZERS.items() if pair[private]}
-    make = choose("optimizer.name", name, makers)
-    shape = _schedule(config, steps)
+    make, shape = _maker(config, private=private), _schedule(config, steps)
 
     def factory(hyper: Hyper) -> optax.GradientTransformation:
         def rate(count: jax.Array) -> jax.Array:
@@ -65,11 +74,14 @@ def optimizer(
         if not private:
             return optax.chain(optax.scale(1 / hyper.batch_size), make(rate, **options))
         if hyper.rule is None or hyper.noise_key is None:
-            raise TypeError("a private optimiser needs hyper.rule and hyper.noise_key.")
-        extra = {"sensitivity": hyper.rule.sensitivity()} if name == "adam_corrected" else {}
-        return make(
-            rate, hyper.noise_multiplier, hyper.batch_size, key=hyper.noise_key, **extra, **options
-        )
+            raise TypeError("a private optimizer needs hyper.rule and hyper.noise_key.")
+        noise = hyper.noise_multiplier, hyper.batch_size
+        if name == "adam_corrected":  # it has to know the noise that it corrects for
+            return dp.adam_corrected(
+                rate, *noise, key=hyper.noise_key, sensitivity=hyper.rule.sensitivity(), **options
+            )
+        # The noise comes first, and is not the optimizer's to leave out.
+        return optax.chain(dp.gaussian(*noise, key=hyper.noise_key), make(rate, **options))
 
     return factory
 
@@ -78,16 +90,24 @@ def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate as a fraction of its base."""
     if not 0 <= config.warmup < steps:
         raise ValueError(f"optimizer.warmup={config.warmup} must be in [0, steps={steps}).")
-    rest = steps - config.warmup
-    after = choose(
+    after = resolve(
         "optimizer.schedule",
         config.schedule,
         {
-            "constant": optax.constant_schedule(1.0),
-            "cosine": optax.cosine_decay_schedule(1.0, rest),
-            "linear": optax.linear_schedule(1.0, 0.0, rest),
+            "constant": lambda steps: optax.constant_schedule(1.0),
+            "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+            "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
         },
-    )
+    )(steps - config.warmup)
+    try:
+        wrong = jax.eval_shape(after, jax.ShapeDtypeStruct((), "int32")).shape
+    except (TypeError, ValueError, AttributeError) as error:
+        wrong = error
+    if wrong != ():
+        raise ValueError(
+            f"optimizer.schedule={config.schedule!r} must return a function from the step to a "
+            f"number, in jax.numpy: {str(wrong).splitlines()[0]}."
+        )
     if not config.warmup:
         return after
     return optax.join_schedules(

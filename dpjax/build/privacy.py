@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from dpjax import data, dp
 from dpjax.build.run import Phase, Temperature
 from dpjax.data import Dataset
-from dpjax.files import choose
+from dpjax.files import choose, resolve, returned
 
-__all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "temperature", "with_noise"]
+__all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "sampler", "temperature", "with_noise"]
 
 
 def check(config: ConfigDict) -> None:
@@ -21,17 +21,27 @@ def check(config: ConfigDict) -> None:
     choose("dp.method", config.method, dict.fromkeys(dp.METHODS))
     try:
         dp.accounting.check_budget(config.epsilon, config.delta)
-        dp.Mechanism(
-            num_examples=1, sampling_prob=1.0, steps=1, noise_multiplier=1.0,
-            sampler=config.sampler, max_batch_size=config.max_batch_size,
-        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"dp.{error}") from error
+    sampler(config)
+    if (config.sampler == "truncated_poisson") != (config.max_batch_size is not None):
+        raise ValueError(
+            f"dp.max_batch_size={config.max_batch_size} must be given for "
+            f"dp.sampler='truncated_poisson' and for no other, got {config.sampler!r}."
+        )
+
+
+def sampler(config: ConfigDict) -> str | dp.sampling.Factory:
+    """Returns what makes the sampler of `config.dp`: a name of ours, or the user's function."""
+    factory: str | dp.sampling.Factory = resolve(
+        "dp.sampler", config.sampler, {name: name for name in dp.sampling.SAMPLERS}
+    )
+    return factory
 
 
 def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
     """Makes the clipping rule of `config.dp`, at its bound or at another."""
-    make = choose(
+    make = resolve(
         "dp.clipping",
         config.clipping,
         {
@@ -42,12 +52,10 @@ def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
         },
     )
     try:
-        rule: dp.ClipRule = make(
-            config.bound if bound is None else bound, normalised=config.normalised
-        )
-    except ValueError as error:
-        raise ValueError(f"dp.{error}") from error
-    return rule
+        rule = make(config.bound if bound is None else bound, normalised=config.normalised)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"dp.clipping={config.clipping!r}: {error}") from error
+    return returned("dp.clipping", config.clipping, rule, dp.ClipRule)
 
 
 def adaptive_bound(config: ConfigDict) -> dp.QuantileBound | None:
@@ -77,11 +85,6 @@ def temperature(config: ConfigDict, train: Dataset) -> tuple[Dataset, Temperatur
     if config.dp is None or not config.dp.temperature.share:
         return train, None
     chosen = config.dp.temperature
-    if config.dp.sampler == "fixed_size":
-        raise ValueError(
-            f"dp.temperature.share={chosen.share} needs a guarantee for adding or removing an "
-            "example, but dp.sampler='fixed_size' is accounted for replacing one."
-        )
     if not 0 < chosen.bound < math.inf:
         raise ValueError(f"dp.temperature.bound={chosen.bound} must be > 0 and finite.")
     try:
@@ -107,7 +110,7 @@ def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> 
     if adaptive.quantile is not None:
         given = adaptive.count_noise
         counts = [size / 20 if given is None else given for size in sizes]
-    last = made[-1].training
+    last, cut = made[-1].training, config.dp.max_batch_size
     mechanisms = dp.calibrated_phases(
         epsilon=config.dp.epsilon,
         delta=config.dp.delta,
@@ -115,9 +118,9 @@ def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> 
         batch_size=sizes,
         steps=[phase.steps for phase in made],
         noise_ratios=[1.0 if p.training == last else config.lp.noise_ratio for p in made],
-        sampler=config.dp.sampler,
-        max_batch_size=config.dp.max_batch_size,
+        sampler=sampler(config.dp),
         count_noises=counts,
+        **({} if cut is None else {"max_batch_size": cut}),
     )
     return tuple(p._replace(mechanism=m) for p, m in zip(made, mechanisms, strict=True))
 
@@ -130,5 +133,11 @@ def ledger(
         return None
     paid = [dp.Phase(p.name, p.mechanism) for p in made if p.mechanism is not None]
     if fitted is not None:
+        if paid[0].mechanism.relation != fitted.mechanism.relation:
+            raise ValueError(
+                f"dp.temperature.share={config.dp.temperature.share} needs a guarantee for adding "
+                f"or removing an example, but dp.sampler={config.dp.sampler!r} is accounted for "
+                "replacing one."
+            )
         paid.append(dp.Phase("temperature", fitted.mechanism, part="temperature"))
     return dp.Ledger(tuple(paid), epsilon=config.dp.epsilon, delta=config.dp.delta)

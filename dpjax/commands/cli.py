@@ -23,7 +23,7 @@ from dpjax import __version__
 from dpjax.config import assign_text, load, without_infinite_budget
 from dpjax.files import did_you_mean
 
-__all__ = ["Mistake", "Parser", "config", "main", "mistakes", "parser", "verbs"]
+__all__ = ["Mistake", "Parser", "config", "main", "mistakes", "parser"]
 
 _INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 
@@ -175,25 +175,25 @@ def _module(verb: str) -> Any:
 
 def _checked(given: Sequence[str]) -> Sequence[str]:
     """The command line, if it begins with a verb; help and version are printed here."""
-    known = verbs()
+    verbs = _verbs()
     first = given[0] if given else ""
     if first in ("-h", "--help"):
-        width = max(map(len, known))
-        lines = [f"  {verb:<{width}}  {summary}" for verb, summary in known.items()]
+        width = max(map(len, verbs))
+        lines = [f"  {verb:<{width}}  {summary}" for verb, summary in verbs.items()]
         print(_HELP.format(verbs="\n".join(lines)))
         raise SystemExit(0)
     if first == "--version":
         print(f"dpjax {__version__}")
         raise SystemExit(0)
-    if first not in known:
+    if first not in verbs:
         what = f"{first!r} is not a command." if first else "which command?"
-        hint = did_you_mean(first, known)
-        raise Mistake(f"{what}{hint} Commands: {', '.join(known)}; see dpjax --help.")
+        hint = did_you_mean(first, verbs)
+        raise Mistake(f"{what}{hint} Commands: {', '.join(verbs)}; see dpjax --help.")
     return given
 
 
-def verbs() -> dict[str, str]:
-    """Returns every verb and its summary; reading the files is quicker than importing them."""
+def _verbs() -> dict[str, str]:
+    """Every verb and its summary, read from its file: importing them all would take seconds."""
     files = sorted(Path(__file__).parent.glob("[a-z]*.py"))
     docs = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in files}
     return {verb: doc.partition("\n")[0] for verb, doc in docs.items() if verb != "cli"}

@@ -1,4 +1,4 @@
-"""Host batches made ahead of their consumer by a background thread."""
+"""Prepares host batches in a background thread, ahead of their consumer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -19,15 +18,16 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """An iterator whose items another thread makes ahead; use it in a `with`, or close it.
+    """An iterator whose items another thread computes ahead; use it in a `with`, or close it.
 
     Args:
-        iterable: may be infinite; it is advanced in the other thread only.
-        size: how many items are ahead of the consumer, the one being made included; >= 1.
+        iterable: may be infinite; only the other thread advances it.
+        size: number of items ahead of the consumer, including the one being computed; >= 1.
 
     Guarantees:
         Items come in order. An exception of the iterable reaches the consumer unchanged, after the
-        items before it, with a note of which item failed. After `close` the thread has ended.
+        items before it, with a note that says which item failed. After `close` the thread has
+        ended.
 
     Raises:
         ValueError: size < 1.
@@ -36,8 +36,8 @@ class Prefetcher(Generic[T]):
     def __init__(self, iterable: Iterable[T], size: int = 2) -> None:
         if size < 1:
             raise ValueError(f"size={size} must be >= 1.")
-        # One worker keeps the order. It holds the iterator and not `self`, so a prefetcher that
-        # nobody holds any more is collected, and its thread ends with it.
+        # One worker keeps the order. It refers to the iterator, not to `self`, so an abandoned
+        # prefetcher is garbage-collected, and its thread ends with it.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="dpjax-prefetch")
         self._items = _numbered(iterable)
         self._ahead: deque[Future[T]] = deque()
@@ -61,7 +61,7 @@ class Prefetcher(Generic[T]):
             raise
         now = time.perf_counter()
         if self._first is None:
-            self._first = now  # the wait for the first item is start-up, not idleness
+            self._first = now  # waiting for the first item is start-up, not idle time
         else:
             self._waited += now - start
         self._ahead.append(self._worker.submit(next, self._items))
@@ -69,14 +69,14 @@ class Prefetcher(Generic[T]):
 
     @property
     def idle_fraction(self) -> float:
-        """Share of the consumer's time since its first item that it spent waiting for the next."""
+        """Share of the time since the first item that the consumer spent waiting for items."""
         if self._first is None:
             return 0.0
         total = (self._end or time.perf_counter()) - self._first
         return min(self._waited / total, 1.0) if total > 0 else 0.0
 
     def close(self) -> None:
-        """Drops the items that were made ahead and ends the thread; may be called twice."""
+        """Drops the items computed ahead and ends the thread; may be called twice."""
         self._end = self._end or time.perf_counter()
         self._ahead.clear()
         self._worker.shutdown(cancel_futures=True)
@@ -84,24 +84,19 @@ class Prefetcher(Generic[T]):
     def __enter__(self) -> Prefetcher[T]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _numbered(iterable: Iterable[T]) -> Iterator[T]:
-    """The items of an iterable, whose errors then say at which item they came up."""
+    """Yields the items of an iterable, and notes on an error which item raised it."""
     number = 0
     try:
         for item in iterable:
             yield item
             number += 1
     except Exception as error:
-        error.add_note(f"while item {number} was being made ahead")
+        error.add_note(f"while item {number} was being computed ahead")
         raise
 
 
@@ -111,14 +106,15 @@ def chunks(
     """Reads a stream of physical chunks ahead of the step that needs them.
 
     Args:
-        dataset: to read from.
-        index_arrays: integers of any shape, e.g. [chunk] or [chunks, chunk], -1 is padding; all the
+        dataset: data set to read from.
+        index_arrays: integers of any shape, e.g. [chunk] or [chunks, chunk], -1 is padding; for all
             steps of a run, in order. May be infinite.
-        ahead: how many batches are made ahead.
+        ahead: number of batches to prepare ahead.
 
     Returns:
-        An iterator over {"input": [*indices.shape, *dataset.shape], "label": int32, "mask": bool},
-        the last two of indices.shape; mask is False at padding. It has `idle_fraction` and `close`.
+        An iterator over {"input": [*indices.shape, *dataset.shape], "label": int32, "mask": bool}.
+        Label and mask have the shape of the indices; the mask is False at padding. It has
+        `idle_fraction` and `close`.
     """
     return Prefetcher(_batches(dataset, index_arrays), ahead)
 

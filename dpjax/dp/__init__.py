@@ -54,7 +54,15 @@ from dpjax.dp.ledger import SEED_POLICIES, BudgetExceeded, Ledger, Phase, statem
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
-from dpjax.dp.sampling import PADDING, chunks
+from dpjax.dp.sampling import (
+    PADDING,
+    FixedSize,
+    FullBatch,
+    Poisson,
+    Sampler,
+    TruncatedPoisson,
+    chunks,
+)
 from dpjax.dp.temperature import fit_temperature
 
 __all__ = [
@@ -65,11 +73,16 @@ __all__ = [
     "ClipRule",
     "ClippedSum",
     "EngineMismatch",
+    "FixedSize",
+    "FullBatch",
     "Ledger",
     "Mechanism",
     "PerExample",
     "Phase",
+    "Poisson",
     "QuantileBound",
+    "Sampler",
+    "TruncatedPoisson",
     "accounting",
     "adam",
     "adam_corrected",

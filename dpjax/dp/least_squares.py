@@ -13,7 +13,7 @@ Every example of norm R attains both. With noise of standard deviation z_A R^2 o
 entries of A and z_B R Y on each entry of B, the pair (A / (z_A R^2), B / (z_B R Y)) is one Gaussian
 mechanism of unit noise, and the same examples attain its sensitivity sqrt(1/z_A^2 + 1/z_B^2). The
 release is therefore exactly one Gaussian event with noise multiplier z, where
-1/z^2 = 1/z_A^2 + 1/z_B^2: one step of `Mechanism(sampler="full_batch", steps=1)`.
+1/z^2 = 1/z_A^2 + 1/z_B^2: one step of a `Mechanism` with `FullBatch`.
 `covariance_share` is the fraction of 1/z^2 that A uses. Symmetrizing the noisy A afterwards is
 post-processing, and halves the variance off the diagonal.
 
@@ -43,7 +43,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.noise import standard_normal
+from dpjax.dp.noise import check_scale, standard_normal
 
 __all__ = ["MomentSum", "NoisyMoments", "moments", "noise_floor", "release", "solve"]
 
@@ -123,8 +123,7 @@ def moments(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be >= 2.")
-    if not isinstance(bound, jax.core.Tracer) and not 0 < float(jnp.asarray(bound)) < math.inf:
-        raise ValueError(f"bound={bound} must be > 0 and finite.")
+    check_scale("bound", bound)
     if features.ndim != 2 or not labels.shape == mask.shape == features.shape[:1]:
         raise ValueError(
             f"features of shape {features.shape}, labels {labels.shape} and mask {mask.shape} must "
@@ -157,7 +156,7 @@ def release(
 
     Args:
         sums: over ALL examples, each of them once.
-        noise_multiplier: z >= 0, of `Mechanism(sampler="full_batch", steps=1)`; 0 is not private.
+        noise_multiplier: z >= 0, of one step of a `Mechanism` with `FullBatch`; 0 is not private.
         covariance_share: fraction of the budget (of 1/z^2) that the covariance uses, in (0, 1).
         key: typed PRNG key, secret and used for nothing else.
 
@@ -169,9 +168,7 @@ def release(
         raise TypeError(f"release takes a MomentSum, got {type(sums).__name__}.")
     if not 0 < covariance_share < 1:
         raise ValueError(f"covariance_share={covariance_share} must be in (0, 1).")
-    if not isinstance(noise_multiplier, jax.core.Tracer):
-        if not 0 <= float(jnp.asarray(noise_multiplier)) < math.inf:
-            raise ValueError(f"noise_multiplier={noise_multiplier} must be >= 0 and finite.")
+    check_scale("noise_multiplier", noise_multiplier, zero=True)
     noise_multiplier = jnp.asarray(noise_multiplier, jnp.float32)
     sensitivity, cross_sensitivity = sums.sensitivities()
     std = noise_multiplier * sensitivity / math.sqrt(covariance_share)
@@ -208,8 +205,7 @@ def solve(noisy: NoisyMoments, ridges: Sequence[float]) -> jax.Array:
         ValueError: a ridge is not > 0.
     """
     for ridge in ridges:
-        if not 0 < ridge < math.inf:
-            raise ValueError(f"ridge={ridge} must be > 0 and finite.")
+        check_scale("ridge", ridge)
     values, vectors = jnp.linalg.eigh(noisy.covariance)
     projected = vectors.T @ noisy.cross
     shifted = jnp.maximum(values, 0.0)[None, :] + jnp.asarray(ridges, jnp.float32)[:, None]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpjax.dp import accounting
-from dpjax.dp.mechanism import Mechanism
+from dpjax.dp.mechanism import Mechanism, shared_accountant
 
 __all__ = ["BudgetExceeded", "Ledger", "Phase", "statement", "to_markdown"]
 
@@ -66,10 +66,9 @@ class Ledger:
     def __post_init__(self) -> None:
         num_examples = min(p.mechanism.num_examples for p in self.phases)
         accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
-        if len({(p.mechanism.relation, p.mechanism.accountant) for p in self.phases}) != 1:
-            raise ValueError("all phases must share one neighbouring relation and accountant.")
+        shared_accountant([p.mechanism for p in self.phases])  # raises
         parts = sorted({p.part for p in self.phases})
-        if len(parts) > 1 and self.phases[0].mechanism.relation == "replace_one":
+        if len(parts) > 1 and self.relation == "replace_one":
             raise ValueError(
                 f"parts={parts} must be one part under the relation 'replace_one': an example "
                 "that replaces another may change two."
@@ -94,6 +93,16 @@ class Ledger:
                     f"phase {phase.name!r} would execute step {phase.steps_done} of "
                     f"{phase.mechanism.steps}: the privacy budget is spent."
                 )
+
+    @property
+    def relation(self) -> str:
+        """The neighboring relation of the guarantee."""
+        return self.phases[0].mechanism.relation
+
+    @property
+    def accountant(self) -> str:
+        """The tightest accountant that knows all phases."""
+        return shared_accountant([p.mechanism for p in self.phases])
 
     @property
     def steps_done(self) -> int:
@@ -144,8 +153,7 @@ class Ledger:
 
     def planned_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) of all planned steps, for an example of each part of the data."""
-        whole = [dataclasses.replace(p, steps_done=p.mechanism.steps) for p in self.phases]
-        return _spent_by_part(whole, self.delta)
+        return self._cost_by_part([p.mechanism.steps for p in self.phases])
 
     def guaranteed_by_part(self) -> dict[str, float]:
         """Returns what a run may claim that ended here, for an example of each part of the data.
@@ -160,31 +168,30 @@ class Ledger:
 
     def spent_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) for an example of each part of the data."""
-        return _spent_by_part(self.phases, self.delta)
+        return self._cost_by_part([p.steps_done for p in self.phases])
+
+    def _cost_by_part(self, steps: Sequence[int]) -> dict[str, float]:
+        """Epsilon of so many steps of each phase, by part."""
+        # Steps of equal law are counted together: composed apart, they would only add rounding.
+        parts: dict[str, dict[Mechanism, int]] = {}
+        for phase, number in zip(self.phases, steps, strict=True):
+            law = dataclasses.replace(phase.mechanism, steps=1)
+            laws = parts.setdefault(phase.part, {})
+            laws[law] = laws.get(law, 0) + number
+        return {
+            part: accounting.epsilon(
+                [law.event(number) for law, number in laws.items() if number],
+                self.delta,
+                accountant=self.accountant,
+                relation=self.relation,
+            )
+            for part, laws in parts.items()
+        }
 
 
 def _is_count(value: Any) -> bool:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return whole and value >= 0
-
-
-def _spent_by_part(phases: Sequence[Phase], delta: float) -> dict[str, float]:
-    # Steps of equal law are counted together: composed apart, they would only add rounding.
-    steps: dict[str, dict[Mechanism, int]] = {}
-    for phase in phases:
-        law = dataclasses.replace(phase.mechanism, steps=1)
-        laws = steps.setdefault(phase.part, {})
-        laws[law] = laws.get(law, 0) + phase.steps_done
-    some = phases[0].mechanism
-    spent = {}
-    for part, laws in steps.items():
-        events = [law.event(count) for law, count in laws.items() if count]
-        spent[part] = 0.0
-        if events:
-            spent[part] = accounting.epsilon(
-                events, delta, accountant=some.accountant, relation=some.relation
-            )
-    return spent
 
 
 def statement(
@@ -223,7 +230,7 @@ def statement(
     mechanisms = [p.mechanism for p in ledger.phases]
 
     def each(name: str) -> Any:
-        values = [getattr(m, name) for m in mechanisms]
+        values = [m.sampler.title if name == "sampler" else getattr(m, name) for m in mechanisms]
         return values[0] if len(set(values)) == 1 else values
 
     by_part = ledger.guaranteed_by_part()
@@ -234,9 +241,9 @@ def statement(
         "epsilon_budget": ledger.epsilon,
         "epsilon_by_part": by_part,
         "unit_of_privacy": "one training example",
-        "neighboring_relation": mechanisms[0].relation,
+        "neighboring_relation": ledger.relation,
         "sampler": each("sampler"),
-        "accountant": mechanisms[0].accountant,
+        "accountant": ledger.accountant,
         "noise_multiplier": each("noise_multiplier"),
         "gradient_noise_multiplier": each("gradient_noise_multiplier"),
         "sampling_prob": each("sampling_prob"),
@@ -246,22 +253,17 @@ def statement(
         "steps_planned": ledger.steps_planned,
         "phases": [
             {
+                **dataclasses.asdict(p.mechanism.sampler),
+                "sampler": p.mechanism.sampler.title,
+                "sampling_prob": p.mechanism.sampling_prob,
+                "num_examples": p.mechanism.num_examples,
+                "noise_multiplier": p.mechanism.noise_multiplier,
+                "gradient_noise_multiplier": p.mechanism.gradient_noise_multiplier,
+                "count_noise": p.mechanism.count_noise,
                 "name": p.name,
                 "part": p.part,
                 "steps_done": p.steps_done,
                 "steps_planned": p.mechanism.steps,
-                **{
-                    k: getattr(p.mechanism, k)
-                    for k in (
-                        "sampler",
-                        "noise_multiplier",
-                        "gradient_noise_multiplier",
-                        "count_noise",
-                        "sampling_prob",
-                        "max_batch_size",
-                        "num_examples",
-                    )
-                },
             }
             for p in ledger.phases
         ],

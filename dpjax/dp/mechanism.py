@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +18,12 @@ import optax
 from dp_accounting import DpEvent
 
 from dpjax.dp import accounting, sampling
+from dpjax.dp.accounting.events import count, positive
 from dpjax.dp.adaptive import gradient_noise_multiplier
 from dpjax.dp.noise import gaussian
+from dpjax.dp.sampling import Factory, Sampler
 
-__all__ = ["SAMPLERS", "Mechanism", "calibrated", "calibrated_phases", "num_steps"]
-
-SAMPLERS = ("poisson", "full_batch", "fixed_size", "truncated_poisson")
+__all__ = ["Mechanism", "calibrated", "calibrated_phases", "num_steps", "shared_accountant"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,13 @@ class Mechanism:
     """A subsampled Gaussian mechanism, run for a number of steps. Every field is public.
 
     Attributes:
-        num_examples: N, the number of examples, taken as a public constant.
-        sampling_prob: q in (0, 1], the probability that an example is in a batch.
+        sampler: draws the batches and knows their event, such as `dp.Poisson`; see
+            `sampling.Sampler`. A batch that is merely shuffled has none.
         steps: T >= 1, the number of noise draws that are paid for.
         noise_multiplier: sigma > 0 of the whole release of a step, which is what is accounted:
             standard deviation of the noise on the sum over the clip bound (the sum's sensitivity
             to adding or removing one example). Under "replace_one" the sum moves by up to twice
             that; `event()` says so to the accountant.
-        sampler: "poisson", "full_batch" (q = 1), "fixed_size" (without replacement) or
-            "truncated_poisson". A batch that is merely shuffled cannot be expressed.
-        max_batch_size: the cut of "truncated_poisson"; None for every other sampler.
         count_noise: standard deviation of the noise on the count that an adaptive bound asks for
             in every step, in examples; None where there is none. Gradient and count together have
             `noise_multiplier`, so the gradient gets more noise; see `adaptive`.
@@ -49,46 +47,31 @@ class Mechanism:
         `transform` adds, at a division by `expected_batch_size`, and the noised count.
 
     Raises:
-        ValueError: a field out of range, naming it and its value.
+        ValueError: a field out of range, naming it and its value, or a sampler that does not keep
+            its contract.
     """
 
-    num_examples: int
-    sampling_prob: float
+    sampler: Sampler
     steps: int
     noise_multiplier: float
-    sampler: str = "poisson"
-    max_batch_size: int | None = None
     count_noise: float | None = None
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler={self.sampler!r} must be one of {SAMPLERS}.")
-        for name in ("num_examples", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name}={value} must be an integer >= 1.")
-        if not 0 < self.sampling_prob <= 1:
-            raise ValueError(f"sampling_prob={self.sampling_prob} must be in (0, 1].")
-        if not 0 < self.noise_multiplier < math.inf:
-            raise ValueError(f"noise_multiplier={self.noise_multiplier} must be > 0 and finite.")
-        if self.sampler == "full_batch" and self.sampling_prob != 1:
-            raise ValueError(f"sampling_prob={self.sampling_prob} must be 1 for full_batch.")
-        if self.sampler == "fixed_size":
-            size = self.sampling_prob * self.num_examples
-            if round(size) < 1 or abs(size - round(size)) > 1e-6:
-                raise ValueError(
-                    f"sampling_prob={self.sampling_prob} must be a whole batch size over "
-                    f"num_examples={self.num_examples} for fixed_size."
-                )
-        if (self.sampler == "truncated_poisson") != (self.max_batch_size is not None):
-            raise ValueError(
-                f"max_batch_size={self.max_batch_size} belongs to sampler='truncated_poisson' and "
-                f"only to it, got sampler={self.sampler!r}."
-            )
-        if self.max_batch_size is not None and self.max_batch_size < 1:
-            raise ValueError(f"max_batch_size={self.max_batch_size} must be >= 1.")
+        sampling.check(self.sampler)
+        count("steps", self.steps)
+        positive("noise_multiplier", self.noise_multiplier)
         if self.count_noise is not None:
             gradient_noise_multiplier(self.noise_multiplier, self.count_noise)  # raises
+
+    @property
+    def num_examples(self) -> int:
+        """N, the number of examples, taken as a public constant."""
+        return self.sampler.num_examples
+
+    @property
+    def sampling_prob(self) -> float:
+        """q in (0, 1], the probability that an example is in a batch."""
+        return self.sampler.sampling_prob
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -104,13 +87,13 @@ class Mechanism:
 
     @property
     def relation(self) -> str:
-        """Neighbouring relation of the guarantee."""
-        return "replace_one" if self.sampler == "fixed_size" else "add_or_remove_one"
+        """Neighboring relation of the guarantee."""
+        return self.sampler.relation
 
     @property
     def accountant(self) -> str:
         """The tightest accountant that knows this event."""
-        return "rdp" if self.sampler == "fixed_size" else "pld"
+        return self.sampler.accountants[0]
 
     @property
     def cumulative_noise(self) -> float:
@@ -118,16 +101,8 @@ class Mechanism:
         return self.noise_multiplier * math.sqrt(self.steps)
 
     def event(self, steps: int | None = None) -> DpEvent:
-        """Returns the event of the first `steps` steps (all by default)."""
-        steps = self.steps if steps is None else steps
-        return _event(
-            self.sampler,
-            self.noise_multiplier,
-            steps,
-            num_examples=self.num_examples,
-            sampling_prob=self.sampling_prob,
-            max_batch_size=self.max_batch_size,
-        )
+        """Returns the event of `steps` steps (all by default)."""
+        return self.sampler.event(self.noise_multiplier, self.steps if steps is None else steps)
 
     def epsilon(self, delta: float, *, steps: int | None = None, accountant: str = "") -> float:
         """Returns epsilon (nats) after `steps` steps (all by default) at the given delta."""
@@ -140,22 +115,46 @@ class Mechanism:
             relation=self.relation,
         )
 
-    def indices(self, seed: int, step: int) -> np.ndarray:
-        """Returns the sorted indices of batch `step`, `[size]`; see `dpjax.dp.sampling`."""
-        n, q = self.num_examples, self.sampling_prob
-        if self.sampler == "poisson":
-            return sampling.poisson(seed, step, num_examples=n, sampling_prob=q)
-        if self.sampler == "full_batch":
-            return sampling.full_batch(num_examples=n)
-        if self.sampler == "fixed_size":
-            return sampling.fixed_size(seed, step, num_examples=n, batch_size=round(q * n))
-        return sampling.truncated_poisson(
-            seed, step, num_examples=n, sampling_prob=q, max_batch_size=self.max_batch_size or 1
-        )
+    def indices(self, seed: int, step: int, *, first: int = 0) -> np.ndarray:
+        """Returns the sorted indices of batch `step`, int64 `[size]`.
+
+        Args:
+            seed: secret 128-bit integer.
+            step: in [first, first + steps).
+            first: number of the mechanism's first step, where several share a seed: no two steps
+                of a run may have one number.
+
+        Raises:
+            ValueError: a step that is not paid for, or a sampler that drew no valid batch.
+        """
+        if not first <= step < first + self.steps:
+            raise ValueError(
+                f"step={step} must be in [{first}, {first + self.steps}): the mechanism pays for "
+                f"{self.steps} steps."
+            )
+        return sampling.draw(self.sampler, seed, step)
 
     def transform(self, *, key: jax.Array) -> optax.GradientTransformation:
         """Returns the noise transform that this mechanism accounts for."""
         return gaussian(self.gradient_noise_multiplier, self.expected_batch_size, key=key)
+
+
+def shared_accountant(mechanisms: Sequence[Mechanism]) -> str:
+    """Returns the tightest accountant that knows the events of all.
+
+    Raises:
+        ValueError: there is none, or the mechanisms differ in their neighboring relation.
+    """
+    names = [
+        name for name in mechanisms[0].sampler.accountants
+        if all(name in mechanism.sampler.accountants for mechanism in mechanisms)
+    ]  # fmt: skip
+    if not names or len({mechanism.relation for mechanism in mechanisms}) != 1:
+        found = sorted({(m.relation, m.sampler.accountants) for m in mechanisms})
+        raise ValueError(
+            f"all phases must share one neighboring relation and an accountant, got {found}."
+        )
+    return names[0]
 
 
 def num_steps(num_examples: int, batch_size: float, epochs: float) -> int:
@@ -188,9 +187,9 @@ def calibrated(
     batch_size: int,
     steps: int | None = None,
     epochs: float | None = None,
-    sampler: str = "poisson",
-    max_batch_size: int | None = None,
+    sampler: str | Factory = "poisson",
     accountant: str = "",
+    **options: Any,
 ) -> Mechanism:
     """Returns the mechanism with the least noise that meets the budget.
 
@@ -201,9 +200,11 @@ def calibrated(
         batch_size: expected batch size B in [1, N]; B = N is full batch.
         steps: T; or give `epochs`.
         epochs: E, for T = round(E N / B).
-        sampler: one of `SAMPLERS`; "poisson" with B = N becomes "full_batch".
-        max_batch_size: for "truncated_poisson".
+        sampler: a name in `sampling.SAMPLERS`, or a function or class of yours that makes a
+            sampler from `num_examples`, `batch_size` and the options; "poisson" with B = N is a
+            full batch.
         accountant: "pld" or "rdp"; the tightest one that knows the sampler by default.
+        **options: of the sampler, such as `max_batch_size` of "truncated_poisson".
 
     Returns:
         A mechanism with q = B/N.
@@ -229,8 +230,8 @@ def calibrated(
         batch_size=batch_size,
         steps=[steps],
         sampler=sampler,
-        max_batch_size=max_batch_size,
         accountant=accountant,
+        **options,
     )
     return mechanism
 
@@ -243,10 +244,10 @@ def calibrated_phases(
     batch_size: int | Sequence[int],
     steps: Sequence[int],
     noise_ratios: Sequence[float] | None = None,
-    sampler: str = "poisson",
-    max_batch_size: int | None = None,
+    sampler: str | Factory = "poisson",
     count_noises: Sequence[float] | None = None,
     accountant: str = "",
+    **options: Any,
 ) -> tuple[Mechanism, ...]:
     """Returns one mechanism per phase; their composition has the least noise within one budget.
 
@@ -258,10 +259,10 @@ def calibrated_phases(
         steps: of each phase.
         noise_ratios: noise multipliers of the phases relative to each other; equal by default.
         sampler: as for `calibrated`.
-        max_batch_size: as for `calibrated`.
         count_noises: of each phase, see `Mechanism.count_noise`; none by default. They do not
             change the noise multipliers, which are those of gradient and count together.
         accountant: as for `calibrated`.
+        **options: as for `calibrated`.
 
     Returns:
         A mechanism for each phase, in order, for phases that all read the same examples.
@@ -272,13 +273,13 @@ def calibrated_phases(
     Raises:
         ValueError: an impossible budget, naming field and value.
     """
-    count = len(steps)
-    ratios = [1.0] * count if noise_ratios is None else list(noise_ratios)
-    sizes = [batch_size] * count if isinstance(batch_size, (int, np.integer)) else list(batch_size)
+    number = len(steps)
+    ratios = [1.0] * number if noise_ratios is None else list(noise_ratios)
+    sizes = [batch_size] * number if isinstance(batch_size, (int, np.integer)) else list(batch_size)
     for name, given in (
         ("noise_ratios", ratios), ("batch_size", sizes), ("count_noises", count_noises or sizes),
     ):  # fmt: skip
-        if len(given) != count or not count:
+        if len(given) != number or not number:
             raise ValueError(f"{name}={given} must have one entry for each of steps={steps}.")
     for size in sizes:
         if not 1 <= size <= num_examples:
@@ -286,12 +287,9 @@ def calibrated_phases(
     accounting.check_budget(epsilon, delta, num_examples=num_examples)
     phases = [
         Mechanism(
-            num_examples=num_examples,
-            sampling_prob=size / num_examples,
+            sampler=sampling.make(sampler, num_examples=num_examples, batch_size=size, **options),
             steps=length,
             noise_multiplier=ratio,
-            sampler="full_batch" if sampler == "poisson" and size == num_examples else sampler,
-            max_batch_size=max_batch_size,
         )
         for size, length, ratio in zip(sizes, steps, ratios, strict=True)
     ]
@@ -311,31 +309,10 @@ def calibrated_phases(
         lambda s: [scaled(law, s).event(length) for law, length in laws.items()],
         epsilon=epsilon,
         delta=delta,
-        accountant=accountant or phases[0].accountant,
+        accountant=accountant or shared_accountant(phases),
         relation=phases[0].relation,
     )
     made = [scaled(phase, sigma) for phase in phases]
     if count_noises is not None:
         made = [dataclasses.replace(m, count_noise=c) for m, c in zip(made, count_noises)]
     return tuple(made)
-
-
-def _event(
-    sampler: str,
-    noise_multiplier: float,
-    steps: int,
-    *,
-    num_examples: int,
-    sampling_prob: float,
-    max_batch_size: int | None,
-) -> DpEvent:
-    if sampler == "poisson":
-        return accounting.poisson(noise_multiplier, sampling_prob, steps)
-    if sampler == "full_batch":
-        return accounting.full_batch(noise_multiplier, steps)
-    if sampler == "fixed_size":
-        size = round(sampling_prob * num_examples)
-        return accounting.fixed_size(noise_multiplier, size, num_examples, steps)
-    return accounting.truncated_poisson(
-        noise_multiplier, sampling_prob, max_batch_size or 1, num_examples, steps
-    )

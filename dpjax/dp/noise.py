@@ -17,7 +17,14 @@ import optax
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
 from dpjax.dp.engines import clipped_sum
 
-__all__ = ["GaussianState", "aggregate", "gaussian", "gaussian_noise", "standard_normal"]
+__all__ = [
+    "GaussianState",
+    "aggregate",
+    "check_scale",
+    "gaussian",
+    "gaussian_noise",
+    "standard_normal",
+]
 
 PyTree = Any
 
@@ -111,8 +118,8 @@ def gaussian(
       ...
     TypeError: the noise transform takes a ClippedSum, got dict: clip per-example gradients first.
     """
-    _check("noise_multiplier", noise_multiplier, zero=True)
-    _check("expected_batch_size", expected_batch_size)
+    check_scale("noise_multiplier", noise_multiplier, zero=True)
+    check_scale("expected_batch_size", expected_batch_size)
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key={key!r} must be a typed key, such as jax.random.key(seed).")
     if key.shape != ():
@@ -198,7 +205,8 @@ def aggregate(
     return optax.GradientTransformation(noise.init, update)
 
 
-def _check(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -> None:
+def check_scale(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -> None:
+    """Raises ValueError unless a scalar is finite and > 0, or >= 0 where zero is allowed."""
     if isinstance(value, jax.core.Tracer):
         return  # its value is unknown while tracing
     if not (0 <= np.asarray(value) < np.inf) or (value == 0 and not zero):

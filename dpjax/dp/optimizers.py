@@ -43,9 +43,8 @@ def adam(
     >>> clipped, _ = dp.clipped_sum(loss, dp.flat(1.0))(params, jnp.ones(4), jnp.ones(4, bool))
     >>> updates, state = tx.update(clipped, tx.init(params), params)
     """
-    return _chain(
-        optax.adam(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
-    )
+    noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+    return optax.chain(noise, optax.adam(learning_rate, **kwargs))
 
 
 def sgd(
@@ -60,9 +59,8 @@ def sgd(
 
     Takes and returns what `adam` does; `kwargs` go to `optax.sgd` (momentum, ...).
     """
-    return _chain(
-        optax.sgd(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
-    )
+    noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+    return optax.chain(noise, optax.sgd(learning_rate, **kwargs))
 
 
 def lamb(
@@ -77,9 +75,8 @@ def lamb(
 
     Takes and returns what `adam` does; `kwargs` go to `optax.lamb` (weight_decay, ...).
     """
-    return _chain(
-        optax.lamb(learning_rate, **kwargs), noise_multiplier, expected_batch_size, key=key
-    )
+    noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+    return optax.chain(noise, optax.lamb(learning_rate, **kwargs))
 
 
 class AdamCorrectedState(NamedTuple):
@@ -146,29 +143,10 @@ def adam_corrected(
 ) -> optax.GradientTransformation:
     """DP-AdamBC: DP-Adam without the noise's bias in the second moment (arXiv 2312.14334).
 
-    Args:
-        learning_rate: step size or schedule.
-        noise_multiplier: sigma, see `gaussian`.
-        expected_batch_size: B, see `gaussian`.
-        key: typed PRNG key of the whole run, secret.
-        sensitivity: the clipping rule's sensitivity, which fixes the noise variance.
-        **kwargs: b1, b2, eps of `scale_by_adam_corrected`.
-
-    Returns:
-        A transform whose `update` takes a `ClippedSum`.
+    Takes and returns what `adam` does; `kwargs` go to `scale_by_adam_corrected` (b1, b2, eps).
+    `sensitivity` is the clipping rule's, which fixes the noise variance.
     """
     variance = jnp.square(noise_multiplier * sensitivity / expected_batch_size)
-    corrected = optax.chain(
-        scale_by_adam_corrected(variance, **kwargs), optax.scale_by_learning_rate(learning_rate)
-    )
-    return _chain(corrected, noise_multiplier, expected_batch_size, key=key)
-
-
-def _chain(
-    optimizer: optax.GradientTransformation,
-    noise_multiplier: jax.typing.ArrayLike,
-    expected_batch_size: jax.typing.ArrayLike,
-    *,
-    key: jax.Array,
-) -> optax.GradientTransformation:
-    return optax.chain(gaussian(noise_multiplier, expected_batch_size, key=key), optimizer)
+    noise = gaussian(noise_multiplier, expected_batch_size, key=key)
+    corrected = scale_by_adam_corrected(variance, **kwargs)
+    return optax.chain(noise, corrected, optax.scale_by_learning_rate(learning_rate))

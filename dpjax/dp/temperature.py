@@ -12,6 +12,7 @@ import numpy as np
 
 from dpjax.dp.mechanism import Mechanism
 from dpjax.dp.noise import standard_normal
+from dpjax.dp.sampling import FullBatch
 
 __all__ = ["LARGEST_TEMPERATURE", "fit_temperature"]
 
@@ -58,11 +59,8 @@ def fit_temperature(
     Source: Guo et al. 2017 (arXiv 1706.04599) fit this scalar without noise, Zhang et al. 2022
         (arXiv 2210.08248) with DP-SGD; bisection needs no learning rate.
     """
-    if mechanism.sampler != "full_batch" or mechanism.num_examples != len(labels):
-        raise ValueError(
-            f"sampler={mechanism.sampler!r} and num_examples={mechanism.num_examples} of the "
-            f"mechanism must be 'full_batch' and the number of labels, {len(labels)}."
-        )
+    if mechanism.sampler != FullBatch(num_examples=len(labels)):
+        raise ValueError(f"{mechanism} must be of full batches of the {len(labels)} examples.")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound={bound} must be > 0 and finite.")
     scores = np.asarray(logits, np.float64)

@@ -1,6 +1,6 @@
 """Heads on a frozen backbone: features computed once, and many heads trained on them together."""
 
-from dpjax.heads.cache import as_dataset, compute_features
+from dpjax.heads.cache import compute_features
 from dpjax.heads.features import FeatureSet, average, concatenate, normalise
 from dpjax.heads.train import (
     Heads,
@@ -17,7 +17,6 @@ __all__ = [
     "Heads",
     "Optimizer",
     "Point",
-    "as_dataset",
     "average",
     "batch_indices",
     "compute_features",

@@ -10,7 +10,6 @@ Features are as private as the data they come from, and so are the files that ho
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import os
@@ -26,12 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dpjax import data, dp, files
-from dpjax.data import Source
 from dpjax.heads.features import FeatureSet
 from dpjax.models import InputSpec, Model, Params, check_examples_independent, flatten, probe
 from dpjax.runtime import sharding
 
-__all__ = ["as_dataset", "compute_features"]
+__all__ = ["compute_features"]
 
 _DTYPES = ("float32", "float16")
 _ROWS = 1024  # of a shard
@@ -107,25 +105,6 @@ def compute_features(
             values[shards.rows(number)] = part
             shards.write(number, part)
     return FeatureSet(values, dataset.labels, dataset.num_classes, dataset.name)
-
-
-def as_dataset(features: FeatureSet, dataset: data.Dataset) -> data.Dataset:
-    """The data set whose inputs are the features, float32 `[width]`, for `loop.train`.
-
-    Args:
-        features: computed from `dataset`.
-        dataset: gives names, labels and the digests of the examples.
-
-    Raises:
-        ValueError: the labels differ.
-    """
-    if not np.array_equal(features.labels, dataset.labels):
-        raise ValueError(f"{features} must be of the examples of {dataset}.")
-    values, keys = features.values, dataset.source.keys[dataset.rows]
-    source = Source(lambda rows: values[rows], keys, np.dtype(np.float32))
-    return dataclasses.replace(
-        dataset, shape=(features.width,), rows=np.arange(len(dataset)), source=source
-    )
 
 
 def _default_prepare(model: Model) -> Prepare:

@@ -49,7 +49,7 @@ class Point:
         learning_rate: base learning rate.
         private_seed: decides batches and noise, see `rng`.
         rule: clipping rule; None without privacy.
-        mechanism: None without privacy. In one grid, all have the same N, sampler, q and T.
+        mechanism: None without privacy. In one grid, all have the same sampler and T.
     """
 
     learning_rate: float
@@ -233,7 +233,7 @@ def _hyper(point: Point, batch_size: int, ema_decay: float) -> Hyper:
 
 def _is_full(point: Point, num_examples: int, batch_size: int) -> bool:
     if point.mechanism is not None:
-        return point.mechanism.sampler == "full_batch"
+        return isinstance(point.mechanism.sampler, dp.FullBatch)
     return batch_size == num_examples
 
 

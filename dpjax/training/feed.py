@@ -37,7 +37,14 @@ class Chunk(NamedTuple):
 
 
 def physical_chunks(
-    train: Dataset, phase: Phase, layout: Layout, *, seed: int, size: int, steps: range
+    train: Dataset,
+    phase: Phase,
+    layout: Layout,
+    *,
+    seed: int,
+    size: int,
+    steps: range,
+    first: int = 0,
 ) -> Iterator[Chunk]:
     """Yields this host's rows of every physical chunk of some steps.
 
@@ -48,9 +55,12 @@ def physical_chunks(
         seed: the sampler's secret seed.
         size: rows of a chunk, over all hosts.
         steps: step numbers, counted over all phases, so that no two phases share a draw.
+        first: number of the phase's first step.
     """
     local_rows = sharding.local_rows(size, layout.mesh)
-    draw = draws(phase.mechanism, seed, num_examples=len(train), batch_size=phase.batch_size)
+    draw = draws(
+        phase.mechanism, seed, num_examples=len(train), batch_size=phase.batch_size, first=first
+    )
     for step in steps:
         # Every host draws the whole batch, from the same seed, and reads its own rows only.
         step_chunks = dp.chunks(draw(step), size)

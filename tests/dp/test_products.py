@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bookkeeping import normal
+from losses import normal
 
 from dpjax.dp.engines import products as site_products
 

@@ -1,16 +1,116 @@
 """Which uses of a weight are products that the book-keeping engine knows, and which are not."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bookkeeping import LAYERS, agree, as_loss, both, normal, routes, without_margins
+from compare_engines import agree, both, routes
+from losses import (
+    LAYERS,
+    MODELS,
+    all_in_half,
+    as_loss,
+    classify,
+    half_way,
+    hidden,
+    in_half,
+    normal,
+)
 
 from dpjax import dp
 from dpjax.dp.engines import bookkeeping
 
-__all__ = ["without_margins"]
+pytestmark = pytest.mark.usefixtures("without_margins")
+
+# What must not quietly fall back; every leaf that is not named is direct.
+ROUTES = {
+    "dense of many tokens": {"kernel": "outer"},
+    "dense general odd axes": {"kernel": "gram"},
+    "conv groups": {"kernel": "conv"},
+    "embed of two axes": {"embedding": "embed"},
+    "attention": {f"{name}/kernel": "gram" for name in ("query", "key", "value", "out")},
+    "lora": {"a": "gram", "b": "outer"},
+    "weight standardisation": {"kernel": "conv", "gain": "conv"},
+    "weight standardisation, twice": {"first": "conv", "second": "conv"},
+    "nested scans": {"own": "gram", "inner": "outer", "outer": "outer"},
+    "convolutions in nested scans": dict.fromkeys(("own", "inner", "outer", "one"), "conv"),
+    "weight under the kernel": {},
+    "learned initial state": {},
+    "weights out of a scan": {},
+    "batch groups": {},
+    "lookups in slices": {},
+    "batched lookups": {},
+    "scaled view": {"kernel": "gram"},
+    "batched weights": {"kernel": "gram"},
+    "called twice": {"Dense_0/kernel": "outer"},
+    "dense of one feature": {"kernel": "gram"},
+    "embedded inside a scan": {"table": "embed"},
+    "embedded twice": {"Embed_0/embedding": "embed"},
+    "unused": {"Dense_0/kernel": "outer", "unused": "unused"},
+    "scan of slices and constants": {"kernel": "outer", "gate": "gram", "filters": "conv"},
+    "nn.scan of nn.remat": {"Dense_0/kernel": "gram", "Dense_1/kernel": "gram"},
+    "dense after nn.scan": {
+        "Dense_0/kernel": "gram",
+        "Dense_1/kernel": "gram",
+        "last/kernel": "gram",
+    },
+    "lstm": {f"{side}{gate}/kernel": "gram" for side in "hi" for gate in "fgio"},
+    "nn.remat": {"kernel": "gram"},
+    "views": {"Conv_0/kernel": "conv"},
+    "two forms": {},
+    "tied": {},
+    "merged lora": {},
+    "custom vjp": {},
+    "cond": {},
+    "regularised": {},
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_route(name):
+    module, inputs = LAYERS[name]
+    found = routes(*as_loss(module, inputs), inputs)
+    short = {"/".join(path.split("/")[-2:]): route for path, route in found.items()}
+    assert {path.removeprefix("params/"): route for path, route in short.items()} == ROUTES[name]
+
+
+def test_a_kernel_that_is_converted_at_the_end_keeps_its_route():
+    def loss_fn(make):
+        def loss(params, x):
+            out = jax.lax.conv_general_dilated(
+                x[None], make(params["kernel"], jnp.bfloat16).astype(x.dtype), (1, 1), "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+            return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+        return loss
+
+    params = {"kernel": jnp.ones((3, 3, 2, 4))}
+    example = jnp.ones((4, 4, 2), jnp.bfloat16)
+    routes = {
+        make.__name__: bookkeeping.plan(loss_fn(make), params, example)[0].route
+        for make in (in_half, all_in_half, half_way, hidden)
+    }
+    assert routes.pop("in_half") == "conv"
+    assert set(routes.values()) == {"direct"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_leaves_of_models(name):
+    """All large leaves are products; only biases, norms, class token and positions are direct."""
+    loss_fn, params, batch = classify(name)
+    _, _, products, allowed = MODELS[name]
+    plan = bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+    assert len(plan) == len(jax.tree.leaves(params))
+    for leaf in plan:
+        if re.search(products, leaf.path):
+            assert leaf.route in allowed, leaf
+        else:
+            assert leaf.route == "direct", leaf
+            assert re.search(r"bias|scale|cls|pos|token_type", leaf.path), leaf
 
 
 def test_clipped_indices_look_up_the_last_row():

@@ -235,17 +235,6 @@ def test_several_feature_sets():
     np.testing.assert_array_equal(heads.concatenate(one, two).values, [[3, 4, 1, 0], [0, -2, 2, 2]])
 
 
-def test_features_as_a_dataset(dataset, made):
-    part = dataset.select(np.array([5, 1000, 7]))
-    cached = heads.as_dataset(made[0].select(part.rows), part)
-    got = cached.get(np.array([2, -1, 0]))
-    np.testing.assert_array_equal(got["input"], [made[0].values[7], 0 * got["input"][0],
-                                                 made[0].values[5]])  # fmt: skip
-    np.testing.assert_array_equal(got["label"], [part.labels[2], 0, part.labels[0]])
-    with pytest.raises(ValueError, match="must be of the examples of"):
-        heads.as_dataset(made[0], part)
-
-
 def test_mirror(net, params, dataset, made, tmp_path):
     mirrored = data.from_arrays(
         "noise",

@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, dp, heads, models
+from dpjax import build, data, dp, heads, models
 from dpjax.runtime import Workdir
 from dpjax.step import Hyper
 from dpjax.training import loop
@@ -19,10 +19,14 @@ STEPS, BATCH, EXAMPLES = 6, 40, 200
 
 def on_cached_features(run):
     """The run whose data sets hold features, and whose model is the head alone."""
-    train, test = (
-        heads.as_dataset(heads.compute_features(run.model, run.params, d), d)
-        for d in (run.train, run.test)
-    )
+
+    def of_features(dataset):
+        values = heads.compute_features(run.model, run.params, dataset).values
+        keys = dataset.source.keys[dataset.rows]
+        source = data.Source(lambda rows: values[rows], keys, np.dtype(np.float32))
+        return dataclasses.replace(
+            dataset, shape=values.shape[1:], rows=np.arange(len(dataset)), source=source
+        )
 
     def apply(params, inputs):
         return models.dense_head(params["head"], inputs)
@@ -32,7 +36,9 @@ def on_cached_features(run):
             apply(params, example["input"]), example["label"]
         )
 
-    return run._replace(train=train, test=test, apply=apply, loss_fn=loss_fn)
+    return run._replace(
+        train=of_features(run.train), test=of_features(run.test), apply=apply, loss_fn=loss_fn
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,18 +84,11 @@ def sgd(hyper: Hyper) -> optax.GradientTransformation:
     return dp.sgd(hyper.learning_rate, hyper.noise_multiplier, BATCH, key=hyper.noise_key)
 
 
-def mechanism(sampler="poisson", **changes):
-    size = EXAMPLES if sampler == "full_batch" else BATCH
-    return dataclasses.replace(
-        dp.Mechanism(
-            num_examples=EXAMPLES,
-            sampling_prob=size / EXAMPLES,
-            steps=STEPS,
-            noise_multiplier=1.0,
-            sampler=sampler,
-        ),
-        **changes,
-    )
+def mechanism(sampler="poisson", num_examples=EXAMPLES, **changes):
+    size = num_examples if sampler == "full_batch" else BATCH
+    drawn = dp.sampling.make(sampler, num_examples=num_examples, batch_size=size)
+    fields = {"steps": STEPS, "noise_multiplier": 1.0, **changes}
+    return dp.Mechanism(sampler=drawn, **fields)
 
 
 def point(rate=0.5, seed=1, bound=1.0, **changes):
@@ -188,7 +187,7 @@ def test_evaluate_counts_every_example(blobs, monkeypatch):
         ([point()], {"batch_size": 201}, r"batch_size=201 must be in \[1, 200\]"),
         ([point(), heads.Point(1.0, 0)], {}, "all private or all without"),
         ([point(), point(steps=7)], {}, "may differ in noise_multiplier only"),
-        ([point(num_examples=400, sampling_prob=0.1)], {}, "num_examples=400 must be 200"),
+        ([point(num_examples=400)], {}, "num_examples=400 must be 200"),
         ([point()], {"ema_decay": 1.0}, "ema_decay=1.0 must be in"),
         ([point()], {"at_once": 0}, "at_once=0 must be >= 1"),
     ],

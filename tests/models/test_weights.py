@@ -221,20 +221,20 @@ LAYOUTS = {
         vit._hugging_face(VIT, 3, "vit."),
         ["vit.pooler.dense.bias"],
     ),
-    "bit": (models.resnet_v2(RESNET, 3), bit._bit(RESNET, 3), []),
+    "bit": (models.resnet_v2(RESNET, 3), bit._bit(RESNET, {}, 3), []),
     "lite": (
         models.efficientnet_lite(LITE, 3),
-        efficientnet._published(LITE, 3),
+        efficientnet._published(LITE, {}, 3),
         ["_bn0.num_batches_tracked"],
     ),
     "bert": (
         models.text_encoder(TEXT, 3),
-        text._table(TEXT, 3, "bert.", "encoder.layer", text._BERT),
+        text._table(TEXT, {"bert.embeddings.word_embeddings.weight"}, 3),
         ["bert.pooler.dense.weight", "cls.predictions.bias", "bert.embeddings.position_ids"],
     ),
     "distilbert": (
         models.text_encoder(DISTIL, 3),
-        text._table(DISTIL, 3, "distilbert.", "transformer.layer", text._DISTILBERT),
+        text._table(DISTIL, {"distilbert.embeddings.word_embeddings.weight", ".q_lin."}, 3),
         ["vocab_transform.weight", "pre_classifier.bias"],
     ),
 }

@@ -117,7 +117,7 @@ def test_two_processes_give_the_parameters_of_one(recipe, eight):
 def test_every_topology_uses_the_examples_that_were_drawn(recipe, eight, run):
     seed = seeds.sampler_seed(run.config.private_seed)
     steps = [p for p in run.phases for _ in range(p.steps)]
-    drawn = [phase.mechanism.indices(seed, step).size for step, phase in enumerate(steps)]
+    drawn = [phase.mechanism.sampler.indices(seed, step).size for step, phase in enumerate(steps)]
     assert len(drawn) == two_processes.STEPS
     for path in (recipe[0], eight):
         rows = read_jsonl(path / "metrics.jsonl")
@@ -149,7 +149,7 @@ def test_each_host_reads_only_its_share_of_every_chunk(two, run):
         halves = [
             chunk.reshape(2, -1)[host]
             for step in range(two_processes.FIRST, end)
-            for chunk in sampling.chunks(mechanism.indices(seed, step), 64)
+            for chunk in sampling.chunks(mechanism.sampler.indices(seed, step), 64)
         ]
         return [row for half in halves for row in half.tolist() if row >= 0]
 

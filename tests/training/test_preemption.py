@@ -196,6 +196,17 @@ def with_mechanism(run, **changes):
     return run._replace(phases=(phase._replace(mechanism=mechanism),))
 
 
+def with_sampler(run, **changes):
+    sampler = dataclasses.replace(run.phases[0].mechanism.sampler, **changes)
+    return with_mechanism(run, sampler=sampler)
+
+
+class Renamed(dp.Poisson):
+    """Another sampler of the same fields."""
+
+    title = "another"
+
+
 def with_ledger(run, **changes):
     return run._replace(ledger=dataclasses.replace(run.ledger, **changes))
 
@@ -204,13 +215,16 @@ OTHERS = {
     "epsilon": lambda run: with_ledger(run, epsilon=2.5),
     "delta": lambda run: with_ledger(run, delta=2e-4),
     "noise_multiplier": lambda run: with_mechanism(run, noise_multiplier=9.0),
-    "sampling_prob": lambda run: with_mechanism(run, sampling_prob=0.01),
-    "num_examples": lambda run: with_mechanism(
+    "sampler.sampling_prob": lambda run: with_sampler(run, sampling_prob=0.01),
+    "sampler.title": lambda run: with_mechanism(
+        run, sampler=Renamed(**dataclasses.asdict(run.phases[0].mechanism.sampler))
+    ),
+    "num_examples": lambda run: with_sampler(
         run._replace(train=run.train.select(np.arange(1000))), num_examples=1000
     ),
     "steps": lambda run: with_mechanism(run, steps=20),
     "bound": lambda run: run._replace(phases=(run.phases[0]._replace(bound=2.0),)),
-    "clipping.kind": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
+    "clipping.function": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
     "data": lambda run: run._replace(train=run.train.select(np.arange(1617)[::-1])),
 }
 
@@ -277,7 +291,7 @@ def test_phases_resume_bit_for_bit_and_share_no_draw(tmp_path, monkeypatch):
     monkeypatch.setattr(
         dp.Mechanism,
         "indices",
-        lambda self, seed, step: drawn.append(step) or real(self, seed, step),
+        lambda self, seed, step, first: drawn.append(step) or real(self, seed, step, first=first),
     )
     loop.train(run, Workdir(tmp_path / "whole"))
     assert sorted(drawn) == list(range(10))

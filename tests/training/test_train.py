@@ -106,7 +106,8 @@ def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
 def sum_of(run):
     """The clipped sum of a first step over all examples, through the product, as one vector."""
     phase = run.phases[0]
-    mechanism = dataclasses.replace(phase.mechanism, num_examples=len(run.train))
+    sampler = dataclasses.replace(phase.mechanism.sampler, num_examples=len(run.train))
+    mechanism = dataclasses.replace(phase.mechanism, sampler=sampler)
     run = run._replace(phases=(phase._replace(mechanism=mechanism),))
     (prepared,) = phases.prepare(run, 5)
     steps, hyper = prepared.steps, prepared.hyper
@@ -127,7 +128,7 @@ def moved_by_the_first_example():
     run = build.build(tiny_config(finetune="head", data__shift=2))
     run = run._replace(train=run.train.select(np.arange(200)))
     phase = run.phases[0]
-    everyone = dataclasses.replace(phase.mechanism, sampler="full_batch", sampling_prob=1.0)
+    everyone = dataclasses.replace(phase.mechanism, sampler=dp.FullBatch(num_examples=200))
     run = run._replace(phases=(phase._replace(mechanism=everyone),))
     without = run._replace(train=run.train.select(np.arange(1, 200)))
     return np.linalg.norm(sum_of(run) - sum_of(without))
@@ -246,6 +247,7 @@ MISTAKES = {
     "clipping": ({"dp__clipping": "flatt"}, "Did you mean 'flat'"),
     "sampler": ({"dp__sampler": "shuffle"}, "sampler='shuffle'"),
     "truncation": ({"dp__max_batch_size": 9}, "max_batch_size=9"),
+    "no truncation": ({"dp__sampler": "truncated_poisson"}, "argument: 'max_batch_size'"),
     "data set": ({"data__name": "mnist6k"}, "mnist6k"),
     "data not prepared": ({"data__name": "cifar10", "data__data_dir": "/nowhere"}, "prepare"),
     "split": ({"data__train_split": "trane"}, "trane"),

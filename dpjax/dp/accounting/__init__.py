@@ -6,6 +6,7 @@ from dpjax.dp.accounting.accountant import (
     Events,
     calibrate_noise_multiplier,
     check_budget,
+    check_supported,
     delta,
     epsilon,
     falling_root,
@@ -13,6 +14,7 @@ from dpjax.dp.accounting.accountant import (
 from dpjax.dp.accounting.events import fixed_size, full_batch, poisson, truncated_poisson
 
 __all__ = [
-    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget", "delta",
-    "epsilon", "falling_root", "fixed_size", "full_batch", "poisson", "truncated_poisson",
+    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget",
+    "check_supported", "delta", "epsilon", "falling_root", "fixed_size", "full_batch", "poisson",
+    "truncated_poisson",
 ]  # fmt: skip

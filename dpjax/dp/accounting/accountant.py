@@ -8,7 +8,6 @@ Results are cached on disk (`cache`).
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from dpjax.dp.accounting.events import (
     doubled,
     fixed_size,
     full_batch,
+    known,
     map_leaves,
     neighbors,
     num_sampled,
@@ -34,8 +34,9 @@ from dpjax.dp.accounting.events import (
 )
 
 __all__ = [
-    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget", "delta",
-    "epsilon", "falling_root", "fixed_size", "full_batch", "poisson", "truncated_poisson",
+    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget",
+    "check_supported", "delta", "epsilon", "falling_root", "fixed_size", "full_batch", "poisson",
+    "truncated_poisson",
 ]  # fmt: skip
 
 Events: TypeAlias = "dpa.DpEvent | Sequence[dpa.DpEvent]"
@@ -102,6 +103,21 @@ def delta(
         epsilon=1.0, delta=1e-5, accountant=accountant, relation=relation, grid=grid
     )
     return budget.spent(_compose(events), at_epsilon=float(epsilon))
+
+
+def check_supported(events: Events, accountant: str, relation: str) -> None:
+    """Raises ValueError, naming all three, where an accountant does not know an event."""
+    kinds = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}
+    kind = kinds[known("accountant", accountant, ACCOUNTANTS)]
+    event = _compose(events)
+    if not kind(neighboring_relation=RELATIONS[known("relation", relation, RELATIONS)]).supports(
+        event
+    ):
+        raise ValueError(
+            f"accountant={accountant!r} with relation={relation!r} cannot account for {event!r} "
+            "(fixed_size needs 'rdp' with 'replace_one'; truncated_poisson needs 'pld'; poisson "
+            "under 'replace_one' needs 'pld')."
+        )
 
 
 def check_budget(epsilon: float, delta: float, num_examples: int | None = None) -> None:
@@ -219,8 +235,8 @@ class _Budget(NamedTuple):
     def checked(cls, num_examples: int | None = None, **kwargs: Any) -> _Budget:
         new = cls(**kwargs)
         check_budget(new.epsilon, new.delta, num_examples)
-        _known("accountant", new.accountant, ACCOUNTANTS)
-        _known("relation", new.relation, tuple(RELATIONS))
+        known("accountant", new.accountant, ACCOUNTANTS)
+        known("relation", new.relation, RELATIONS)
         grid = None if new.grid is None else positive("grid", new.grid)
         return new._replace(epsilon=float(new.epsilon), delta=float(new.delta), grid=grid)
 
@@ -246,14 +262,8 @@ class _Budget(NamedTuple):
         else:
             made = rdp.RdpAccountant(_ORDERS, relation)
             event = map_leaves(event, doubled) if self.relation == "replace_one" else event
-        try:
-            return made.compose(event)
-        except dpa.UnsupportedEventError as error:
-            raise ValueError(
-                f"accountant={self.accountant!r} with relation={self.relation!r} cannot account "
-                f"for {event!r} (fixed_size needs 'rdp' with 'replace_one'; truncated_poisson "
-                "needs 'pld'; poisson under 'replace_one' needs 'pld')."
-            ) from error
+        check_supported(event, self.accountant, self.relation)
+        return made.compose(event)
 
 
 def _compose(events: Events) -> dpa.DpEvent:
@@ -311,9 +321,3 @@ def _solve(event_at: Callable[[float], dpa.DpEvent], budget: _Budget, tol: float
             f"accountant={budget.accountant!r} here."
         )
     return math.exp(root)
-
-
-def _known(field: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, 1, 0.0)[0]
-        raise ValueError(f"{field}={name!r} is unknown; did you mean {nearest!r}?")

@@ -12,13 +12,15 @@ event measures noise in units of the sensitivity 2C, so `fixed_size` stores nois
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Collection
 
 import dp_accounting as dpa
 
 __all__ = [
-    "count", "doubled", "fixed_size", "fraction", "full_batch", "map_leaves", "neighbors",
+    "count", "doubled", "fixed_size", "fraction", "full_batch", "known", "map_leaves", "neighbors",
     "num_sampled", "poisson", "positive", "truncated_poisson", "untruncated",
 ]  # fmt: skip
 
@@ -186,6 +188,15 @@ def fraction(field: str, value: float) -> float:
 
 def count(field: str, value: int) -> int:
     """Returns an integer >= 1 as int, else a ValueError that names the field."""
-    if isinstance(value, bool) or not 1 <= value < math.inf or value != int(value):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
         raise ValueError(f"{field}={value} must be an integer >= 1.")
     return int(value)
+
+
+def known(field: str, name: str, names: Collection[str]) -> str:
+    """Returns a name that is known, else a ValueError that names the field and the nearest one."""
+    if name not in names:
+        nearest = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
+        raise ValueError(f"{field}={name!r} is unknown; did you mean {nearest!r}?")
+    return name

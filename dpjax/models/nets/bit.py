@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
+from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
 from dpjax.models.nets.layers import GroupNorm, StandardizedConv
-from dpjax.models.weights import Source, load_weights, read_tensors, translate
+from dpjax.models.weights import Source, Tensors, loader
 
 __all__ = ["RESNETS", "ResNetConfig", "resnet_v2"]
 
@@ -110,7 +110,8 @@ def _drop_ones(kernel: np.ndarray) -> np.ndarray:
     return kernel[0, 0]
 
 
-def _bit(cfg: ResNetConfig, classes: int) -> dict[str, Source]:
+def _bit(cfg: ResNetConfig, tensors: Tensors, classes: int) -> dict[str, Source]:
+    del tensors  # of one layout
     kernel = "standardized_conv2d/kernel"
     table = {
         "stem/kernel": Source(f"resnet/root_block/{kernel}", (7, 7, cfg.channels, cfg.width)),
@@ -146,14 +147,6 @@ def _bit(cfg: ResNetConfig, classes: int) -> dict[str, Source]:
     return table
 
 
-def _load(cfg: ResNetConfig, params: Params, path: str, *, head: bool = False) -> Params:
-    tensors, kept = read_tensors(path), None if head else "head"
-    if set(tensors) & set(flatten(params)):
-        return load_weights(path, params, head=kept)
-    table = _bit(cfg, params["head"]["bias"].shape[0])
-    return translate(params, tensors, table, origin=path, head=kept)
-
-
 def resnet_v2(
     config: ResNetConfig,
     num_classes: int,
@@ -166,20 +159,13 @@ def resnet_v2(
     Norm paths: `stages_i_blocks_j/{norm1,norm2,norm3}` and `norm`, each with scale and bias. `load`
     reads BiT `.npz` files and files of `save_weights`.
 
-    Args:
-        config: the shape; `RESNETS` has the usual ones.
-        num_classes: number of classes.
-        head_init: "zero", "random" or "near_zero".
-        dtype: compute dtype of the convolutions.
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments and errors are those of `vision_transformer`; `RESNETS` has the usual shapes.
     """
     half = (0.5,) * config.channels
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),
         InputSpec(config.image_size, config.channels, half, half),
-        partial(_load, config),
+        loader(partial(_bit, config)),
         width=config.features,
         num_classes=num_classes,
         head_init=head_init,

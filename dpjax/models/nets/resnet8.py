@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten, from_linen
+from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
 from dpjax.models.nets.layers import Affine, conv, fold_norm
-from dpjax.models.weights import Source, load_weights, read_tensors, translate
+from dpjax.models.weights import Source, Tensors, loader
 
 __all__ = ["resnet8"]
 
@@ -53,7 +53,8 @@ class _Backbone(nn.Module):
         return jnp.moveaxis(pooled, -1, -3).reshape(*x.shape[:-3], -1)
 
 
-def _published(classes: int) -> dict[str, Source]:
+def _published(tensors: Tensors, classes: int) -> dict[str, Source]:
+    del tensors  # of one layout
     fold = partial(fold_norm, epsilon=_EPSILON)
     table = fold("stem", "norm_stem", "conv1.weight", "bn1", (_STEM, 3, 3, 3))
     width = _STEM
@@ -80,14 +81,6 @@ def _published(classes: int) -> dict[str, Source]:
     return table
 
 
-def _load(params: Params, path: str, *, head: bool = False) -> Params:
-    tensors, kept = read_tensors(path), None if head else "head"
-    if set(tensors) & set(flatten(params)):
-        return load_weights(path, params, head=kept)
-    table = _published(params["head"]["bias"].shape[0])
-    return translate(params, tensors, table, origin=path, head=kept, ignore=r"num_batches_tracked$")
-
-
 def resnet8(
     num_classes: int, *, head_init: str = "zero", dtype: jnp.dtype | str = "float32"
 ) -> Model:
@@ -97,19 +90,13 @@ def resnet8(
     convolutions, so examples are independent. Norm paths: `norm_stem`,
     `stages_i/{norm1,norm2,norm_shortcut}`, each with scale and bias.
 
-    Args:
-        num_classes: number of classes.
-        head_init: "zero", "random" or "near_zero".
-        dtype: compute dtype of the convolutions.
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments and errors are those of `vision_transformer`, without a shape.
     """
     spec = InputSpec(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     return from_linen(
         _Backbone(compute_dtype(dtype)),
         spec,
-        _load,
+        loader(_published, ignore=r"num_batches_tracked$"),
         width=_WIDTH,
         num_classes=num_classes,
         head_init=head_init,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dpjax.models.model import Model, Params, TextSpec, compute_dtype, flatten, from_linen
+from dpjax.models.model import Model, TextSpec, compute_dtype, from_linen
 from dpjax.models.nets.blocks import Attention, Mlp
-from dpjax.models.weights import Source, Tensors, load_weights, read_tensors, translate
+from dpjax.models.weights import Source, Tensors, loader
 
 __all__ = ["TEXT_SIZES", "TextConfig", "text_encoder"]
 
@@ -142,19 +141,12 @@ def text_encoder(
     published pooler and language-model heads are not part of it. `load` reads Hugging Face
     `.safetensors` of BERT and DistilBERT, and files of `save_weights`.
 
-    Args:
-        config: the shape; `TEXT_SIZES` has the usual ones.
-        num_classes: number of classes.
-        head_init: "zero", "random" or "near_zero".
-        dtype: compute dtype of the blocks; parameters, softmax and logits are float32.
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments and errors are those of `vision_transformer`; `TEXT_SIZES` has the usual shapes.
     """
     return from_linen(
         _Backbone(config, compute_dtype(dtype)),
         TextSpec(config.max_length, config.vocab_size, config.pad_id),
-        partial(_load, config),
+        loader(partial(_table, config), ignore=_IGNORE),
         width=config.width,
         num_classes=num_classes,
         head_init=head_init,
@@ -162,8 +154,6 @@ def text_encoder(
 
 
 # Published weights: Hugging Face `.safetensors` of BERT and DistilBERT, and `save_weights` files.
-
-Table = dict[str, Source]
 
 # Buffers, and layers between the features and the published heads.
 _IGNORE = (
@@ -197,13 +187,22 @@ def _transposed(tensor: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(tensor.T)
 
 
-def _table(cfg: TextConfig, classes: int, prefix: str, layer: str, names: dict[str, str]) -> Table:
+def _table(cfg: TextConfig, tensors: Tensors, classes: int) -> dict[str, Source]:
+    distil = any(".q_lin." in name for name in tensors)
+    layer, names = ("transformer.layer", _DISTILBERT) if distil else ("encoder.layer", _BERT)
+    prefix = next(
+        (p for p in ("bert.", "distilbert.") if f"{p}embeddings.word_embeddings.weight" in tensors),
+        "",
+    )
     d, embed = cfg.width, f"{prefix}embeddings"
-    table: Table = {
+    # The oldest files spell the parameters of norms in their own way.
+    old = f"{embed}.LayerNorm.gamma" in tensors
+    scale, bias = ("gamma", "beta") if old else ("weight", "bias")
+    table = {
         "embed/word": Source(f"{embed}.word_embeddings.weight", (cfg.vocab_size, d)),
         "embed/position": Source(f"{embed}.position_embeddings.weight", (cfg.positions, d)),
-        "embed/norm/scale": Source(f"{embed}.LayerNorm.weight", (d,)),
-        "embed/norm/bias": Source(f"{embed}.LayerNorm.bias", (d,)),
+        "embed/norm/scale": Source(f"{embed}.LayerNorm.{scale}", (d,)),
+        "embed/norm/bias": Source(f"{embed}.LayerNorm.{bias}", (d,)),
         "head/kernel": Source("classifier.weight", (classes, d), _transposed),
         "head/bias": Source("classifier.bias", (classes,)),
     }
@@ -215,45 +214,11 @@ def _table(cfg: TextConfig, classes: int, prefix: str, layer: str, names: dict[s
         for ours, theirs in names.items():
             path, name = f"blocks_{index}/{ours}", f"{prefix}{layer}.{index}.{theirs}"
             if ours.startswith("norm"):
-                table[f"{path}/scale"] = Source(f"{name}.weight", (d,))
-                table[f"{path}/bias"] = Source(f"{name}.bias", (d,))
+                table[f"{path}/scale"] = Source(f"{name}.{scale}", (d,))
+                table[f"{path}/bias"] = Source(f"{name}.{bias}", (d,))
                 continue
             inputs = cfg.mlp if ours == "mlp/fc2" else d
             outputs = cfg.mlp if ours == "mlp/fc1" else d
             table[f"{path}/kernel"] = Source(f"{name}.weight", (outputs, inputs), _transposed)
             table[f"{path}/bias"] = Source(f"{name}.bias", (outputs,))
     return table
-
-
-def _modern(tensors: Tensors) -> Tensors:
-    """Renames gamma and beta of norms, as the oldest files spell them, to weight and bias."""
-    names = {
-        name: re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name).replace(
-            "LayerNorm.gamma", "LayerNorm.weight"
-        )
-        for name in tensors
-    }
-    return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def _load(cfg: TextConfig, params: Params, path: str, *, head: bool = False) -> Params:
-    """Loads a weight file into the parameters of a text encoder; see `Loader`.
-
-    Args:
-        cfg: shape of the encoder.
-        params: its parameters.
-        path: a Hugging Face `.safetensors` of BERT or DistilBERT, or a file of `save_weights`.
-        head: whether the file's `classifier` is loaded too.
-    """
-    tensors, kept = read_tensors(path), None if head else "head"
-    if set(tensors) & set(flatten(params)):
-        return load_weights(path, params, head=kept)
-    tensors = _modern(tensors)
-    distil = any(".q_lin." in name for name in tensors)
-    prefix = next(
-        (p for p in ("bert.", "distilbert.") if f"{p}embeddings.word_embeddings.weight" in tensors),
-        "",
-    )
-    layer, names = ("transformer.layer", _DISTILBERT) if distil else ("encoder.layer", _BERT)
-    table = _table(cfg, params["head"]["bias"].shape[0], prefix, layer, names)
-    return translate(params, tensors, table, origin=path, head=kept, ignore=_IGNORE)

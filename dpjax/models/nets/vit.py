@@ -178,7 +178,6 @@ def vision_transformer(
 # `save_weights`.
 
 Table = dict[str, Source]
-Resize = Callable[[np.ndarray], np.ndarray]
 
 
 def _transposed(tensor: np.ndarray) -> np.ndarray:

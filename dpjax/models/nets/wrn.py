@@ -104,14 +104,7 @@ def wide_resnet(
     Norm paths: `stages_i_blocks_j/{norm1,norm2}` and `norm`, each with scale and bias. `load` reads
     files of `save_weights`; no weights are published in this layout.
 
-    Args:
-        config: the shape.
-        num_classes: number of classes.
-        head_init: "zero", "random" or "near_zero".
-        dtype: compute dtype of the convolutions.
-
-    Raises:
-        ValueError: an argument is out of range.
+    Arguments and errors are those of `vision_transformer`.
     """
     # Constants: statistics of the training data would be private.
     half = (0.5,) * config.channels

@@ -29,6 +29,7 @@ __all__ = [
     "Tensors",
     "load_plain",
     "load_weights",
+    "loader",
     "read_tensors",
     "save_weights",
     "translate",
@@ -211,6 +212,27 @@ def load_weights(path: str | os.PathLike[str], like: Params, *, head: str | None
     """
     table = {name: Source(name, tuple(leaf.shape)) for name, leaf in flatten(like).items()}
     return translate(like, read_tensors(path), table, origin=os.fspath(path), head=head)
+
+
+def loader(
+    table: Callable[[Tensors, int], Mapping[str, Source]], *, ignore: str | None = None
+) -> Callable[..., Params]:
+    """Returns the `Loader` of a model with a published layout; it reads our own files too.
+
+    Args:
+        table: maps the tensors of a published file and the number of classes to the table of
+            `translate`.
+        ignore: see `translate`.
+    """
+
+    def load(params: Params, path: str, *, head: bool = False) -> Params:
+        tensors, kept = read_tensors(path), None if head else "head"
+        if set(tensors) & set(flatten(params)):
+            return load_weights(path, params, head=kept)
+        sources = table(tensors, int(params["head"]["bias"].shape[0]))
+        return translate(params, tensors, sources, origin=path, head=kept, ignore=ignore)
+
+    return load
 
 
 def load_plain(params: Params, path: str, *, head: bool = False) -> Params:

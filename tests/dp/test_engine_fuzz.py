@@ -1,0 +1,97 @@
+"""The book-keeping engine against vmap on random loss programs; see `fuzz_programs`."""
+
+import collections
+import dataclasses
+import os
+
+import fuzz_programs
+import jax
+import pytest
+
+from dpjax.dp.engines import sites
+
+EVERYDAY, SHARE = 150, 25  # programs, and how many one test runs
+MANY = int(os.environ.get("DPJAX_FUZZ", "10000"))
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """No program is compiled twice, so none is worth a file."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+    jax.clear_caches()
+
+
+def report(seed, failure, *, smaller=False):
+    program = fuzz_programs.generate(seed)
+    if smaller:
+        program = fuzz_programs.shrink(program, failure.kind, fuzz_programs.rule_of(seed))
+    return f"{failure.kind}: {failure.text}\n{fuzz_programs.describe(program)}"
+
+
+@pytest.mark.parametrize("start", range(0, EVERYDAY, SHARE))
+def test_random_programs_give_vmaps_numbers_within_the_bound(start):
+    results = list(fuzz_programs.failures(range(start, start + SHARE)))
+    failed = [(seed, failure) for seed, failure in results if failure]
+    assert not failed, report(*failed[0], smaller=True)
+    assert len(results) >= 0.9 * SHARE  # vmap itself can run nearly all of them
+
+
+@pytest.mark.slow
+def test_many_random_programs():
+    kinds, failed = collections.Counter(), []
+    for seed, failure in fuzz_programs.failures(range(MANY)):
+        kinds[failure.kind if failure else "agree"] += 1
+        failed += [report(seed, failure)] if failure else []
+    print(*failed, dict(kinds), sep="\n")
+    assert not failed, f"{len(failed)} of {kinds.total()} programs: {dict(kinds)}"
+
+
+def operations(block):
+    for step in block.steps:
+        yield step.op, step.options
+        inner = step.options.get("blocks", [step.options.get("block")])
+        for part in inner:
+            if part is not None:
+                yield from operations(part)
+
+
+def test_the_programs_of_every_day_are_of_every_kind():
+    seen, kinds, several = set(), collections.Counter(), 0
+    for seed in range(EVERYDAY):
+        program = fuzz_programs.generate(seed)
+        for op, options in operations(program.block):
+            seen |= {op, (op, options.get("how")), *((op, r) for r in options.get("roles", ()))}
+        params, batch = fuzz_programs.numbers_of(program)
+        example = {k: v[0] for k, v in batch.items()}
+        traced = sites.trace(fuzz_programs.loss_of(program), params, example)
+        several += any(len(group) > 1 for group in traced.groups)
+        kinds.update({
+            "derived" if group[0].view is None else group[0].kind for group in traced.groups
+        })  # fmt: skip
+    assert len(set(fuzz_programs.OPS) - seen) <= 4
+    assert seen >= {("scan", role) for role in ("const", "xs", "carry", "decay", "indexed")}
+    assert seen >= {("call", how) for how in ("jit", "remat", "custom_vjp", "gradient")}
+    assert min(kinds[kind] for kind in ("dot", "conv", "embed", "derived")) >= 8, kinds
+    assert several >= 20
+
+
+def without_layout(site):
+    """The fault that this fuzz is for: uses of a derived kernel in two layouts, taken for one."""
+
+    def faulty(eqn, *args):
+        found = site(eqn, *args)
+        if found is None or found.view is not None:
+            return found
+        return dataclasses.replace(found, weight_id=(found.key[:-1], eqn.invars[found.operand]))
+
+    return faulty
+
+
+def test_it_finds_a_weights_identity_without_its_layout(monkeypatch):
+    monkeypatch.setattr(sites, "_site", without_layout(sites._site))
+    found = next((f for _, f in fuzz_programs.failures(range(EVERYDAY)) if f), None)
+    assert found is not None
