@@ -224,14 +224,19 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     size = capacity.physical_batch(run.config, prepared, params, run.train)
     seed = seeds.sampler_seed(private_seed)
     state: TrainState | None = None
-    for index, span in enumerate(phases.spans(run.phases)):
-        ledger = ledger.charge(index, len(span))
-        phase = prepared[index]
+    for index, phase in enumerate(prepared):
+        ledger = ledger.charge(index, len(phase.span))
         frozen, state = phase.begin(params, state)
         chunks = feed.physical_chunks(
-            run.train, phase.phase, run.layout, seed=seed, size=size, steps=span, first=span.start
+            run.train,
+            phase.phase,
+            run.layout,
+            seed=seed,
+            size=size,
+            steps=phase.span,
+            first=phase.span.start,
         )
-        for step in span:
+        for step in phase.span:
             state, *_ = phase.execute(state, frozen, step, chunks)
             bar.update()
         params = finetune.join(run.layout.gather(state.trainable), frozen)

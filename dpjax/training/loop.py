@@ -105,11 +105,11 @@ def train(
         )
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
-        for index, span in enumerate(phases.spans(run.phases)):
+        for index, one in enumerate(prepared):
             # A phase that ended at `done` is entered too: it executes no step, but rebuilds all
             # parameters from its final state. What earlier phases trained is in the checkpoint.
-            if span.stop >= done:
-                params, state = _run_phase(job, index, span, params, state, done)
+            if one.span.stop >= done:
+                params, state = _run_phase(job, index, params, state, done)
     # The temperature's release is charged before it is made, like a step.
     fitting = 0 if run.temperature is None else run.temperature.mechanism.steps
     spending.record(_total(run) + fitting)
@@ -154,14 +154,13 @@ class _Job(NamedTuple):
 
 
 def _run_phase(
-    job: _Job, index: int, span: range, params: Params, before: TrainState | None, done: int
+    job: _Job, index: int, params: Params, before: TrainState | None, done: int
 ) -> tuple[Params, TrainState]:
-    """Executes the steps of `span` that have not been executed yet.
+    """Executes the steps of a phase that have not been executed yet.
 
     Args:
         job: shared objects.
         index: number of the phase.
-        span: its steps, counted over all phases.
         params: all parameters at its start.
         before: the state restored from a checkpoint, or the last state of the previous phase.
         done: steps executed before this process began.
@@ -170,7 +169,8 @@ def _run_phase(
         All parameters, and the state after the last step.
     """
     run, config = job.run, job.run.config
-    phase, prepared = run.phases[index], job.prepared[index]
+    prepared = job.prepared[index]
+    phase, span = prepared.phase, prepared.span
     start = max(span.start, done)
     frozen, state = prepared.begin(params, before, restored=done > span.start)
     about = {"phase": index, "config": digest(config), "identity": job.identity}

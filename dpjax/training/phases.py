@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, Steps, TrainState, at_bound, carry_over, make_steps
 from dpjax.training.feed import Chunk
 
-__all__ = ["Prepared", "checkpoint_like", "prepare", "spans"]
+__all__ = ["Prepared", "checkpoint_like", "prepare"]
 
 
 class Prepared(NamedTuple):
@@ -32,6 +31,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         phase: the phase to execute.
+        span: its step numbers, counted over all phases.
         steps: its jitted functions.
         hyper: its traced values.
         layout: where parameters, state and batches live.
@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     """
 
     phase: Phase
+    span: range
     steps: Steps
     hyper: Hyper
     layout: Layout
@@ -103,14 +104,9 @@ class Prepared(NamedTuple):
         return state, facts, chunk.rows
 
 
-def spans(phases: Sequence[Phase]) -> list[range]:
-    """Returns the step numbers of each phase, counted over all phases."""
-    ends = itertools.accumulate(phase.steps for phase in phases)
-    return [range(end - phase.steps, end) for phase, end in zip(phases, ends, strict=True)]
-
-
 # Phases of one training differ in traced values only. With the same jitted functions (same loss,
-# optimizer and layout objects), the second phase compiles nothing.
+# optimizer and layout objects), the second phase compiles nothing, and neither do the runs of an
+# audit after the first.
 _make_steps = functools.lru_cache(maxsize=2)(make_steps)
 
 
@@ -127,11 +123,14 @@ def prepare(run: Run, private_seed: int) -> tuple[Prepared, ...]:
     """
     prepared: list[Prepared] = []
     before: list[Callable[[str], bool]] = []
+    first = 0
     for phase in run.phases:
+        span = range(first, first + phase.steps)
+        first = span.stop
         steps, hyper = _functions(run, phase), _values(run, phase, private_seed)
         continues = bool(prepared) and prepared[-1].phase.training == phase.training
         trained = functools.partial(_any_of, tuple(before))
-        prepared.append(Prepared(phase, steps, hyper, run.layout, continues, trained))
+        prepared.append(Prepared(phase, span, steps, hyper, run.layout, continues, trained))
         before.append(phase.trainable)
     return tuple(prepared)
 
