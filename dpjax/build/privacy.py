@@ -53,8 +53,10 @@ def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
     )
     try:
         rule = make(config.bound if bound is None else bound, normalised=config.normalised)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:  # a user's function that takes other arguments
         raise ValueError(f"dp.clipping={config.clipping!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"dp.{error}") from error
     return returned("dp.clipping", config.clipping, rule, dp.ClipRule)
 
 

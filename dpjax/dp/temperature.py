@@ -60,7 +60,10 @@ def fit_temperature(
         (arXiv 2210.08248) with DP-SGD; bisection needs no learning rate.
     """
     if mechanism.sampler != FullBatch(num_examples=len(labels)):
-        raise ValueError(f"{mechanism} must be of full batches of the {len(labels)} examples.")
+        raise ValueError(
+            f"sampler={mechanism.sampler} must be FullBatch, with num_examples equal to the number "
+            f"of labels, {len(labels)}."
+        )
     if not 0 < bound < math.inf:
         raise ValueError(f"bound={bound} must be > 0 and finite.")
     scores = np.asarray(logits, np.float64)

@@ -64,7 +64,7 @@ from the mean head, tau counting from the start of probing. `split_bounds` is th
 the share t1 / T at a fixed T and s, which is one budget. Where its upper bound, or the prediction
 below, is least over shares is the predicted best share.
 
-`linearised` is no bound but a prediction: K is replaced by its value on the noiseless path plus
+`linearized` is no bound but a prediction: K is replaced by its value on the noiseless path plus
 what noise adds to its mean, 2 k tau XX'/n (half of that for ReLU); then m' = -K m and
 V' = -K V - V K + s^2 K for mean and covariance of e / sqrt(n), and E L = (|m|^2 + tr V) / 2.
 """
@@ -90,7 +90,7 @@ class Bounds(NamedTuple):
     times: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
-    linearised: np.ndarray
+    linearized: np.ndarray
 
 
 class Probe(NamedTuple):
@@ -166,7 +166,7 @@ def full_bounds(
         slow, fast = pair[0].min(), pair[1].max()
         upper.append(_relax(upper[-1], slow, noise**2 / 2 * pair[3].max(), step))
         lower.append(_relax(lower[-1], fast, noise**2 / 2 * pair[2].min(), step))
-    guess = _linearised(theta, data, noise, path, covariance, step=step, before=before)
+    guess = _linearized(theta, data, noise, path, covariance, step=step, before=before)
     times = step * np.arange(steps + 1)
     return Bounds(times, np.array(lower), np.array(upper), guess)
 
@@ -214,7 +214,7 @@ def _tube(
     return path, tube
 
 
-def _linearised(
+def _linearized(
     theta: Theta,
     data: Problem,
     noise: float,

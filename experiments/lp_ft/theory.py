@@ -56,7 +56,7 @@ def compute(size: str) -> Row:
                         **about, "LP share": share, "lower": bounds.lower[-1],
                         "measured": float(runs.loss[:, -1].mean()),
                         "2 s.e.": float(2 * error[-1]), "upper": bounds.upper[-1],
-                        "linearised": bounds.linearised[-1], "left": left,
+                        "linearized": bounds.linearized[-1], "left": left,
                     })  # fmt: skip
                     if share in (0.0, 0.5, 1.0) and epsilon == epsilons[len(epsilons) // 2]:
                         curves.append({
@@ -64,7 +64,7 @@ def compute(size: str) -> Row:
                             "measured": runs.loss.mean(axis=0).tolist(),
                             "error": (2 * error).tolist(),
                             **{name: getattr(bounds, name)[:: two_layer.EVERY].tolist()
-                               for name in ("lower", "upper", "linearised")},
+                               for name in ("lower", "upper", "linearized")},
                         })  # fmt: skip
     return {"rows": rows, "curves": curves}
 
@@ -86,7 +86,7 @@ def parts(found: Row) -> list[str | Table | Figure]:
             "network": network, "head": head, "epsilon": epsilon, "s": same[0]["s"],
             "best share, measured": least["LP share"],
             "shares within 2 s.e.": f"{min(tied):g} to {max(tied):g}",
-            "predicted, linearized": min(same, key=lambda r: r["linearised"])["LP share"],
+            "predicted, linearized": min(same, key=lambda r: r["linearized"])["LP share"],
             "predicted, upper bound": min(same, key=lambda r: r["upper"])["LP share"],
             "outside the bounds": sum(
                 not r["lower"] - r["2 s.e."] <= r["measured"] <= r["upper"] + r["2 s.e."]
@@ -119,7 +119,7 @@ def _theory_shares(rows: list[Row]) -> Figure:
             shares = [r["LP share"] for r in same]
             axes.errorbar(shares, [r["measured"] for r in same], [r["2 s.e."] for r in same],
                           fmt="o", ms=4, color=colour, label=f"epsilon {epsilon:g}")  # fmt: skip
-            axes.plot(shares, [r["linearised"] for r in same], color=colour)
+            axes.plot(shares, [r["linearized"] for r in same], color=colour)
         axes.set(xlabel="share of time that probes", yscale="log", title=f"{network}, {head} head")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("loss at the end")
@@ -140,7 +140,7 @@ def _theory_curves(curves: list[Row]) -> Figure:
         for index, c in enumerate(same):
             colour = f"C{index}"
             axes.fill_between(c["times"], c["lower"], c["upper"], color=colour, alpha=0.15)
-            axes.plot(c["times"], c["linearised"], color=colour, lw=1)
+            axes.plot(c["times"], c["linearized"], color=colour, lw=1)
             axes.plot(c["times"], c["measured"], "o", ms=3, color=colour, markevery=2,
                       label=f"share {c['share']:g}")  # fmt: skip
         axes.set(xlabel="time", yscale="log",

@@ -113,7 +113,7 @@ def test_the_table_is_rebuilt_from_files_alone(finished, capsys):
     ("more", "message"),
     [
         (["--stages=tuen"], "stages='tuen' must be one of"),
-        (["--config=nothing.py"], "config='nothing.py' is not a file"),
+        (["--config=nothing.py"], "config='nothing.py' is neither a file nor one of"),
         (["--weights=efficientnet_lite9"], "efficientnet_lite9"),
         (["--epsilons=0"], "epsilon=0"),
         (["--epsilons=one"], "one"),

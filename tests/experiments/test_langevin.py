@@ -54,11 +54,11 @@ def test_the_bounds_can_fail():
 
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_linearised_prediction(relu, share):
+def test_linearized_prediction(relu, share):
     theta, task = start(relu, "random")
     bounds = langevin.split_bounds(theta, task, 0.1, time=TIME, step=STEP, share=share)
     _, mean, error = simulated(theta, task, 0.1, share)
-    assert abs(bounds.linearised[-1] - mean[-1]) < 3 * error[-1] + 0.15 * mean[-1]
+    assert abs(bounds.linearized[-1] - mean[-1]) < 3 * error[-1] + 0.15 * mean[-1]
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
@@ -87,7 +87,7 @@ def test_more_noise_wants_more_probing():
 
     def best(noise):
         found = [
-            langevin.split_bounds(theta, task, noise, time=TIME, step=STEP, share=s).linearised[-1]
+            langevin.split_bounds(theta, task, noise, time=TIME, step=STEP, share=s).linearized[-1]
             for s in shares
         ]
         return shares[int(np.argmin(found))]

@@ -49,13 +49,13 @@ def test_simulated_losses_are_inside_the_bounds(finished):
         assert row["outside the bounds"] == "0"
         assert float(row["left the tube, largest"]) < 0.1
     for row in table(finished, "theory"):
-        error = abs(float(row["linearised"]) - float(row["measured"]))
+        error = abs(float(row["linearized"]) - float(row["measured"]))
         assert error < 2 * float(row["2 s.e."]) + 0.2 * float(row["measured"])
 
 
 def test_a_larger_budget_wants_no_more_probing(finished):
     best = {
-        (r["network"], r["head"], float(r["epsilon"])): float(r["predicted, linearised"])
+        (r["network"], r["head"], float(r["epsilon"])): float(r["predicted, linearized"])
         for r in table(finished, "theory_best")
     }
     for network in ("linear", "ReLU"):

@@ -174,7 +174,7 @@ def test_hosts_that_disagree_are_told_before_any_step(two):
 def test_a_mistake_of_one_host_ends_all(two):
     for report in two[1]:
         assert report["mistake"]["code"] == 2
-        assert "error: host 1: model.size='minni'" in report["mistake"]["said"]
+        assert "dpjax train: host 1: model.size='minni'" in report["mistake"]["said"]
     assert not (two[0] / "typo").exists()
 
 

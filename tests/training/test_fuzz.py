@@ -236,7 +236,7 @@ def test_labels_out_of_range_are_named_however_far(labels):
 def test_tiny_data_sets_train_to_the_end(labels, batch_size, monkeypatch, tmp_path):
     """Many of these batches are empty; every step is executed, counted and finite."""
     train = dataset(labels)
-    monkeypatch.setattr(build.data, "opened", lambda config: (train, dataset([0, 1], seed=1)))
+    monkeypatch.setattr(build.data, "opened", lambda config, spec: (train, dataset([0, 1], seed=1)))
     config = config_of(
         dp__delta=1e-3, batch_size=batch_size, epochs=3.0, physical_batch=8, eval_every=100
     )

@@ -247,7 +247,7 @@ MISTAKES = {
     "clipping": ({"dp__clipping": "flatt"}, "Did you mean 'flat'"),
     "sampler": ({"dp__sampler": "shuffle"}, "sampler='shuffle'"),
     "truncation": ({"dp__max_batch_size": 9}, "max_batch_size=9"),
-    "no truncation": ({"dp__sampler": "truncated_poisson"}, "argument: 'max_batch_size'"),
+    "no truncation": ({"dp__sampler": "truncated_poisson"}, "dp.max_batch_size=None must be given"),
     "data set": ({"data__name": "mnist6k"}, "mnist6k"),
     "data not prepared": ({"data__name": "cifar10", "data__data_dir": "/nowhere"}, "prepare"),
     "split": ({"data__train_split": "trane"}, "trane"),
