@@ -46,7 +46,7 @@ def default() -> ConfigDict:
     """Returns the default of every field, locked: assigning to an unknown field is an error."""
     config = ConfigDict(
         {
-            # Public randomness: initialisation, augmentation, subsets.
+            # Public randomness: initialization, augmentation, subsets.
             "seed": 0,
             # Secret randomness: batches and noise. None draws it from the operating system, once
             # per run. A number makes the run repeatable and is for study, not for release.
@@ -69,7 +69,7 @@ def default() -> ConfigDict:
                 "shift": 0,  # augmentation: random shifts by up to so many pixels
                 "flip": False,  # augmentation: random horizontal flips
                 "crop": 0,  # augmentation: random crops after padding by so many pixels
-                "pixel_noise": 0.0,  # augmentation: Gaussian noise on normalised pixels
+                "pixel_noise": 0.0,  # augmentation: Gaussian noise on normalized pixels
                 # After these, MODULE:FUNCTION of yours (image, *, key -> image), on one image.
                 "augmentation": placeholder(str),
                 "multiplicity": 1,  # augmented views of an example, averaged before clipping
@@ -104,7 +104,7 @@ def default() -> ConfigDict:
                 "sampler": "poisson",
                 "max_batch_size": placeholder(int),  # for truncated_poisson
                 # flat, per_layer, automatic, global, or MODULE:FUNCTION of yours
-                # (bound, normalised -> dp.ClipRule)
+                # (bound, normalized -> dp.ClipRule)
                 "clipping": "flat",
                 "bound": 1.0,  # C, in units of gradient norm
                 # C by fraction of the epochs, instead of `bound`: ((0.0, 0.1), (0.95, 20.0)) ends
@@ -118,7 +118,7 @@ def default() -> ConfigDict:
                     "lower_bound": 0.1,  # C never falls below it (arXiv 2506.01396)
                     "count_noise": placeholder(float),  # standard deviation; None: B / 20
                 },
-                "normalised": True,  # divide by C: sensitivity 1, learning rate independent of C
+                "normalized": True,  # divide by C: sensitivity 1, learning rate independent of C
                 "gamma": 0.01,  # of automatic clipping
                 "method": "auto",  # auto, bookkeeping, vmap
                 # Fit one temperature on a share of the training data that nothing else reads, at
@@ -143,7 +143,7 @@ def default() -> ConfigDict:
             # Examples sent to the devices at once; "auto": as many as fit, from compiled memory.
             "physical_batch": FieldReference(64, field_type=object),
             "microbatch": placeholder(int),  # examples per device in memory at once
-            # Parameters and optimiser state: "replicated", or spread over the devices: "fsdp" for
+            # Parameters and optimizer state: "replicated", or spread over the devices: "fsdp" for
             # all of them, "fsdp:REGEX" for those whose path matches.
             "sharding": "replicated",
             "optimizer": {
@@ -156,13 +156,13 @@ def default() -> ConfigDict:
                 # the step, counted after the warm-up, to a fraction of the learning rate)
                 "schedule": "constant",
                 "warmup": 0,  # steps of linear warm-up
-                "options": {},  # of the optax optimiser, such as b1 or momentum
+                "options": {},  # of the optax optimizer, such as b1 or momentum
             },
             # After training, attack the guarantee on runs of its own, see `dpjax.audit`; the result
             # stands in the statement. Its files are not covered by the run's guarantee.
             "audit": {
                 "count": 0,  # canaries of a single run; 0 leaves the audit out
-                "canaries": "gradient",  # gradient, mislabelled, random
+                "canaries": "gradient",  # gradient, mislabeled, random
                 "runs": 1,  # or an even number of runs in two worlds
                 "confidence": 0.95,
             },

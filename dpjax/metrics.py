@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["EvalSums", "Reliability", "eval_sums", "reliability", "summarise"]
+__all__ = ["EvalSums", "Reliability", "eval_sums", "reliability", "summarize"]
 
 
 class EvalSums(NamedTuple):
@@ -97,7 +97,7 @@ def eval_sums(
     )
 
 
-def summarise(sums: EvalSums) -> dict[str, float]:
+def summarize(sums: EvalSums) -> dict[str, float]:
     """Returns flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/0, /1, ...
 
     Classes without examples have no entry. `mce` is the largest gap over non-empty bins.

@@ -34,7 +34,7 @@ _BATCHED = ("optimizer.learning_rate", "dp.bound", "dp.epsilon", "private_seed")
 _KNOWN = (
     "seed", "private_seed", "data.name", "data.data_dir", "data.train_split", "data.test_split",
     "data.subset", "data.holdout", "finetune", "dp.epsilon", "dp.delta", "dp.clipping",
-    "dp.bound", "dp.normalised", "dp.gamma", "dp.sampler", "batch_size", "epochs", "log_every",
+    "dp.bound", "dp.normalized", "dp.gamma", "dp.sampler", "batch_size", "epochs", "log_every",
     "physical_batch", "microbatch", "eval_every", "checkpoint_every", "dp.method",
     "keep_checkpoints",
 )  # fmt: skip
@@ -176,7 +176,7 @@ def _write(
         workdir.path.with_suffix(".failed").write_text("exit 3: parameters are not finite")
         return
     sums = _sums(leaves, jnp.asarray(test.values), jnp.asarray(test.labels))
-    found = metrics.summarise(sums)
+    found = metrics.summarize(sums)
     workdir.drop_metrics_after(0)
     steps = _steps(run)
     for step in range(1, steps + 1):

@@ -26,7 +26,7 @@ from dpjax.search import sweep
 
 __all__ = [
     "SIZES", "Figure", "Metric", "Result", "Row", "Table", "check_budgets", "field", "heatmap",
-    "interval", "read", "size", "summarise", "to_csv", "to_markdown", "write",
+    "interval", "read", "size", "summarize", "to_csv", "to_markdown", "write",
 ]  # fmt: skip
 
 SIZES = ("smoke", "laptop", "paper")
@@ -178,7 +178,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(numbers.mean()), float(stats.t.ppf(0.975, len(numbers) - 1) * spread)
 
 
-def summarise(
+def summarize(
     results: Iterable[Result], by: Mapping[str, str], metrics: Mapping[str, Metric]
 ) -> list[Row]:
     """Averages runs that agree in some fields, over whatever else differs: the seeds.
@@ -275,7 +275,7 @@ def heatmap(
     finite = grid[np.isfinite(grid)]
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 1.0))
     image = axes.imshow(grid, origin="lower", aspect="auto", cmap=cmap, vmin=low, vmax=high)
-    colours = plt.get_cmap(cmap)
+    colors = plt.get_cmap(cmap)
     for (x, y), value in cells.items():
         at = (xs.index(x), ys.index(y))
         if not math.isfinite(value):
@@ -284,7 +284,7 @@ def heatmap(
             axes.text(*at, empty, ha="center", va="center", color="0.3", fontsize=8)
             continue
         level = (value - low) / (high - low) if high > low else 0.5
-        dark = np.mean(colours(min(max(level, 0.0), 1.0))[:3]) < 0.5
+        dark = np.mean(colors(min(max(level, 0.0), 1.0))[:3]) < 0.5
         axes.text(
             *at, text.format(value), ha="center", va="center", fontsize=8,
             color="white" if dark else "black",

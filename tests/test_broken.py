@@ -46,7 +46,7 @@ class Trainer(NamedTuple):
         rows: indices -> physical chunks, -1 is padding.
         clipped: (scales [NUM], chunk) -> ClippedSum.
         start: () -> state of the noise.
-        update: (sum, realised size, state) -> (movement, state).
+        update: (sum, realized size, state) -> (movement, state).
         charge: ledger -> ledger, before every step.
     """
 
@@ -271,7 +271,7 @@ CHECKS = (
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("threshold", "parameters"),
-    meta_fields=("function", "grouping", "normalised"),
+    meta_fields=("function", "grouping", "normalized"),
 )
 class Unclipped(dp.ClipRule):
     """The mistake: factors of 1 whatever the norm."""
@@ -331,7 +331,7 @@ def same_noise_in_every_leaf(total, size, state):
     return movement, GaussianState(state.step + 1)
 
 
-def divided_by_the_realised_size(total, size, state):
+def divided_by_the_realized_size(total, size, state):
     movement, state = noise().update(total, state)
     return jax.tree.map(lambda m: m * (BATCH / max(size, 1)), movement), state
 
@@ -378,7 +378,7 @@ BROKEN = {
         {"indices": lambda step: MECHANISM.sampler.indices(11, step)[:BATCH]}, {sampler}
     ),
     "division by the realized size": Broken(
-        {"update": divided_by_the_realised_size}, {division, empty}
+        {"update": divided_by_the_realized_size}, {division, empty}
     ),
     "empty batches skipped": Broken({"update": skipping_empty_batches}, {empty}),
     "budget overrun": Broken({"charge": lambda ledger: ledger}, {budget}),

@@ -57,7 +57,7 @@ def loop(logits, labels, mask, bins=BINS):
 @given(st.integers(0, 10**6), st.sampled_from([0.1, 1.0, 8.0]), st.sampled_from([1, 7, 15]))
 def test_every_metric_is_its_definition(seed, scale, bins):
     logits, labels, mask = draw(seed, scale=scale)
-    ours = metrics.summarise(sums_of(logits, labels, mask, bins=bins))
+    ours = metrics.summarize(sums_of(logits, labels, mask, bins=bins))
     assert ours == pytest.approx(loop(logits, labels, mask, bins), rel=2e-5, abs=2e-6)
 
 
@@ -66,7 +66,7 @@ def test_against_scikit_learn():
     calibration = pytest.importorskip("sklearn.calibration")
     logits, labels, _ = draw(3, batch=600)
     sums = sums_of(logits, labels)
-    ours = metrics.summarise(sums)
+    ours = metrics.summarize(sums)
     probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)), np.float64)
     guess = probs.argmax(1)
     assert ours["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(labels, guess))
@@ -113,7 +113,7 @@ def test_shapes_types_and_low_precision_logits():
     assert {value.dtype for value in sums} == {jnp.dtype(jnp.float32)}
     assert [v.shape for v in sums] == [(), (), (), (5,), (5,), (9,), (9,), (9,)]
     rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16).astype(jnp.float32))
-    assert metrics.summarise(sums) == pytest.approx(loop(rounded, labels, mask, 9), rel=1e-4)
+    assert metrics.summarize(sums) == pytest.approx(loop(rounded, labels, mask, 9), rel=1e-4)
 
 
 def test_certain_and_uniform_predictions_fall_in_the_right_bins():
@@ -125,7 +125,7 @@ def test_certain_and_uniform_predictions_fall_in_the_right_bins():
     # Exactly on an edge, 1/4 with 4 bins: the bin to the left, as (0, 1/4] is closed on the right.
     flat = sums_of(np.zeros((8, 4), np.float32), np.arange(8) % 4, classes=4, bins=4)
     assert np.asarray(flat.bin_count).tolist() == [8, 0, 0, 0]
-    summary = metrics.summarise(flat)
+    summary = metrics.summarize(flat)
     assert summary["nll"] == pytest.approx(math.log(4))
     assert summary["ece"] == pytest.approx(0, abs=1e-6)
 
@@ -133,7 +133,7 @@ def test_certain_and_uniform_predictions_fall_in_the_right_bins():
 def test_an_overconfident_model():
     # Always sure, right three times in four: both calibration errors are 1/4.
     logits = np.tile(np.array([[40.0, 0, 0, 0, 0]], np.float32), (4, 1))
-    summary = metrics.summarise(sums_of(logits, np.array([0, 0, 0, 1])))
+    summary = metrics.summarize(sums_of(logits, np.array([0, 0, 0, 1])))
     assert summary["ece"] == summary["mce"] == pytest.approx(0.25)
     assert summary["class_accuracy/0"] == 1
     assert summary["class_accuracy/1"] == 0
@@ -144,11 +144,11 @@ def test_an_overconfident_model():
 def test_a_diverged_model_shows():
     logits, labels, _ = draw(5)
     logits[3] = np.nan
-    summary = metrics.summarise(sums_of(logits, labels))
+    summary = metrics.summarize(sums_of(logits, labels))
     assert math.isnan(summary["nll"])
     assert math.isnan(summary["ece"])
     labels[4] = CLASSES
-    assert math.isnan(metrics.summarise(sums_of(draw(5)[0], labels))["nll"])
+    assert math.isnan(metrics.summarize(sums_of(draw(5)[0], labels))["nll"])
 
 
 def test_errors():
@@ -160,4 +160,4 @@ def test_errors():
     with pytest.raises(ValueError, match="bins=0 must be >= 1"):
         sums_of(logits, labels, mask, bins=0)
     with pytest.raises(ValueError, match=r"count=0\.0 must be > 0"):
-        metrics.summarise(sums_of(logits, labels, np.zeros_like(mask)))
+        metrics.summarize(sums_of(logits, labels, np.zeros_like(mask)))

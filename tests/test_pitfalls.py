@@ -36,7 +36,7 @@ PITFALLS = {
     "same key over leaves, steps, resume, or for dropout and noise": (
         [
             "test_noise.py::test_leaves_and_steps_are_uncorrelated",
-            "test_numerics.py::test_steps_leaves_and_neighbours_are_independent",
+            "test_numerics.py::test_steps_leaves_and_neighbors_are_independent",
             "test_train.py::test_cut_run_resumes_bit_for_bit",
             "test_preemption.py::test_phases_resume_bit_for_bit_and_share_no_draw",
             "test_seeds.py::test_streams_differ",
@@ -96,13 +96,13 @@ PITFALLS = {
             "test_subsets.py::test_a_choice_that_depends_on_others_is_seen",
         ],
     ),
-    "division by realised, padded or private size": (
+    "division by realized, padded or private size": (
         [
             "test_noise.py::test_the_division_is_by_the_expected_size",
             "test_broken.py::test_the_product_passes_every_check",
         ],
         [
-            "test_noise.py::test_division_by_the_realised_or_padded_size_is_seen",
+            "test_noise.py::test_division_by_the_realized_or_padded_size_is_seen",
             f"{CAUGHT}[division by the realized size]",
         ],
     ),

@@ -11,7 +11,7 @@ Its event does not depend on the number of examples, so its claim is the config'
 from the ledger of the audited run. The attacker sees the parameters at the start and at the end,
 not those in between, and knows every canary:
 
-- "mislabelled": a held-out input with a wrong label. Score: how much its loss fell.
+- "mislabeled": a held-out input with a wrong label. Score: how much its loss fell.
 - "random": random pixels or tokens with a random label. Score: how much its loss fell.
 - "gradient": an example whose gradient is along a coordinate of its own, an extra parameter that
   nothing else moves, and far beyond the clip bound. Score: how far that coordinate moved. It is the
@@ -127,10 +127,10 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
     check_arguments(canaries=canaries, count=count, runs=runs, confidence=confidence)
     if run.ledger is None:
         raise ValueError("dp=None: a run without privacy claims nothing to audit.")
-    if canaries == "mislabelled" and runs == 1 and count > len(run.test):
+    if canaries == "mislabeled" and runs == 1 and count > len(run.test):
         raise ValueError(f"count={count} must be <= the {len(run.test)} held-out examples.")
-    if canaries == "mislabelled" and run.train.num_classes < 2:
-        raise ValueError("canaries='mislabelled' needs two classes or more.")
+    if canaries == "mislabeled" and run.train.num_classes < 2:
+        raise ValueError("canaries='mislabeled' needs two classes or more.")
     for phase in run.ledger.phases:
         sampler = phase.mechanism.sampler
         if sampler.relation != "add_or_remove_one" or not _of_any_size(sampler):

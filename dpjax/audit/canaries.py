@@ -18,7 +18,7 @@ from dpjax.models import Params
 
 __all__ = ["CANARIES", "Game", "make"]
 
-CANARIES = ("gradient", "mislabelled", "random")
+CANARIES = ("gradient", "mislabeled", "random")
 
 _LEAF = "audit_canaries"  # the extra parameter: one coordinate per gradient canary
 _BEYOND = 100.0  # norm of a canary's gradient over the clip bound

@@ -48,7 +48,7 @@ def describe(run: Run) -> str:
     else:
         rows |= {
             "budget": f"epsilon {config.dp.epsilon:g}, delta {config.dp.delta:g}",
-            "neighbouring": mechanism.relation,
+            "neighboring": mechanism.relation,
             "sampler": _each(run, lambda p: p.mechanism.sampler.title if p.mechanism else "")
             + f", q = {_each(run, lambda p: f'{p.batch_size / len(run.train):.6g}')}",
             "accountant": mechanism.accountant,
@@ -85,7 +85,7 @@ def _clipping(run: Run) -> str:
             f" at first, then following the {run.adaptive.quantile:g} quantile of the norms, never "
             f"below {run.adaptive.lower_bound:g} (its count query, of noise {counts}, is accounted)"
         )
-    return words + (", normalised to sensitivity 1" if config.normalised else ", not normalised")
+    return words + (", normalized to sensitivity 1" if config.normalized else ", not normalized")
 
 
 def _cumulative_noise(run: Run) -> float:
@@ -227,7 +227,7 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
                 "grouping": run.rule.grouping.__name__,
                 "adaptive": None if run.adaptive is None else run.adaptive._asdict(),
                 "parameters": jax.tree.map(float, run.rule.parameters),
-                "normalised": run.rule.normalised,
+                "normalized": run.rule.normalized,
             },
         }
     return facts

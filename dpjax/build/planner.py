@@ -226,7 +226,7 @@ def _choose(rows: Sequence[Row], min_steps: int, tolerance: float) -> tuple[Row,
         row = rows[0]
         return row, (
             f"No candidate takes {min_steps} steps, so B={row.batch_size} has the most of them, "
-            f"T={row.steps}. With so few steps the optimiser, not the noise, is the limit: allow "
+            f"T={row.steps}. With so few steps the optimizer, not the noise, is the limit: allow "
             f"more epochs or a smaller B."
         )
     best = min(enough, key=lambda row: row.total_noise)
@@ -269,7 +269,7 @@ def _suggest(epsilon: float, row: Row) -> tuple[Suggestion, ...]:
             "classes, and automatic clipping behaves like a tiny C.",
             "Parameter set: full fine-tuning of a large model wants a very large C, up to 50; "
             "head or norms and head do not.",
-            "C is in units of a per-example gradient norm and meant with normalised clipping. "
+            "C is in units of a per-example gradient norm and meant with normalized clipping. "
             "Norms measured on the private data are not free: take them from public data, or "
             "charge them.",
         ),
@@ -280,7 +280,7 @@ def _suggest(epsilon: float, row: Row) -> tuple[Suggestion, ...]:
         low=_round(1e-4 * scale),
         high=_round(1e-2 * scale),
         reasons=(
-            "For DP-Adam at a constant rate with normalised clipping; the paper's grid is 1e-5 to "
+            "For DP-Adam at a constant rate with normalized clipping; the paper's grid is 1e-5 to "
             f"1e-2, and the best rate often scales with sqrt(B): here sqrt({row.batch_size}/1024) "
             f"= {scale:.2g} times the middle of it.",
             f"Epochs: T={row.steps} steps; the fewer, the more each has to move: search upwards.",

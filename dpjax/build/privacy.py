@@ -52,7 +52,7 @@ def clip_rule(config: ConfigDict, bound: float | None = None) -> dp.ClipRule:
         },
     )
     try:
-        rule = make(config.bound if bound is None else bound, normalised=config.normalised)
+        rule = make(config.bound if bound is None else bound, normalized=config.normalized)
     except TypeError as error:  # a user's function that takes other arguments
         raise ValueError(f"dp.clipping={config.clipping!r}: {error}") from error
     except ValueError as error:

@@ -33,7 +33,7 @@ class Phase(NamedTuple):
         mechanism: None without privacy.
         optimizer: makes the transform from traced values; one object for all of a training.
         learning_rate: base learning rate.
-        keep_optimizer: whether optimiser state of leaves that the training before trained goes on.
+        keep_optimizer: whether optimizer state of leaves that the training before trained goes on.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Run(NamedTuple):
         batch_plan: why the batch size is what it is, if the config left it to the planner.
         phases: what is executed, in order.
         ledger: nothing executed yet; None without privacy.
-        layout: where parameters, optimiser state and batches live.
+        layout: where parameters, optimizer state and batches live.
     """
 
     config: ConfigDict

@@ -74,7 +74,7 @@ def plot(
 
     all_epochs = (epochs / 4, epochs, 4 * epochs)
     all_epsilons = sorted({0.5, 1.0, 2.0, 8.0, float(epsilon)})
-    colours = plt.get_cmap("viridis")
+    colors = plt.get_cmap("viridis")
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), sharex=True, layout="constrained")
     for axes, some_epochs in zip(panels, all_epochs):
         for index, eps in enumerate(all_epsilons):
@@ -84,11 +84,11 @@ def plot(
                 continue
             sizes = [row.batch_size for row in made.rows]
             noise = [row.cumulative_noise for row in made.rows]
-            colour = colours(0.92 * index / max(1, len(all_epsilons) - 1))
+            color = colors(0.92 * index / max(1, len(all_epsilons) - 1))
             width = 2.6 if eps == epsilon else 1.2
-            axes.plot(sizes, noise, ".-", color=colour, lw=width, label=f"epsilon {eps:g}")
+            axes.plot(sizes, noise, ".-", color=color, lw=width, label=f"epsilon {eps:g}")
             at = sizes.index(made.batch_size)
-            axes.plot(sizes[at], noise[at], "o", ms=11, mfc="none", mec=colour, mew=2)
+            axes.plot(sizes[at], noise[at], "o", ms=11, mfc="none", mec=color, mew=2)
         most = some_epochs * num_examples / rule.get("min_steps", planner.MIN_STEPS)
         marks = planner.candidates(num_examples)
         limits = (0.8 * marks[0], 1.25 * num_examples)

@@ -62,8 +62,8 @@ def preprocess(
         pixels = jnp.clip(pixels, 0.0, 1.0)  # bicubic resampling overshoots
     if depth != channels:
         pixels = jnp.repeat(pixels, channels, axis=-1)
-    centre = jnp.asarray(mean, jnp.float32)[None, None]
-    return (pixels - centre) / jnp.asarray(std, jnp.float32)[None, None]
+    center = jnp.asarray(mean, jnp.float32)[None, None]
+    return (pixels - center) / jnp.asarray(std, jnp.float32)[None, None]
 
 
 def random_flip(image: jax.Array, *, key: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Differentially private gradients as optax transforms.
 
 Needs jax, numpy, optax and dp_accounting alone. Clip with `clipped_sum`, noise with `gaussian`
-or a ready optimiser, and take the numbers from a `Mechanism`:
+or a ready optimizer, and take the numbers from a `Mechanism`:
 
 >>> import functools, operator, jax, jax.numpy as jnp, optax
 >>> from dpjax import dp

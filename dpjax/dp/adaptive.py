@@ -52,7 +52,7 @@ class QuantileBound(NamedTuple):
     def following(
         self,
         bound: jax.Array,
-        centred_count: jax.Array,
+        centered_count: jax.Array,
         *,
         count_noise: jax.typing.ArrayLike,
         expected_batch_size: jax.typing.ArrayLike,
@@ -62,13 +62,13 @@ class QuantileBound(NamedTuple):
 
         Args:
             bound: C of this step, float32 scalar.
-            centred_count: sum over the batch of 1/2 for every norm of at most C, and -1/2 for
+            centered_count: sum over the batch of 1/2 for every norm of at most C, and -1/2 for
                 every other. Private: nothing else may read it.
             count_noise: sigma_count, from `Mechanism.count_noise`, in examples.
             expected_batch_size: B, a public constant.
             key: secret key of this step alone.
         """
-        noisy_count = centred_count + count_noise * standard_normal(key)
+        noisy_count = centered_count + count_noise * standard_normal(key)
         # Divided by the expected size: the realized size is private.
         share = noisy_count / expected_batch_size + 0.5
         new_bound = bound * jnp.exp(self.rate * (self.quantile - share))

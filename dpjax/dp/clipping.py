@@ -104,7 +104,7 @@ class PerExample(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("threshold", "parameters"),
-    meta_fields=("function", "grouping", "normalised"),
+    meta_fields=("function", "grouping", "normalized"),
 )
 @dataclasses.dataclass(frozen=True)
 class ClipRule:
@@ -117,7 +117,7 @@ class ClipRule:
         parameters: further arguments of `function`, by name. Traced.
         function: `(norms, thresholds, **parameters) -> factors`, all `[groups]` float32.
         grouping: maps a tree to the group index of each of its leaves, in `jax.tree.leaves` order.
-        normalised: factors are divided by the bound, so that the sensitivity is 1 whatever C is
+        normalized: factors are divided by the bound, so that the sensitivity is 1 whatever C is
             and the learning rate does not depend on C (arXiv 2204.13650, section 3.2).
 
     Guarantees:
@@ -129,7 +129,7 @@ class ClipRule:
     parameters: dict[str, Any]
     function: Callable[..., jax.Array]
     grouping: Grouping
-    normalised: bool
+    normalized: bool
 
     def groups(self, tree: PyTree) -> tuple[int, ...]:
         """Returns the group index (0..G-1) of each leaf of `tree`."""
@@ -160,7 +160,7 @@ class ClipRule:
     def bounds(self, num_groups: int) -> jax.Array:
         """Returns the promised upper bound on each group's scaled norm, `[groups]` float32."""
         thresholds = self.thresholds(num_groups)
-        if not self.normalised:
+        if not self.normalized:
             return thresholds
         return thresholds / jnp.linalg.norm(thresholds, keepdims=True)
 
@@ -169,7 +169,7 @@ class ClipRule:
 
         A float32 scalar: it does not depend on the number of groups that share a scalar bound.
         """
-        if self.normalised:
+        if self.normalized:
             return jnp.ones((), jnp.float32)
         return jnp.linalg.norm(jnp.atleast_1d(jnp.asarray(self.threshold, jnp.float32)))
 
@@ -192,7 +192,7 @@ class ClipRule:
         # the factor that brings the norm to its bound.
         largest = thresholds / jnp.maximum(safe, SMALLEST_NORM)
         factors = jnp.where(wanted > 0, jnp.minimum(wanted, largest), 0.0)
-        if self.normalised:
+        if self.normalized:
             factors = factors / jnp.linalg.norm(thresholds, keepdims=True)
         usable = jnp.all(finite & jnp.isfinite(factors), keepdims=True)
         return jnp.where(usable, factors * _ROUNDING, 0.0)
@@ -255,7 +255,7 @@ def rule(
     bound: jax.typing.ArrayLike,
     *,
     grouping: Grouping = one_group,
-    normalised: bool = False,
+    normalized: bool = False,
     **parameters: Any,
 ) -> ClipRule:
     """Makes a clipping rule of any function from norms to factors.
@@ -266,11 +266,11 @@ def rule(
             lowered until it does not.
         bound: clip bound C > 0, shared as C/sqrt(groups), or one bound per group `[groups]`.
         grouping: `one_group`, `by_leaf`, `by_prefix(depth)` or any function from a tree to groups.
-        normalised: divide all factors by sqrt(sum(bounds**2)), for sensitivity 1.
+        normalized: divide all factors by sqrt(sum(bounds**2)), for sensitivity 1.
         **parameters: passed to `function`; numbers and arrays, traced in jit.
 
     Returns:
-        The rule, of sensitivity sqrt(sum(bounds**2)), or 1 if `normalised`.
+        The rule, of sensitivity sqrt(sum(bounds**2)), or 1 if `normalized`.
 
     Raises:
         ValueError: the bound is not positive and finite.
@@ -283,7 +283,7 @@ def rule(
     if not callable(function):
         raise TypeError(f"function={function!r} must be a function from norms to factors.")
     _check_positive("bound", bound)
-    return ClipRule(bound, parameters, function, grouping, normalised)
+    return ClipRule(bound, parameters, function, grouping, normalized)
 
 
 def _flat(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
@@ -299,15 +299,15 @@ def _keep_or_drop(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
     return jnp.where(norms <= thresholds, 1.0, 0.0)
 
 
-def flat(bound: jax.typing.ArrayLike, *, normalised: bool = False) -> ClipRule:
+def flat(bound: jax.typing.ArrayLike, *, normalized: bool = False) -> ClipRule:
     """Clips the norm of the whole gradient: factor min(1, C/|g|).
 
     Args:
         bound: clip bound C > 0, scalar.
-        normalised: use min(1/C, 1/|g|) instead, with sensitivity 1 (arXiv 2510.20616).
+        normalized: use min(1/C, 1/|g|) instead, with sensitivity 1 (arXiv 2510.20616).
 
     Returns:
-        The rule, of sensitivity `bound`, or 1 if `normalised`.
+        The rule, of sensitivity `bound`, or 1 if `normalized`.
 
     Source: Abadi et al. 2016, arXiv 1607.00133, algorithm 1.
 
@@ -315,73 +315,73 @@ def flat(bound: jax.typing.ArrayLike, *, normalised: bool = False) -> ClipRule:
     Array([0.5], dtype=float32)
     """
     _check_positive("bound", bound, scalar=True)
-    return ClipRule(bound, {}, _flat, one_group, normalised)
+    return ClipRule(bound, {}, _flat, one_group, normalized)
 
 
 def per_layer(
     bounds: jax.typing.ArrayLike,
     *,
     grouping: Grouping = by_leaf,
-    normalised: bool = False,
+    normalized: bool = False,
 ) -> ClipRule:
     """Clips each group of leaves on its own.
 
     Args:
         bounds: total bound C > 0, shared as C/sqrt(groups), or one bound per group `[groups]`.
         grouping: `by_leaf`, `by_prefix(depth)` or any function from a tree to group indices.
-        normalised: divide all factors by sqrt(sum(bounds**2)), for sensitivity 1.
+        normalized: divide all factors by sqrt(sum(bounds**2)), for sensitivity 1.
 
     Returns:
-        The rule, of sensitivity sqrt(sum(bounds**2)), or 1 if `normalised`.
+        The rule, of sensitivity sqrt(sum(bounds**2)), or 1 if `normalized`.
 
     Source: McMahan et al. 2018, arXiv 1710.06963; Bu et al., arXiv 2106.07830, layerwise clipping.
     """
     _check_positive("bounds", bounds)
-    return ClipRule(bounds, {}, _flat, grouping, normalised)
+    return ClipRule(bounds, {}, _flat, grouping, normalized)
 
 
 def automatic(
     bound: jax.typing.ArrayLike = 1.0,
     *,
     gamma: jax.typing.ArrayLike = 0.01,
-    normalised: bool = False,
+    normalized: bool = False,
     grouping: Grouping = one_group,
 ) -> ClipRule:
-    """Normalises every gradient: factor C/(|g| + gamma), without a bound to tune.
+    """Normalizes every gradient: factor C/(|g| + gamma), without a bound to tune.
 
     Args:
         bound: C > 0; it only scales the update, so 1 is usual.
         gamma: stability constant, 0.01 for AUTO-S; 0 gives AUTO-V.
-        normalised: use 1/(|g| + gamma), for sensitivity 1.
-        grouping: normalise per group instead of over the whole gradient.
+        normalized: use 1/(|g| + gamma), for sensitivity 1.
+        grouping: normalize per group instead of over the whole gradient.
 
     Returns:
-        The rule, of sensitivity `bound`, or 1 if `normalised`.
+        The rule, of sensitivity `bound`, or 1 if `normalized`.
 
     Source: Bu et al. 2022, arXiv 2206.07136, equations 4.1 (AUTO-V) and 4.2 (AUTO-S).
     """
     _check_positive("bound", bound)
     _check_positive("gamma", gamma, scalar=True, zero=True)
-    return ClipRule(bound, {"gamma": gamma}, _automatic, grouping, normalised)
+    return ClipRule(bound, {"gamma": gamma}, _automatic, grouping, normalized)
 
 
 def global_(
-    bound: jax.typing.ArrayLike, *, normalised: bool = False, grouping: Grouping = one_group
+    bound: jax.typing.ArrayLike, *, normalized: bool = False, grouping: Grouping = one_group
 ) -> ClipRule:
     """Keeps a gradient whose norm is at most the bound and drops it otherwise.
 
     Args:
         bound: R > 0.
-        normalised: kept gradients are divided by R, for sensitivity 1.
+        normalized: kept gradients are divided by R, for sensitivity 1.
         grouping: keep or drop per group ("global, layerwise").
 
     Returns:
-        The rule, of sensitivity `bound`, or 1 if `normalised`.
+        The rule, of sensitivity `bound`, or 1 if `normalized`.
 
     Source: Bu et al., arXiv 2106.07830, global clipping: factor 1{|g| <= R}.
     """
     _check_positive("bound", bound)
-    return ClipRule(bound, {}, _keep_or_drop, grouping, normalised)
+    return ClipRule(bound, {}, _keep_or_drop, grouping, normalized)
 
 
 def _check_positive(

@@ -1,7 +1,7 @@
 """Heads on a frozen backbone: features computed once, and many heads trained on them together."""
 
 from dpjax.heads.cache import compute_features
-from dpjax.heads.features import FeatureSet, average, concatenate, normalise
+from dpjax.heads.features import FeatureSet, average, concatenate, normalize
 from dpjax.heads.train import (
     Heads,
     Optimizer,
@@ -23,6 +23,6 @@ __all__ = [
     "concatenate",
     "evaluate",
     "initial_head",
-    "normalise",
+    "normalize",
     "train_heads",
 ]

@@ -55,7 +55,7 @@ def compute_features(
         params: all parameters, or all but the head's.
         dataset: its examples.
         prepare: maps ONE stored input to the model's input, a pure JAX function; by default images
-            are resized (bilinear) and normalised as the model says, and tokens are taken as they
+            are resized (bilinear) and normalized as the model says, and tokens are taken as they
             are.
         mirror: mirror every stored image left to right first.
         batch_size: examples at once, over all local devices.
@@ -141,7 +141,7 @@ def _key(
     """Digest of weights, computation and data.
 
     The computation is told by its jaxpr and the arrays it closes over: architecture, readout,
-    resizing and normalisation are all in there, and cannot be forgotten.
+    resizing and normalization are all in there, and cannot be forgotten.
     """
     closed = jax.make_jaxpr(function)(body, two)
     text = re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr))

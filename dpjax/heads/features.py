@@ -11,7 +11,7 @@ import numpy as np
 
 from dpjax.data import distinct_rows
 
-__all__ = ["FeatureSet", "average", "concatenate", "normalise"]
+__all__ = ["FeatureSet", "average", "concatenate", "normalize"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -74,15 +74,15 @@ class FeatureSet:
         return dataclasses.replace(self, values=self.values[indices], labels=self.labels[indices])
 
 
-def normalise(features: FeatureSet, *, centre: bool = False, scale: float = 1.0) -> FeatureSet:
+def normalize(features: FeatureSet, *, center: bool = False, scale: float = 1.0) -> FeatureSet:
     """Gives the features of every example the same L2 norm (a zero vector stays zero).
 
     What happens to one example depends on that example alone, so privacy is not touched.
 
     Args:
         features: of any norm.
-        centre: subtract from each example the mean of its own features first, as layer
-            normalisation does. Features after a ReLU share a large mean, which is thus mostly gone.
+        center: subtract from each example the mean of its own features first, as layer
+            normalization does. Features after a ReLU share a large mean, which is thus mostly gone.
         scale: the norm. The gradient of a head's bias is that of a constant feature 1, so a scale
             well above 1 leaves nearly all of the clip bound to the kernel.
 
@@ -92,7 +92,7 @@ def normalise(features: FeatureSet, *, centre: bool = False, scale: float = 1.0)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale} must be > 0 and finite.")
     values = features.values
-    if centre:
+    if center:
         values = values - values.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return dataclasses.replace(features, values=scale * (values / np.where(norms > 0, norms, 1.0)))
@@ -102,7 +102,7 @@ def average(*sets: FeatureSet) -> FeatureSet:
     """The mean of several features of each example, such as those of an image and its mirror image.
 
     Raises:
-        ValueError: they are not features of the same labelled examples, or differ in width.
+        ValueError: they are not features of the same labeled examples, or differ in width.
     """
     _check_same(sets)
     if len({s.width for s in sets}) > 1:
@@ -114,7 +114,7 @@ def concatenate(*sets: FeatureSet) -> FeatureSet:
     """Puts the features of several backbones side by side, example by example.
 
     Raises:
-        ValueError: they are not features of the same labelled examples.
+        ValueError: they are not features of the same labeled examples.
     """
     _check_same(sets)
     return dataclasses.replace(sets[0], values=np.concatenate([s.values for s in sets], axis=1))

@@ -1,7 +1,7 @@
 """Linear heads on cached features: a whole training run is one compiled scan over its steps.
 
 The head that comes out is the one `loop.train` would train with the same seeds, for the batches,
-the noise, the optimiser and the clipping rules are the same objects; only the features are not
+the noise, the optimizer and the clipping rules are the same objects; only the features are not
 computed again. Learning rate, clip bound, noise multiplier and seeds are traced, so a grid over
 them is batched and compiles once.
 """
@@ -295,7 +295,7 @@ def _check(features: FeatureSet, points: Sequence[Point], *, steps: int, batch_s
 
 
 def evaluate(params: Params, features: FeatureSet) -> list[dict[str, float]]:
-    """Metrics of stacked heads on held-out features, one `metrics.summarise` per head.
+    """Metrics of stacked heads on held-out features, one `metrics.summarize` per head.
 
     Args:
         params: `{head: {"kernel": [points, width, classes], "bias": [points, classes]}}`.
@@ -312,7 +312,7 @@ def evaluate(params: Params, features: FeatureSet) -> list[dict[str, float]]:
             part = jax.tree.map(lambda x, at=i: x[at], sums)
             before = totals[i]
             totals[i] = part if before is None else jax.tree.map(np.add, before, part)
-    return [metrics.summarise(total) for total in totals if total is not None]
+    return [metrics.summarize(total) for total in totals if total is not None]
 
 
 @jax.jit

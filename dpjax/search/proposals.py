@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["axes", "grid", "optimise", "require_optuna", "sample"]
+__all__ = ["axes", "grid", "optimize", "require_optuna", "sample"]
 
 Row = dict[str, Any]
 
@@ -69,13 +69,13 @@ def require_optuna() -> Any:
     return optuna
 
 
-def optimise(
+def optimize(
     points: Sequence[Row],
     run: Callable[[int, int], float | None],
     *,
     storage: str | Path,
     name: str,
-    maximise: bool,
+    maximize: bool,
     trials: int,
     seed: int,
 ) -> None:
@@ -87,7 +87,7 @@ def optimise(
             again. If `run` raises, its point is proposed first the next time.
         storage: path of a journal file, for one machine, or URL of a database, for many workers.
         name: name of the study in the storage.
-        maximise: whether a larger metric is better.
+        maximize: whether a larger metric is better.
         trials: number of finished trials to reach, including those of earlier calls and of other
             workers.
         seed: seed of the proposals.
@@ -100,7 +100,7 @@ def optimise(
         backend = optuna.storages.JournalStorage(journal)
     study = optuna.create_study(
         storage=backend, study_name=name, load_if_exists=True,
-        direction="maximize" if maximise else "minimize",
+        direction="maximize" if maximize else "minimize",
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.NopPruner(),  # a pruned run would have spent budget for nothing
     )  # fmt: skip

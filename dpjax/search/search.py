@@ -30,7 +30,7 @@ METRICS = {"accuracy": 1, "nll": -1, "ece": -1}  # of eval.json; 1: larger is be
 # Fields in which the runs of a charged search may differ: repeat-and-select composes runs of ONE
 # mechanism, and these fields do not change it.
 _MAY_VARY = (
-    "optimizer.", "model.", "finetune", "dp.bound", "dp.clipping", "dp.gamma", "dp.normalised",
+    "optimizer.", "model.", "finetune", "dp.bound", "dp.clipping", "dp.gamma", "dp.normalized",
 )  # fmt: skip
 _DIVERGED = 3  # exit code of a run whose parameters became non-finite
 
@@ -162,11 +162,11 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
     directory.write("search.json", settings)
     try:
         if flags.method == "optuna":
-            proposals.optimise(
+            proposals.optimize(
                 job.found, job.run, name=flags.config, seed=flags.seed,
                 storage=flags.storage or job.workdir / "optuna.journal",
                 trials=len(job.found) if flags.trials is None else flags.trials,
-                maximise=METRICS[flags.metric] > 0,
+                maximize=METRICS[flags.metric] > 0,
             )  # fmt: skip
         else:
             for trial, index in enumerate(_order(job, flags)):

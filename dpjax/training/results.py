@@ -37,7 +37,7 @@ def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -
 
     def measure(begin: str, trainable: Params) -> dict[str, float]:
         params = finetune.join(run.layout.gather(trainable), frozen)
-        return _named(begin, metrics.summarise(evaluate(params)))
+        return _named(begin, metrics.summarize(evaluate(params)))
 
     begin = prefix(run)
     average = {} if state.average is None else measure(f"{begin}ema/", state.average)
@@ -69,7 +69,7 @@ def finish(
         `before_temperature/...`. Only weights.safetensors contains the temperature.
     """
     weights, sums = run.merge(params), evaluate(params)
-    results = metrics.summarise(sums)
+    results = metrics.summarize(sums)
     if run.temperature is not None:
         value = fit_temperature(
             run, run.temperature, params, private_seed=private_seed, size=evaluate.size
@@ -77,12 +77,12 @@ def finish(
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
         sums = evaluate(scale_head(params, run.model.head, value))
-        results = {**metrics.summarise(sums), "temperature": value, **before}
+        results = {**metrics.summarize(sums), "temperature": value, **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
     if state is not None and state.average is not None:
         average = overlay(params, run.layout.gather(state.average))
-        results |= _named("ema/", metrics.summarise(evaluate(average)))
+        results |= _named("ema/", metrics.summarize(evaluate(average)))
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
     workdir.write("eval.json", {**results, "reliability": metrics.reliability(sums)._asdict()})

@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = study.size(arg)
     config = default()
     config.optimizer.name = "sgd"
-    config.dp.normalised = False
+    config.dp.normalized = False
     config.dp.epsilon = 2.0
     config.checkpoint_every = 10_000
     config.log_every = 10
@@ -113,14 +113,14 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
                 yield {**common, _BOUND: bound, _RATE: rate}
             for clipping in ("per_layer", "global"):
                 yield {**common, "dp.clipping": clipping, _BOUND: bound, _RATE: product / bound}
-        late = {**common, "dp.normalised": True, _RATE: product}
+        late = {**common, "dp.normalized": True, _RATE: product}
         yield {**late, _BOUND: _SMALL}
         if chosen != "smoke" or seed == 0:
             yield {**late, "dp.bound_schedule": ((0.0, _SMALL), (_SWITCH, _LARGE))}
             yield {**late, _BOUND: _SMALL, "dp.temperature.share": _TEMPERATURE}
     # The effect of the switch is small relative to the spread of three seeds.
     for seed in range(seeds, seeds if chosen == "smoke" else 8):
-        late = {"private_seed": seed, "dp.normalised": True, _RATE: product}
+        late = {"private_seed": seed, "dp.normalized": True, _RATE: product}
         yield {**late, _BOUND: _SMALL}
         yield {**late, "dp.bound_schedule": ((0.0, _SMALL), (_SWITCH, _LARGE))}
 
@@ -138,14 +138,14 @@ def report(workdir: Path) -> list[Path]:
     """Rebuilds all tables and figures from the files of the runs."""
     results = study.read(workdir)
     started = [r for r in results if r.config]
-    plain = [r for r in started if not r.config["dp"]["normalised"]]
-    late = [r for r in started if r.config["dp"]["normalised"] and not _share(r)]
+    plain = [r for r in started if not r.config["dp"]["normalized"]]
+    late = [r for r in started if r.config["dp"]["normalized"] and not _share(r)]
     scaled = [r for r in started if _share(r)]
     flat = [r for r in plain if r.config["dp"]["clipping"] == "flat"]
-    grid = study.summarise(flat, _AXES, _METRICS)
+    grid = study.summarize(flat, _AXES, _METRICS)
     for row in grid:
         row["eta R"] = float(f"{row['R'] * row['eta']:.6g}")
-    styles = study.summarise(plain, {"clipping": "dp.clipping", **_AXES}, _METRICS)
+    styles = study.summarize(plain, {"clipping": "dp.clipping", **_AXES}, _METRICS)
     others = {(r["R"], r["eta"]) for r in styles if r["clipping"] != "flat"}
     theory_file = workdir / "theory.json"
     found = json.loads(theory_file.read_text()) if theory_file.is_file() else None
@@ -164,11 +164,11 @@ def report(workdir: Path) -> list[Path]:
         Table("late_switch",
               f"R = {_SMALL:g} throughout, or {_LARGE:g} from {_SWITCH:.0%} of the epochs on "
               "(normalized clipping, the same budget)",
-              study.summarise(late, {"bound schedule": "dp.bound_schedule"}, _METRICS)),
+              study.summarize(late, {"bound schedule": "dp.bound_schedule"}, _METRICS)),
         Table("temperature",
               f"Temperature fitted privately on {_TEMPERATURE:.0%} of the training data, which "
               "the run does not train on",
-              study.summarise(scaled, _AXES, _METRICS | {
+              study.summarize(scaled, _AXES, _METRICS | {
                   "temperature": lambda r: r.evaluation["temperature"],
                   "ECE before [%]": lambda r: 100 * r.evaluation["before_temperature/ece"],
                   "MCE before [%]": lambda r: 100 * r.evaluation["before_temperature/mce"],
@@ -192,10 +192,10 @@ def _heatmaps(grid: list[Row]) -> list[Figure]:
     if not grid:
         return []
     figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axes, name, colours in zip(panels, list(_METRICS), ("viridis", "magma_r", "magma_r")):
+    for axes, name, colors in zip(panels, list(_METRICS), ("viridis", "magma_r", "magma_r")):
         study.heatmap(
             axes, {(row["R"], row["eta"]): row[name] for row in grid}, xlabel="clip bound R",
-            ylabel="learning rate eta", title=name, limits=(0, 100), cmap=colours, text="{:.1f}",
+            ylabel="learning rate eta", title=name, limits=(0, 100), cmap=colors, text="{:.1f}",
         )  # fmt: skip
     return [Figure("grid", "Accuracy, ECE and MCE on held-out data by R and eta", figure)]
 

@@ -110,12 +110,12 @@ def cumulative_noise(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
             points = [best[size] for size in sorted(best)]
             at, value = [p["sigma sqrt(T)"] for p in points], [p[_ACC] for p in points]
             half = np.nan_to_num([p[f"{_ACC} ±"] for p in points])
-            colour = f"C{number}"
-            _bars(axes, at, value, half, color=colour, label=f"epsilon = {epsilon:g}")
+            color = f"C{number}"
+            _bars(axes, at, value, half, color=color, label=f"epsilon = {epsilon:g}")
             for point, x, y in zip(points, at, value):
                 axes.annotate(
                     f"{point['B']:g}", (x, y), (4, -11), textcoords="offset points", fontsize=7,
-                    color=colour,
+                    color=color,
                 )  # fmt: skip
         axes.set(xscale="log", xlabel="cumulative noise sigma sqrt(T) [clip bounds]",
                  ylabel="held-out accuracy [%]", title=name)  # fmt: skip
@@ -220,8 +220,8 @@ def _norms(axes: plt.Axes, run: Result, epsilon: float) -> None:
 
 
 def _shades(results: Sequence[Result]) -> list[Any]:
-    colours = plt.get_cmap("viridis")
-    return [colours(0.9 * k / max(1, len(results) - 1)) for k in range(len(results))]
+    colors = plt.get_cmap("viridis")
+    return [colors(0.9 * k / max(1, len(results) - 1)) for k in range(len(results))]
 
 
 def _label(run: Result) -> str:
@@ -229,21 +229,21 @@ def _label(run: Result) -> str:
 
 
 def _clipped(axes: plt.Axes, results: Sequence[Result]) -> None:
-    for run, colour in zip(results, _shades(results)):
+    for run, color in zip(results, _shades(results)):
         rows = [r for r in read_jsonl(run.path / "metrics.jsonl")
                 if "nonprivate/clipped_fraction" in r]  # fmt: skip
         axes.plot([r["step"] for r in rows], [r["nonprivate/clipped_fraction"] for r in rows],
-                  ".-", ms=4, color=colour, label=_label(run))  # fmt: skip
+                  ".-", ms=4, color=color, label=_label(run))  # fmt: skip
     axes.set(xlabel="step", ylabel="clipped fraction of a batch", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
 
 
 def _weights(axes: plt.Axes, results: Sequence[Result], epsilon: float) -> None:
     """w_y(C) in the middle of training, classes from the least to the most accurate."""
-    for run, colour in zip(results, _shades(results)):
+    for run, color in zip(results, _shades(results)):
         order = np.argsort(run.measured["class_accuracy"])
         weights = np.array(run.measured["class_weights"])[-2][order]
-        axes.plot(1 + np.arange(len(order)), weights, "o-", ms=3, color=colour, label=_label(run))
+        axes.plot(1 + np.arange(len(order)), weights, "o-", ms=3, color=color, label=_label(run))
     step = results[0].measured["steps"][-2]
     axes.set(yscale="log", xlabel="class, by rising accuracy of the run",
              ylabel=f"weight w_y(C) at step {step}", title=f"epsilon = {epsilon:g}")  # fmt: skip
@@ -255,11 +255,11 @@ def _by_class(axes: plt.Axes, results: Sequence[Result]) -> None:
     accuracy = 100 * np.array([r.measured["class_accuracy"] for r in results])
     order = np.argsort(accuracy.mean(axis=0))
     bounds = [study.field(r, "dp.bound") for r in results]
-    for part, colour, label in zip(
+    for part, color, label in zip(
         np.array_split(order, 3), ("C3", "0.5", "C2"), ("hardest", "middle", "easiest")
     ):
         for number, which in enumerate(part):
-            axes.plot(bounds, accuracy[:, which], ".-", color=colour, alpha=0.55, lw=1,
+            axes.plot(bounds, accuracy[:, which], ".-", color=color, alpha=0.55, lw=1,
                       label=f"{label} third of the classes" if number == 0 else None)  # fmt: skip
     axes.set(xscale="log", xlabel="clip bound C", ylabel="held-out accuracy of a class [%]")
     axes.grid(alpha=0.3)
@@ -271,8 +271,8 @@ def _error(axes: plt.Axes, run: Result, epsilon: float) -> None:
     found, at = run.measured, clip_diagnosis.BOUNDS
     parts = {name: np.array(found[name][-2]) for name in ("noise", "clipping", "sampling")}
     total = sum(parts.values())
-    for (name, values), colour in zip(parts.items(), ("C1", "C0", "C2")):
-        axes.plot(at, np.where(values > 0, values, np.nan), color=colour, label=name)
+    for (name, values), color in zip(parts.items(), ("C1", "C0", "C2")):
+        axes.plot(at, np.where(values > 0, values, np.nan), color=color, label=name)
     axes.plot(at, total, color="k", lw=2, label="total")
     axes.axvline(found["best_bound"][-2], color="k", ls=":", label="C* of least error")
     axes.axvline(study.field(run, "dp.bound"), color="C3", ls="--", label="C of best accuracy")

@@ -49,7 +49,7 @@ def parts(results: Sequence[Result], noise: Sequence[Row]) -> list[str | Table |
     for result in results:
         if result.config:
             tasks.setdefault(task_name(result), []).append(result)
-    grids = {name: study.summarise(found, _BY, _METRICS) for name, found in tasks.items()}
+    grids = {name: study.summarize(found, _BY, _METRICS) for name, found in tasks.items()}
     cells = {name: best_rates(grid) for name, grid in grids.items()}
     flat = {name: [c for c in found if c["clipping"] == "flat"] for name, found in cells.items()}
     best = [row for name, found in tasks.items() for row in optima(name, found)]

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 DELTA = 1e-5
-SCALE = 8.0  # norm of an example's features, see `heads.normalise`
+SCALE = 8.0  # norm of an example's features, see `heads.normalize`
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ class Block:
     """Runs that share everything but epsilon, clip bound, learning rate and seed.
 
     Attributes:
-        center: whether each example's features are centered, see `heads.normalise`.
+        center: whether each example's features are centered, see `heads.normalize`.
         optimizer: "adam" or "momentum".
         steps: T.
         fraction: B / N; 1 for full batches.
@@ -48,7 +48,7 @@ class Block:
         rates: learning rates.
     """
 
-    centre: bool
+    center: bool
     optimizer: str
     steps: int
     fraction: float
@@ -57,7 +57,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        features = "centred" if self.centre else "plain"
+        features = "centered" if self.center else "plain"
         return f"{features} {self.optimizer} T={self.steps} B/N={self.fraction:g}"
 
     @classmethod
@@ -98,7 +98,7 @@ def grid(*, private: bool, quick: bool) -> list[Block]:
         return [Block(True, "adam", 30, 1.0, (2.0,), (0.02, 0.05))]
     if not private:
         rates = (0.01, 0.02, 0.05)
-        return [Block(centre, "adam", 300, 1.0, (1.0,), rates) for centre in (False, True)]
+        return [Block(center, "adam", 300, 1.0, (1.0,), rates) for center in (False, True)]
     rates = (0.006, 0.012, 0.024)
     return [
         Block(False, "adam", 100, 1.0, (2.0,), rates),
@@ -125,7 +125,7 @@ def points(
                 steps=block.steps,
             )
         for bound in block.bounds if mechanism else (math.inf,):
-            rule = dp.flat(bound, normalised=True) if mechanism else None
+            rule = dp.flat(bound, normalized=True) if mechanism else None
             for rate in block.rates:
                 for seed in seeds:
                     made.append(heads.Point(rate, seed, rule, mechanism))

@@ -76,7 +76,7 @@ def tune(
         name = block.name if at is private else f"{block.name} not private"
         if name in there:
             continue
-        train_set, held_set = (sets[block.centre].select(rows) for rows in (kept, held))
+        train_set, held_set = (sets[block.center].select(rows) for rows in (kept, held))
         seeds = TUNING_SEEDS if at is private else TUNING_SEEDS[:1]
         made, rows = points(block, len(train_set), at, seeds)
         found = scores(train(block, train_set, made), held_set)
@@ -143,7 +143,7 @@ def _final_trained(
         bounds=(chosen["bound"],),
         rates=(chosen["learning_rate"],),
     )
-    train_set, test_set = sets[block.centre], tests[block.centre]
+    train_set, test_set = sets[block.center], tests[block.center]
     for seed in seeds:
         made, rows = points(block, len(train_set), [epsilon], [seed])
         spent = _charge(made[0], block, workdir, epsilon)
@@ -238,7 +238,7 @@ def load_features(
 
 def _both(features_: FeatureSet) -> dict[bool, FeatureSet]:
     """The features normalized, plain and centered."""
-    return {c: heads.normalise(features_, centre=c, scale=SCALE) for c in (False, True)}
+    return {c: heads.normalize(features_, center=c, scale=SCALE) for c in (False, True)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

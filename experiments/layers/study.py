@@ -127,7 +127,7 @@ def report(workdir: Path) -> list[Path]:
     """Rebuilds all tables and figures from the files of the runs."""
     results = study.read(workdir)
     started = [r for r in results if r.config]
-    grid = study.summarise(started, {"layers": "finetune", "learning rate": _RATE}, _METRICS)
+    grid = study.summarize(started, {"layers": "finetune", "learning rate": _RATE}, _METRICS)
     sets = _best_rates(grid, started)
     parts: list[str | Table | Figure] = [
         "Which layers are fine-tuned is a hyperparameter of its own under privacy. The layer sets "

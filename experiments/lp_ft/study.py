@@ -165,7 +165,7 @@ def report(workdir: Path) -> list[Path]:
     """Rebuilds all tables and figures from the files of the runs."""
     results = study.read(workdir)
     started = [r for r in results if r.config]
-    rows = study.summarise(started, _FIELDS, _METRICS)
+    rows = study.summarize(started, _FIELDS, _METRICS)
     parts: list[str | Table | Figure] = [
         "Held-out data, mean ± half width of the 95 % interval over seeds. Features are compared "
         "on test images.",

@@ -111,15 +111,15 @@ def _theory_shares(rows: list[Row]) -> Figure:
     figure, panels = plt.subplots(
         1, len(settings), figsize=(4 * len(settings), 4), layout="constrained"
     )
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(epsilons)))
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(epsilons)))
     for axes, (network, head) in zip(panels, settings):
-        for epsilon, colour in zip(epsilons, colours):
+        for epsilon, color in zip(epsilons, colors):
             told = (network, head, epsilon)
             same = [r for r in rows if (r["network"], r["head"], r["epsilon"]) == told]
             shares = [r["LP share"] for r in same]
             axes.errorbar(shares, [r["measured"] for r in same], [r["2 s.e."] for r in same],
-                          fmt="o", ms=4, color=colour, label=f"epsilon {epsilon:g}")  # fmt: skip
-            axes.plot(shares, [r["linearized"] for r in same], color=colour)
+                          fmt="o", ms=4, color=color, label=f"epsilon {epsilon:g}")  # fmt: skip
+            axes.plot(shares, [r["linearized"] for r in same], color=color)
         axes.set(xlabel="share of time that probes", yscale="log", title=f"{network}, {head} head")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("loss at the end")
@@ -138,10 +138,10 @@ def _theory_curves(curves: list[Row]) -> Figure:
     for axes, (network, head) in zip(panels, settings):
         same = [c for c in curves if (c["network"], c["head"]) == (network, head)]
         for index, c in enumerate(same):
-            colour = f"C{index}"
-            axes.fill_between(c["times"], c["lower"], c["upper"], color=colour, alpha=0.15)
-            axes.plot(c["times"], c["linearized"], color=colour, lw=1)
-            axes.plot(c["times"], c["measured"], "o", ms=3, color=colour, markevery=2,
+            color = f"C{index}"
+            axes.fill_between(c["times"], c["lower"], c["upper"], color=color, alpha=0.15)
+            axes.plot(c["times"], c["linearized"], color=color, lw=1)
+            axes.plot(c["times"], c["measured"], "o", ms=3, color=color, markevery=2,
                       label=f"share {c['share']:g}")  # fmt: skip
         axes.set(xlabel="time", yscale="log",
                  title=f"{network}, {head} head\nepsilon {same[0]['epsilon']:g}")  # fmt: skip

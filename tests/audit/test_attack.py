@@ -72,7 +72,7 @@ def strict(base):
 
 
 def without_noise(run):
-    """The mistake: an optimiser that only divides."""
+    """The mistake: an optimizer that only divides."""
 
     def quiet(hyper):
         return optax.chain(
@@ -83,7 +83,7 @@ def without_noise(run):
 
 
 def without_clipping(run):
-    return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalised=True))))
+    return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalized=True))))
 
 
 def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):
@@ -117,12 +117,12 @@ def test_many_runs(strict):
     assert (len(report["scores_in"]), len(report["scores_out"])) == (12, 12)
 
 
-@pytest.mark.parametrize("kind", ["mislabelled", "random"])
+@pytest.mark.parametrize("kind", ["mislabeled", "random"])
 def test_canaries_that_are_examples(kind, sampled):
     report = attack.audit(sampled, canaries=kind, count=60)
     assert report["bound"] <= report["claimed_epsilon"]
     game = canaries.make(sampled, kind, 60)
-    if kind == "mislabelled":
+    if kind == "mislabeled":
         by_bytes = {sampled.test.get(np.array([i]))["input"].tobytes(): sampled.test.labels[i]
                     for i in range(len(sampled.test))}  # fmt: skip
         true = [by_bytes[x.tobytes()] for x in game.inputs]
@@ -196,7 +196,7 @@ def changed(run, **fields):
     [
         ({"canaries": "gradients"}, "Did you mean 'gradient'"),
         ({"count": 0}, "count=0"),
-        ({"count": 181, "canaries": "mislabelled"}, "count=181 must be <= the 180"),
+        ({"count": 181, "canaries": "mislabeled"}, "count=181 must be <= the 180"),
         ({"runs": 0}, "runs=0"),
         ({"runs": 5}, "runs=5"),
         ({"confidence": 1.0}, "confidence=1.0"),

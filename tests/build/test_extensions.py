@@ -57,8 +57,8 @@ def negative(image, *, key):
     return jnp.where(jax.random.bernoulli(key), image, -image)
 
 
-def gentle(bound, *, normalised):
-    return dp.automatic(bound, gamma=1.0, normalised=normalised)
+def gentle(bound, *, normalized):
+    return dp.automatic(bound, gamma=1.0, normalized=normalized)
 
 
 def shades(split):

@@ -167,9 +167,9 @@ def test_stl10(tmp_path):
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_idx_files(tmp_path, name, zipped):
-    grey = {"train": pixels(10, 0, 28)[..., 0], "t10k": pixels(10, 1, 28)[..., 0]}
+    gray = {"train": pixels(10, 0, 28)[..., 0], "t10k": pixels(10, 1, 28)[..., 0]}
     (tmp_path / "idx").mkdir()
-    for stem, images in grey.items():
+    for stem, images in gray.items():
         size = np.array([10, 28, 28], ">u4").tobytes()
         files = {
             f"{stem}-images-idx3-ubyte": b"\x00\x00\x08\x03" + size + images.tobytes(),
@@ -181,7 +181,7 @@ def test_idx_files(tmp_path, name, zipped):
     data.prepare_archive(name, tmp_path / "idx", data_dir=tmp_path, checked=False)
     train = data.load(name, data_dir=tmp_path)
     assert train.shape == (28, 28, 1)
-    assert by_content(train) == {i.tobytes(): y for y, i in enumerate(grey["train"])}
+    assert by_content(train) == {i.tobytes(): y for y, i in enumerate(gray["train"])}
 
 
 def truncated(path):

@@ -37,9 +37,9 @@ def test_host_resize(shape, resize):
 
 
 def test_modes():
-    grey, encoded = photo(0, mode="L")
+    gray, encoded = photo(0, mode="L")
     out = decode(encoded, (12, 9, 3), data.ImageSpec())
-    np.testing.assert_array_equal(out, np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(out, np.repeat(gray[..., None], 3, -1))
     with pytest.raises(ValueError, match="mode RGB cannot be read as 1 channels"):
         decode(photo(0)[1], (12, 9, 1), data.ImageSpec())
     pixels = photo(1)[0]

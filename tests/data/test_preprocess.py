@@ -22,7 +22,7 @@ AUGMENTATIONS = {
 }
 
 
-def test_scaling_and_normalisation_without_resizing():
+def test_scaling_and_normalization_without_resizing():
     image = PIXELS[0, :12]
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     out = data.preprocess(image, image_size=12, mean=mean, std=std, channels=3)
@@ -51,7 +51,7 @@ def test_nearest():
     np.testing.assert_allclose(out[::2, ::2, 0], PIXELS[0, :12, :, 0] / 127.5 - 1, atol=1e-6)
 
 
-def test_grey_is_repeated():
+def test_gray_is_repeated():
     out = data.preprocess(PIXELS[0, ..., :1], image_size=10, channels=3, **HALF)
     assert out.shape == (10, 10, 3)
     np.testing.assert_array_equal(out[..., 0], out[..., 2])

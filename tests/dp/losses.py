@@ -64,7 +64,7 @@ def merged_lora(module, x):
     return jnp.sin(x @ (jnp.eye(x.shape[-1]) + a @ b))
 
 
-def standardised(module, x):
+def standardized(module, x):
     kernel = module.param("kernel", nn.initializers.normal(1.0), (3, 3, x.shape[-1], 4))
     gain = module.param("gain", nn.initializers.ones, (4,))
     kernel = (kernel - kernel.mean((0, 1, 2), keepdims=True)) / kernel.std((0, 1, 2), keepdims=True)
@@ -129,7 +129,7 @@ def positions(module, x):
     return x + nn.Embed(8, x.shape[-1])(jnp.arange(x.shape[0]))
 
 
-def regularised(module, x):
+def regularized(module, x):
     kernel = module.param("kernel", nn.initializers.normal(1.0), (x.shape[-1], 3))
     return x @ kernel + jnp.sum(jnp.square(kernel))
 
@@ -341,9 +341,9 @@ LAYERS = {
     "bare parameters": (Fn(bare), normal(6, 5)),
     "lora": (Fn(lora), normal(7, 6)),
     "merged lora": (Fn(merged_lora), normal(7, 6)),
-    "weight standardisation": (Fn(standardised), normal(6, 6, 2)),
-    "weight standardisation, twice": (Fn(two_derived_weights), normal(4, 4, 2)),
-    "weight standardisation, few positions": (Fn(standardised), normal(2, 3, 2)),
+    "weight standardization": (Fn(standardized), normal(6, 6, 2)),
+    "weight standardization, twice": (Fn(two_derived_weights), normal(4, 4, 2)),
+    "weight standardization, few positions": (Fn(standardized), normal(2, 3, 2)),
     "weight first": (Fn(transposed), normal(7, 5)),
     "scaled view": (Fn(scaled_view), normal(7, 5)),
     "two forms": (Fn(two_forms), normal(7, 5)),
@@ -354,7 +354,7 @@ LAYERS = {
     "embedded twice": (Fn(twice_embedded), TOKENS),
     "embedded inside a scan": (Fn(embed_inside_scan), TOKENS),
     "constant lookup": (Fn(positions), normal(7, 5)),
-    "regularised": (Fn(regularised), normal(7, 5)),
+    "regularized": (Fn(regularized), normal(7, 5)),
     "unused": (Fn(unused), normal(7, 5)),
     "custom vjp": (Fn(custom), normal(7, 5)),
     "cond": (Fn(branches), normal(7, 5)),
@@ -439,7 +439,7 @@ def mlp(dtype):
 
 
 def in_half(kernel, dtype):
-    """A kernel that is standardised in float32 and converted, and one that is not."""
+    """A kernel that is standardized in float32 and converted, and one that is not."""
     kernel = kernel - jnp.broadcast_to(kernel.mean((0, 1, 2), keepdims=True), kernel.shape)
     return kernel.astype(dtype)
 

@@ -207,7 +207,7 @@ DOT = forms.KINDS["dot"]
         ("embed", (site_products, "lookup_measure", wrong_lookup)),
         ("lora", (forms, "KINDS", {"dot": DOT._replace(restore=wrong_restore)})),
         ("conv large", (forms, "_patches", wrong_patches)),
-        ("weight standardisation", (forms, "_patches", wrong_patches)),
+        ("weight standardization", (forms, "_patches", wrong_patches)),
     ],
 )
 def test_battery_catches_a_wrong_rule(monkeypatch, layer, patch):

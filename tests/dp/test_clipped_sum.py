@@ -1,4 +1,4 @@
-"""The clipped sum against a loop, on neighbouring batches, and on poisoned examples."""
+"""The clipped sum against a loop, on neighboring batches, and on poisoned examples."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(name, method):
             assert gap(rule, whole, without) <= 1 + 1e-5
 
 
-def test_neighbour_check_can_fail():
+def test_neighbor_check_can_fail():
     """Without clipping the same comparison sees a distance beyond the sensitivity."""
     params, batch = setup(scale=1e3)
     loose = dp.clipped_sum(loss_fn, dp.flat(1e6))

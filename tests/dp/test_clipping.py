@@ -1,4 +1,4 @@
-"""Every rule keeps its promise on scalars, and the sums keep it on neighbouring batches."""
+"""Every rule keeps its promise on scalars, and the sums keep it on neighboring batches."""
 
 import dataclasses
 import functools
@@ -15,8 +15,8 @@ from dpjax import dp
 TREE = {"a": jnp.zeros(3), "b": {"c": jnp.zeros((2, 2)), "d": jnp.zeros(())}}
 
 RULES = {
-    f"{name}{'/normalised' if normalised else ''}": make(normalised=normalised)
-    for normalised in (False, True)
+    f"{name}{'/normalized' if normalized else ''}": make(normalized=normalized)
+    for normalized in (False, True)
     for name, make in {
         "flat": functools.partial(dp.flat, 0.7),
         "flat_tiny": functools.partial(dp.flat, 1e-5),
@@ -79,7 +79,7 @@ def test_sensitivity_is_the_norm_of_the_bounds(name):
     rule = RULES[name]
     bounds = np.asarray(rule.bounds(rule.num_groups(TREE)), np.float64)
     np.testing.assert_allclose(rule.sensitivity(), np.sqrt((bounds**2).sum()), rtol=1e-6)
-    if name.endswith("/normalised"):
+    if name.endswith("/normalized"):
         assert rule.sensitivity() == 1.0
 
 
@@ -89,13 +89,13 @@ def test_factors_follow_the_formulas():
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     near(dp.flat(2.0).factors(norm), [0.5])
     near(dp.flat(2.0).factors(small), [1.0])
-    near(dp.flat(2.0, normalised=True).factors(norm), [0.25])
-    near(dp.flat(2.0, normalised=True).factors(small), [0.5])
+    near(dp.flat(2.0, normalized=True).factors(norm), [0.25])
+    near(dp.flat(2.0, normalized=True).factors(small), [0.5])
     near(dp.automatic(1.0, gamma=0.01).factors(norm), [1 / 4.01])
     near(dp.automatic(3.0, gamma=0.0).factors(norm), [3 / 4])
     near(dp.global_(2.0).factors(norm), [0.0])
     near(dp.global_(2.0).factors(small), [1.0])
-    near(dp.global_(2.0, normalised=True).factors(small), [0.5])
+    near(dp.global_(2.0, normalized=True).factors(small), [0.5])
     near(dp.flat(0.1).factors(small), [0.4])  # norms below 1 as those above
     near(dp.automatic(3.0, gamma=0.25).factors(small), [6.0])
     near(dp.automatic(gamma=0.0).factors(norm), [1 / 4])  # C = 1 unless told

@@ -319,7 +319,7 @@ def test_weight_norm_of_a_zero_channel(keep, monkeypatch):
 
 EXTREME_RULES = [
     dp.flat(1.0), dp.flat(1e-9), dp.automatic(1e4), dp.automatic(1e4, gamma=0.0),
-    dp.flat(1e4, normalised=True),
+    dp.flat(1e4, normalized=True),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Closed-form heads: sensitivity on neighbouring data, distribution of the noise, the solution."""
+"""Closed-form heads: sensitivity on neighboring data, distribution of the noise, the solution."""
 
 import math
 

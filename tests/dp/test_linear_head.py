@@ -13,9 +13,9 @@ WIDTH, CLASSES, BATCH = 6, 4, 9
 
 RULES = {
     "flat": dp.flat(0.7),
-    "flat normalised": dp.flat(0.7, normalised=True),
+    "flat normalized": dp.flat(0.7, normalized=True),
     "per layer": dp.per_layer(0.9),
-    "per layer bounds": dp.per_layer(jnp.array([0.2, 0.6]), normalised=True),
+    "per layer bounds": dp.per_layer(jnp.array([0.2, 0.6]), normalized=True),
     "automatic": dp.automatic(),
     "global": dp.global_(1.5),
 }

@@ -106,7 +106,7 @@ def test_bounds_refute_a_false_claim():
     assert lower_bound.many_runs(scores[coins], scores[~coins], delta=1e-5).epsilon > claimed
 
 
-def test_randomised_response_is_bounded_tightly():
+def test_randomized_response_is_bounded_tightly():
     """The worst mechanism of its epsilon: guesses are right with odds e^1, and no more is shown."""
     rng = np.random.default_rng(0)
     coins = rng.random(20_000) < 0.5

@@ -84,11 +84,11 @@ def test_noise_is_float32_for_bfloat16_parameters():
     assert len(np.unique(values)) > 0.95 * values.size  # bfloat16 has some 600 values here
 
 
-def noiseless_update(realised, expected=4.0):
-    """Update for a batch of `realised` equal gradients of 1."""
+def noiseless_update(realized, expected=4.0):
+    """Update for a batch of `realized` equal gradients of 1."""
     loss = lambda p, x: p["w"] * x  # noqa: E731
     params, batch = {"w": jnp.zeros(())}, jnp.ones(8)
-    summed, _ = dp.clipped_sum(loss, dp.flat(1.0))(params, batch, jnp.arange(8) < realised)
+    summed, _ = dp.clipped_sum(loss, dp.flat(1.0))(params, batch, jnp.arange(8) < realized)
     tx = dp.gaussian(0.0, expected, key=jax.random.key(0))
     return float(tx.update(summed, tx.init(params))[0]["w"])
 
@@ -103,7 +103,7 @@ def test_the_division_is_by_the_expected_size():
     assert divides_by_the_expected_size(noiseless_update)
 
 
-def test_division_by_the_realised_or_padded_size_is_seen():
+def test_division_by_the_realized_or_padded_size_is_seen():
     assert not divides_by_the_expected_size(lambda n: noiseless_update(n, max(n, 1)))
     assert not divides_by_the_expected_size(lambda n: noiseless_update(n, 8))
 

@@ -78,7 +78,7 @@ def test_sums_agree_with_float64(dtype, tolerance, method):
 
 RULES = {
     "flat": dp.flat(0.5),
-    "normalised": dp.flat(0.5, normalised=True),
+    "normalized": dp.flat(0.5, normalized=True),
     "automatic": dp.automatic(0.5),
     "global": dp.global_(0.5),
 }
@@ -131,7 +131,7 @@ def test_drift_over_a_hundred_thousand_microbatches(running_sum, spread):
     exact = rows.astype(np.float64)
     want = (exact / np.linalg.norm(exact, axis=1, keepdims=True)).sum(axis=0)
     assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
-    # What privacy needs is the distance of neighbouring sums, and it does not drift.
+    # What privacy needs is the distance of neighboring sums, and it does not drift.
     for leaver in (0, MANY // 2):
         rest = running_sum(jnp.zeros(2), rows, mask.at[leaver].set(False))[0].value
         assert np.linalg.norm(got - np.asarray(rest, np.float64)) < 1.02
@@ -188,7 +188,7 @@ def test_the_same_draw_on_every_device_is_seen():
     assert not independent(rows)
 
 
-def test_steps_leaves_and_neighbours_are_independent():
+def test_steps_leaves_and_neighbors_are_independent():
     tx = dp.gaussian(1.0, 1.0, key=jax.random.key(9))
     zeros = {"a": jnp.zeros(16384), "b": jnp.zeros(16384)}
     state, rows = tx.init(zeros), []

@@ -1,4 +1,4 @@
-"""Ready optimisers are the noise followed by optax's, and the corrected one removes the bias."""
+"""Ready optimizers are the noise followed by optax's, and the corrected one removes the bias."""
 
 import jax
 import jax.numpy as jnp

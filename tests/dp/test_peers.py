@@ -271,7 +271,7 @@ def test_calibration_error_is_scikit_learns():
     accuracy, mean = calibration.calibration_curve(right, confidence, n_bins=15)
     share = np.histogram(confidence, np.linspace(0, 1, 16))[0] / 800
     want = (share[share > 0] * np.abs(accuracy - mean)).sum()
-    assert metrics.summarise(sums)["ece"] == pytest.approx(want, abs=1e-5)
+    assert metrics.summarize(sums)["ece"] == pytest.approx(want, abs=1e-5)
 
 
 def comparison_table() -> str:

@@ -61,7 +61,7 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
     g = jnp.asarray(normal(products, 6, 4, seed=1), dtypes[1])
     factors, finite = jnp.array([0.3, 0.0, 1.0, 0.7]), jnp.array([True, False, True, True])
     exact = np.einsum("nbtd,nbtp->nbdp", np.float64(x), np.float64(g))
-    np.testing.assert_allclose(site_products.materialise(x, g), exact, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(site_products.materialize(x, g), exact, rtol=0, atol=1e-5)
     for found in (site_products.gram_measure(x, g), site_products.outer_measure(x, g)[0]):
         want = np.sum(exact**2, (1, 2, 3))
         np.testing.assert_allclose(found.square, want, rtol=1e-5)
@@ -80,7 +80,7 @@ def test_no_product_is_rounded_on_an_accelerator(dtypes):
     factors, finite = jnp.ones(4), jnp.ones(4, bool)
 
     def everything(x, g):
-        gradients = site_products.materialise(x, g)
+        gradients = site_products.materialize(x, g)
         return (
             site_products.gram_measure(x, g), site_products.weigh(gradients, factors, finite),
             site_products.weighted_product(x, g, factors, finite),

@@ -33,8 +33,8 @@ ROUTES = {
     "embed of two axes": {"embedding": "embed"},
     "attention": {f"{name}/kernel": "gram" for name in ("query", "key", "value", "out")},
     "lora": {"a": "gram", "b": "outer"},
-    "weight standardisation": {"kernel": "conv", "gain": "conv"},
-    "weight standardisation, twice": {"first": "conv", "second": "conv"},
+    "weight standardization": {"kernel": "conv", "gain": "conv"},
+    "weight standardization, twice": {"first": "conv", "second": "conv"},
     "nested scans": {"own": "gram", "inner": "outer", "outer": "outer"},
     "convolutions in nested scans": dict.fromkeys(("own", "inner", "outer", "one"), "conv"),
     "weight under the kernel": {},
@@ -65,7 +65,7 @@ ROUTES = {
     "merged lora": {},
     "custom vjp": {},
     "cond": {},
-    "regularised": {},
+    "regularized": {},
 }
 
 
@@ -218,7 +218,7 @@ def test_the_plan_gives_the_sizes_that_decided():
         "dense of many tokens": "T=60 d=5 p=3",
         "batched weights": "T=7 d=5 p=4 B=3",
         "conv groups": "T=25 d=18 p=3 B=2, outer again",
-        "weight standardisation": "T=36 d=18 p=4, outer, derived",
+        "weight standardization": "T=36 d=18 p=4, outer, derived",
         "embed": "T=6 d=11 p=5",
     }
     for name, sizes in want.items():

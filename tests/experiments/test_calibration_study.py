@@ -55,7 +55,7 @@ def test_all_variants_are_in_their_tables(finished):
 
 
 def test_the_late_switch_costs_no_privacy(finished):
-    late = [r for r in study.read(finished) if r.config["dp"]["normalised"]]
+    late = [r for r in study.read(finished) if r.config["dp"]["normalized"]]
     epsilons = {r.privacy["epsilon"] for r in late if not r.config["dp"]["temperature"]["share"]}
     assert max(epsilons) - min(epsilons) < 1e-6
 

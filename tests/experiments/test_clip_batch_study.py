@@ -218,7 +218,7 @@ def test_points_are_grids_over_rate_batch_and_bound(size):
         mine = base.copy_and_resolve_references()
         sweep.apply(mine, point)
         assert mine.private_seed is not None
-        assert mine.dp.normalised
+        assert mine.dp.normalized
     assert {point["dp.clipping"] for point in found if "dp.clipping" in point} == {"automatic"}
     settings = {
         (p["data.name"], b, r)
@@ -257,7 +257,7 @@ def test_optima_take_the_best_mean_and_what_is_not_worse():
     assert (row["C* low"], row["C* high"]) == (1.0, 10.0)
     assert (row["B* low"], row["B* high"]) == (256, 512)
     (cell,) = [r for r in clip_batch_report.best_rates(
-        study.summarise(results, clip_batch_report._BY, clip_batch_report._METRICS)
+        study.summarize(results, clip_batch_report._BY, clip_batch_report._METRICS)
     ) if (r["B"], r["C"]) == (512, 1.0)]  # fmt: skip
     assert (cell["runs"], cell["diverged"]) == (2, 1)
 

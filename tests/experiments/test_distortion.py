@@ -26,8 +26,8 @@ def test_cka_sees_geometry_only():
 
 def test_cka_is_that_of_the_gram_matrices():
     other = RNG.normal(size=(40, 3))
-    centre = np.eye(40) - 1 / 40
-    k, m = (centre @ x @ x.T @ centre for x in (FEATURES, other))
+    center = np.eye(40) - 1 / 40
+    k, m = (center @ x @ x.T @ center for x in (FEATURES, other))
     want = np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
     assert distortion.linear_cka(FEATURES, other) == pytest.approx(want)
 

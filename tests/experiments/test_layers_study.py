@@ -75,7 +75,7 @@ def test_the_best_rate_of_each_set_is_shown_and_losses_are_paired(finished):
         for seed, accuracy in enumerate(values)
     ]  # fmt: skip
     by = {"layers": "finetune", "learning rate": "optimizer.learning_rate"}
-    first, second = layers._best_rates(study.summarise(found, by, layers._METRICS), found)
+    first, second = layers._best_rates(study.summarize(found, by, layers._METRICS), found)
     assert (first["layers"], first["learning rate"], first["trained parameters"]) == (
         "full", 0.1, 20,
     )  # fmt: skip

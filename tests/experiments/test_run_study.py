@@ -31,7 +31,7 @@ def theory(arg=None):
 
 def report(workdir):
     results = study.read(workdir)
-    rows = study.summarise(results, {"rate": "optimizer.learning_rate"}, {})
+    rows = study.summarize(results, {"rate": "optimizer.learning_rate"}, {})
     return study.write(workdir, "Title", [study.Table("t", "Caption", rows)], results)
 """
 HERE = os.path.dirname(os.path.dirname(__file__))

@@ -76,7 +76,7 @@ def test_summary(tmp_path):
         write_run(tmp_path, index, bound=bound, accuracy=accuracy)
     (tmp_path / "003.failed").write_text("exit 3: not finite")
     plan(tmp_path, 5)
-    first, second = study.summarise(study.read(tmp_path), FIELDS, METRICS)
+    first, second = study.summarize(study.read(tmp_path), FIELDS, METRICS)
     assert (first["R"], first["epsilon"], first["runs"], first["diverged"]) == (1.0, 2.0, 2, 0)
     assert first["accuracy [%]"] == pytest.approx(30)
     assert first["accuracy [%] ±"] == pytest.approx(12.7062 * 10, rel=1e-4)
@@ -99,10 +99,10 @@ def test_budgets_are_not_mixed(tmp_path, other, field):
     plan(tmp_path, 2)
     found = study.read(tmp_path)
     with pytest.raises(ValueError, match=rf"000 and 001 differ in budget: {field}"):
-        study.summarise(found, {"R": "dp.bound"}, METRICS)
+        study.summarize(found, {"R": "dp.bound"}, METRICS)
     # Told apart by the field, they may stand in one table.
     if field != "dp.epsilon" or other["epsilon"] is not None:
-        rows = study.summarise(found, {"told": field}, METRICS)
+        rows = study.summarize(found, {"told": field}, METRICS)
         assert len(rows) == 2
     else:
         assert math.isinf(study.field(found[1], "dp.epsilon"))
@@ -145,7 +145,7 @@ def test_report_is_rebuilt_by_the_command(tmp_path, monkeypatch, capsys):
         "from experiments import study\n"
         "def report(workdir):\n"
         "    results = study.read(workdir)\n"
-        "    rows = study.summarise(results, {'R': 'dp.bound'}, {'a': lambda r: 1.5})\n"
+        "    rows = study.summarize(results, {'R': 'dp.bound'}, {'a': lambda r: 1.5})\n"
         "    figure, axes = plt.subplots()\n"
         "    parts = ['Words.', study.Table('t', 'Caption', rows),\n"
         "             study.Figure('f', 'Curve', figure)]\n"

@@ -215,16 +215,16 @@ def feature_set(values, labels=None):
     return heads.FeatureSet(values, labels, 2, "made")
 
 
-def test_normalise():
+def test_normalize():
     made = feature_set([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]])
-    unit = heads.normalise(made)
+    unit = heads.normalize(made)
     np.testing.assert_allclose(unit.values, [[0.6, 0.8], [0, 0], [0, -1]], rtol=1e-6)
-    centred = heads.normalise(made, centre=True, scale=8.0)
+    centered = heads.normalize(made, center=True, scale=8.0)
     root = 8 / np.sqrt(2)
-    np.testing.assert_allclose(centred.values, [[-root, root], [0, 0], [root, -root]], rtol=1e-6)
+    np.testing.assert_allclose(centered.values, [[-root, root], [0, 0], [root, -root]], rtol=1e-6)
     # Each example on its own: another one does not matter.
-    alone = heads.normalise(made.select(np.array([2])), centre=True, scale=8.0)
-    np.testing.assert_array_equal(alone.values[0], centred.values[2])
+    alone = heads.normalize(made.select(np.array([2])), center=True, scale=8.0)
+    np.testing.assert_array_equal(alone.values[0], centered.values[2])
 
 
 def test_several_feature_sets():
@@ -266,7 +266,7 @@ def test_feature_set_mistakes():
     with pytest.raises(ValueError, match="at least one feature set"):
         heads.average()
     with pytest.raises(ValueError, match="scale=0 must be > 0"):
-        heads.normalise(made, scale=0)
+        heads.normalize(made, scale=0)
 
 
 def test_a_backbone_that_couples_examples_is_refused(net, params, dataset, tmp_path):

@@ -136,7 +136,7 @@ def test_initial_parameters(family):
     assert 0.1 < np.std(features) < 3
 
 
-def test_head_initialisers():
+def test_head_initializers():
     widest = {}
     for name in HEAD_INITS:
         kernel = head_initializer(name)(jax.random.key(0), (64, CLASSES), jnp.float32)
@@ -302,7 +302,7 @@ def test_depthwise_convolution_is_the_grouped_one():
         np.testing.assert_allclose(layer.apply({"params": params}, x), expected, atol=1e-5)
 
 
-def test_group_norm_and_standardised_kernels_have_mean_zero_and_variance_one():
+def test_group_norm_and_standardized_kernels_have_mean_zero_and_variance_one():
     from dpjax.models.nets.layers import GroupNorm, StandardizedConv
 
     rng = np.random.default_rng(0)

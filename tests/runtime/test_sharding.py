@@ -33,7 +33,7 @@ def collectives(program):
 def test_rule_over_paths(text, axes):
     got = sharding.layout(text).axes(TREE)
     assert {f"{a}/{b}": v for a, leaf in got.items() for b, v in leaf.items()} == axes
-    # An optimiser's state has the same paths behind its own.
+    # An optimizer's state has the same paths behind its own.
     state = ({"step": np.zeros(())}, {"mu": TREE})
     assert sharding.layout(text).axes(state) == ({"step": -1}, {"mu": got})
 

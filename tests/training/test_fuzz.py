@@ -73,7 +73,7 @@ def valid(draw):
         "dp__sampler": sampler,
         "dp__bound": 10.0 ** draw(st.floats(-4, 3)),
         "dp__clipping": pick("flat", "per_layer", "automatic", "global"),
-        "dp__normalised": pick(True, False),
+        "dp__normalized": pick(True, False),
         "dp__method": pick("auto", "vmap"),
         "finetune": pick("full", "head", "bias+head", "regex:body"),
         "optimizer__name": pick("adam", "sgd", "lamb", "adam_corrected"),

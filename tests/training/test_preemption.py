@@ -224,7 +224,7 @@ OTHERS = {
     ),
     "steps": lambda run: with_mechanism(run, steps=20),
     "bound": lambda run: run._replace(phases=(run.phases[0]._replace(bound=2.0),)),
-    "clipping.function": lambda run: run._replace(rule=dp.global_(1.0, normalised=True)),
+    "clipping.function": lambda run: run._replace(rule=dp.global_(1.0, normalized=True)),
     "data": lambda run: run._replace(train=run.train.select(np.arange(1617)[::-1])),
 }
 

@@ -391,7 +391,7 @@ def command(tmp_path, *arguments):
 def test_command_line(tmp_path):
     done = command(tmp_path, f"--workdir={tmp_path / 'w'}", "--config.dp.epsilon=1")
     assert done.returncode == 0, done.stderr
-    for word in ("examples N", "1,617", "sigma sqrt(T)", "neighbouring", "epsilon 1", "accountant"):
+    for word in ("examples N", "1,617", "sigma sqrt(T)", "neighboring", "epsilon 1", "accountant"):
         assert word in done.stdout
     assert all(
         word in done.stderr for word in ("step", "eps=", "loss=", "ex/s=")

@@ -74,7 +74,7 @@ def epsilon(
       accountant: "pld" (tight) or "rdp" (looser; the cross-check).
       relation: "add_or_remove_one" or "replace_one".
       num_examples: N, if known.
-      grid: PLD discretisation interval in nats; None picks one that costs about 1e-4 of epsilon
+      grid: PLD discretization interval in nats; None picks one that costs about 1e-4 of epsilon
         (dp_accounting's own default is 1e-4). Every choice gives an upper bound.
     Returns:
       Epsilon in nats; inf if an event is not private, 0.0 for no events.

@@ -164,7 +164,7 @@ def untruncated(event: dpa.DpEvent) -> dpa.DpEvent:
 
 
 def num_sampled(event: dpa.DpEvent) -> int:
-    """Number of discretised events that the PLD accountant convolves (plain Gaussians are not)."""
+    """Number of discretized events that the PLD accountant convolves (plain Gaussians are not)."""
     if isinstance(event, dpa.ComposedDpEvent):
         return sum(num_sampled(e) for e in event.events)
     if isinstance(event, dpa.SelfComposedDpEvent):

@@ -381,7 +381,7 @@ def _derived_part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) ->
             found, gradient = products.outer_measure(x, g)
             within = found.mass < group.limit / 4
         else:
-            gradient = products.materialise(x, g)
+            gradient = products.materialize(x, g)
             within = jnp.ones(gradient.shape[0], bool)
         return jax.vmap(pull)(gradient), within
 

@@ -1,7 +1,7 @@
 """The clipped sum of per-example gradients, by whichever engine computes it.
 
 `clipped_sum` is the one door: both engines have its signature and give its numbers. The vmap
-engine materialises one microbatch of per-example gradients; the book-keeping engine
+engine materializes one microbatch of per-example gradients; the book-keeping engine
 (`bookkeeping.py`) needs one ordinary backward pass.
 """
 

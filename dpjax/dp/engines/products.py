@@ -46,14 +46,14 @@ __all__ = [
     "kept_measure",
     "lookup_measure",
     "lookup_sum",
-    "materialise",
+    "materialize",
     "outer_measure",
     "scaled",
     "weigh",
     "weighted_product",
 ]
 
-# Costs in multiplications, measured on a CPU: a number of a gradient that is materialised and kept
+# Costs in multiplications, measured on a CPU: a number of a gradient that is materialized and kept
 # is written once and read twice; a Gram matrix is a product of awkward shape, made and read once.
 _TRAFFIC = 110
 _GRAM = 1.3
@@ -81,8 +81,8 @@ def cheapest(form: Form) -> str:
 
     Returns:
         "gram": inner product of the Gram matrices x x^T and g g^T.
-        "outer": gradients are materialised, and kept for the weighted sum.
-        "outer again": gradients are materialised a few examples at a time and dropped; the
+        "outer": gradients are materialized, and kept for the weighted sum.
+        "outer again": gradients are materialized a few examples at a time and dropped; the
         weighted sum is one more product.
     """
     product = form.T * form.d * form.p
@@ -176,7 +176,7 @@ def gram_measure(x: jax.Array, g: jax.Array) -> Measure:
 
 def outer_measure(x: jax.Array, g: jax.Array) -> tuple[Measure, jax.Array]:
     """Of x_i^T g_i, materialized here but summed by another product; also the gradients."""
-    gradients = materialise(x, g)
+    gradients = materialize(x, g)
     square = _total(jnp.square(gradients))
     zero = jnp.zeros_like(square)
     # The gradient that is measured and the one that is summed are both rounded.
@@ -237,7 +237,7 @@ def _diagonals(matrices: jax.Array) -> jax.Array:
     return matrices.reshape(n, B, T * T)[:, :, :: T + 1]
 
 
-def materialise(x: jax.Array, g: jax.Array) -> jax.Array:
+def materialize(x: jax.Array, g: jax.Array) -> jax.Array:
     """The gradients x_i^T g_i `[n, B, d, p]`."""
     return _dot(x, g, (2,), 2)
 
