@@ -93,7 +93,7 @@ def default() -> ConfigDict:
                 "fraction": 0.0,  # of the epochs that train the head alone
                 "learning_rate": placeholder(float),  # None: the optimizer's
                 "noise_ratio": 1.0,  # sigma of this phase over sigma of the next
-                "keep_optimizer": False,  # the head's moments go on, counters start anew
+                "keep_optimizer": False,  # keep the head's moments; counters restart at 0
             },
             # None trains without privacy, and so does an infinite epsilon.
             "dp": {

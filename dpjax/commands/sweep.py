@@ -4,13 +4,14 @@
 
 FILE is a config or a study: a module with `get_config(arg)` and `sweep()`, which yields one dict of
 flat overrides per point, as {"dp.epsilon": 1.0, "optimizer.learning_rate": 3e-3}. With FILE:ARG, a
-`sweep(arg)` is given the argument too. Point k runs in
+`sweep(arg)` gets the argument too. Point k runs in
 DIR/NNN, exactly as `dpjax train --config=FILE --workdir=DIR --sweep_index=k` runs it, which is the
 line for an array job. Overrides, --config.FIELD=VALUE, hold for every point; --table_only runs
 nothing.
 
-The same command again does what is missing: finished points are kept, cut ones go on, failed ones
-are tried anew. DIR/sweep.md and DIR/sweep.csv hold the results, DIR/NNN.log what a point printed.
+The same command again does what is missing: finished points are skipped, interrupted ones resume,
+failed ones are retried. DIR/sweep.md and DIR/sweep.csv contain the results, DIR/NNN.log the output
+of a point.
 Exit codes: 0 all finished, 1 some failed, 2 a mistake, 75 stopped by a signal.
 """
 

@@ -37,7 +37,7 @@ def add_arguments(parser: cli.Parser) -> None:
     )
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT",
-        help="of process 0; Slurm and Cloud TPUs tell it themselves",
+        help="of process 0; on Slurm and Cloud TPUs JAX finds it",
     )  # fmt: skip
     parser.add_argument("--num_processes", type=int, help="how many processes take part")
     parser.add_argument("--process_id", type=int, help="which of them this one is, from 0")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from dpjax.search import sweep
     from dpjax.training import capacity, loop
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     compilation.keep_on_disk()
     with cli.mistakes():
         config = cli.config(args)

@@ -56,7 +56,7 @@ def full_batch(noise_multiplier: float, steps: int) -> dpa.DpEvent:
 def fixed_size(
     noise_multiplier: float, sample_size: int, num_examples: int, steps: int
 ) -> dpa.DpEvent:
-    """`steps` Gaussian sums, each over `sample_size` distinct examples drawn anew uniformly.
+    """`steps` Gaussian sums, each over `sample_size` distinct examples, drawn uniformly.
 
     Only for accountant="rdp", relation="replace_one" (Wang, Balle, Kasiviswanathan, 1808.00087,
     theorem 27). Adding or removing an example changes every batch's law, which no accountant here

@@ -69,7 +69,7 @@ class _Group(NamedTuple):
 
     Attributes:
         sites: uses of the weight.
-        leaves: what the weight is made of.
+        leaves: the leaves that the weight is computed from.
         form: sizes of the joint canonical form.
         norm: "lookup", "gram", "outer" or "outer again".
     """
@@ -114,9 +114,9 @@ def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ..
     Returns:
         One record per leaf, in `jax.tree.leaves` order.
     """
-    made = _plan(loss_fn, params, example)
-    routes = {leaf: ("direct", reason) for leaf, reason in made.direct.items()}
-    for group in made.groups:
+    planned = _plan(loss_fn, params, example)
+    routes = {leaf: ("direct", reason) for leaf, reason in planned.direct.items()}
+    for group in planned.groups:
         kind, form = group.sites[0].kind, group.form
         sizes = f"T={form.T} d={form.d} p={form.p}" + (f" B={form.B}" if form.B > 1 else "")
         if kind == "conv":
@@ -167,13 +167,13 @@ def microbatch_sum(
     """
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    made = _plan(loss_fn, params, example)
-    loss, raws, direct = _backward(made, leaves, batch)
+    planned = _plan(loss_fn, params, example)
+    loss, raws, direct = _backward(planned, leaves, batch)
 
     parts = [_kept({i: g}) for i, g in direct.items()]
-    parts += [_part(made.traced, group, raw, leaves) for group, raw in zip(made.groups, raws)]
+    parts += [_part(planned.traced, group, raw, leaves) for group, raw in zip(planned.groups, raws)]
     groups, num_groups = rule.groups(params), rule.num_groups(params)
-    most = _cancellation(max((group.form.T for group in made.groups), default=1))
+    most = _cancellation(max((group.form.T for group in planned.groups), default=1))
     clip = _clip(rule, parts, groups, num_groups, loss, mask, most)
     # A batched convolution may have spread one example's NaN over the losses of all, see reference.
     convolutions = reference.differentiates_convolutions(loss_fn, params, batch)
@@ -190,7 +190,7 @@ def microbatch_sum(
         real=mask,
     )
     summed = jax.tree.unflatten(treedef, total)
-    if not made.groups and not convolutions:
+    if not planned.groups and not convolutions:
         return summed, facts  # gradients of direct leaves are those of the reference
     return reference.one_by_one(loss_fn, rule, params, batch, doubtful, summed, facts)
 
@@ -267,24 +267,24 @@ def _clip(
 
 
 def _backward(
-    made: _Plan, leaves: list[Any], batch: PyTree
+    planned: _Plan, leaves: list[Any], batch: PyTree
 ) -> tuple[jax.Array, list[Raw], dict[int, jax.Array]]:
     """One backward pass: losses, recorded arrays of each group, gradients of direct leaves."""
-    sites = [site for group in made.groups for site in group.sites]
+    sites = [site for group in planned.groups for site in group.sites]
 
     def one(example: PyTree) -> Any:
         def loss(taps: dict[Key, jax.Array], direct: dict[int, Any]) -> Any:
             args = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
-            return evaluate(made.traced, [*args, *jax.tree.leaves(example)], taps)
+            return evaluate(planned.traced, [*args, *jax.tree.leaves(example)], taps)
 
         taps = {s.key: jnp.zeros((*s.lengths, *s.output.shape), s.output.dtype) for s in sites}
-        direct = {i: leaves[i] for i in made.direct}
+        direct = {i: leaves[i] for i in planned.direct}
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct)
 
     (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
     raws = [
         tuple((inputs[s.key], _scaled(s.view, cotangents[s.key])) for s in group.sites)
-        for group in made.groups
+        for group in planned.groups
     ]
     return loss.astype(jnp.float32), raws, {i: g.astype(jnp.float32) for i, g in direct.items()}
 

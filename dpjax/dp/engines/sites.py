@@ -79,7 +79,7 @@ class Site:
     Attributes:
         key: position of the equation, through nested jaxprs.
         kind: "dot", "conv" or "embed".
-        leaves: the leaves that the weight is made of; one, unless it is derived.
+        leaves: the leaves that the weight is computed from; one, unless it is derived.
         view: the weight as a view of its leaf; None if it is derived.
         weight_id: equal for sites whose gradients can be added before they are squared.
         operand: position of the weight among the equation's operands (the input is the other).

@@ -45,7 +45,7 @@ def derived_weight(traced: Traced, site: Site, leaves: dict[int, Any]) -> jax.Ar
     Args:
         traced: the jaxpr and its sites.
         site: the derived site.
-        leaves: by index, the leaves that the weight is made of.
+        leaves: by index, the leaves that the weight is computed from.
 
     Returns:
         The weight.
