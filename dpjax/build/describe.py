@@ -184,7 +184,7 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
                 if config.model.weights is not None
                 else []
             ),
-            "private_seed.json: anyone who reads it can undo the noise. Keep it as secret as the data"
+            "private_seed.json: its readers can undo the noise. Keep it as secret as the data"
             if config.private_seed is None
             else "the private seed in config.json: anyone who reads it can undo the noise",
         ],

@@ -58,7 +58,7 @@ __all__ = [
 _TRAFFIC = 110
 _GRAM = 1.3
 
-# Gradients are kept if they are at most this many times larger than the arrays they are computed from.
+# Gradients are kept if they are at most this many times larger than what they are computed from.
 _KEEP = 4
 
 _SMALL = 2**16  # numbers that are copied in no time
