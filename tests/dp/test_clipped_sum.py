@@ -351,3 +351,27 @@ def test_a_poisoned_example_inside_a_gradient(method, poison, real, where):
     assert other.factors[1] == 0
     np.testing.assert_allclose(other.factors, facts.factors, rtol=1e-4)
     np.testing.assert_allclose(found.value["w"], want.value["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("options", ["as users compile", "without fusion emitters"])
+def test_a_gradient_is_computed_once(method, options):
+    """Of a standardization little but rounding is left; computed twice, it has two values."""
+    if options == "as users compile":
+        flags = {}
+    elif jax.__version_info__ < (0, 11):
+        flags = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    else:
+        pytest.skip("newer versions of XLA do not start without fusion emitters")
+
+    def loss_fn(p, x):
+        p = p - p.mean((1, 2), keepdims=True)
+        return jnp.sum(jnp.sin(p / jnp.sqrt((p * p).mean((1, 2), keepdims=True) + 1e-2) * x))
+
+    numbers = np.random.default_rng(0)
+    engine = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method), compiler_options=flags)
+    for size in 10 ** numbers.uniform(0, 15, 40):
+        params = numbers.standard_normal((1, 2, 3)).astype(np.float32)
+        x = (size * numbers.standard_normal((4, 1, 2, 3))).astype(np.float32)
+        total, _ = engine(params, x, np.arange(4) == 2)
+        assert np.linalg.norm(np.float64(total.value)) <= 1

@@ -170,8 +170,12 @@ def microbatch_sum(
     planned = _plan(loss_fn, params, example)
     loss, raws, direct = _backward(planned, leaves, batch)
 
-    parts = [_kept({i: g}) for i, g in direct.items()]
-    parts += [_part(planned.traced, group, raw, leaves) for group, raw in zip(planned.groups, raws)]
+    doubts = reference.count_of_doubts(loss)
+    parts = [_kept(direct, doubts)] if direct else []
+    parts += [
+        _part(planned.traced, group, raw, leaves, doubts)
+        for group, raw in zip(planned.groups, raws)
+    ]
     groups, num_groups = rule.groups(params), rule.num_groups(params)
     most = _cancellation(max((group.form.T for group in planned.groups), default=1))
     clip = _clip(rule, parts, groups, num_groups, loss, mask, most)
@@ -311,9 +315,9 @@ class _Part(NamedTuple):
     within: jax.Array | None = None
 
 
-def _kept(gradients: dict[int, jax.Array]) -> _Part:
+def _kept(gradients: dict[int, jax.Array], doubts: jax.Array) -> _Part:
     """Leaves with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
-    flat = reference.flattened(gradients)
+    flat = reference.flattened(gradients, doubts)
     return _Part(
         {leaf: products.kept_measure(g) for leaf, g in flat.items()},
         lambda factors, usable: {
@@ -323,11 +327,11 @@ def _kept(gradients: dict[int, jax.Array]) -> _Part:
     )
 
 
-def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
+def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any], doubts: jax.Array) -> _Part:
     """The part of one weight, from the recorded inputs and cotangents of its sites."""
     view = group.sites[0].view
     if view is None:
-        return _derived_part(traced, group, raw, leaves)
+        return _derived_part(traced, group, raw, leaves, doubts)
 
     def measure(raw: Raw) -> tuple[products.Measure, Any]:
         x, g = group.canonical(raw)
@@ -338,12 +342,12 @@ def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
         found, gradients = products.outer_measure(x, g)
         if group.norm == "outer again":
             return found, ()
-        gradients = jax.lax.optimization_barrier(gradients)
+        gradients = reference.once(gradients, doubts)
         return products.kept_measure(gradients)._replace(mass=found.mass * narrow), gradients
 
     # The mass of kept gradients does not matter, unless the weight is of a narrow dtype.
     narrow = float(group.limit < products.LARGEST)
-    raw = jax.lax.optimization_barrier(raw)  # one recording for the norm and for the sum
+    raw = reference.once(raw, doubts)  # one recording for the norm and for the sum
     measured, gradients = _chunked(measure, raw, _temporary(group))
     # In both places: before the constant factor of a scaled weight, and behind it.
     reach = measured.mass * max(1.0, 1 / abs(view.scale))
@@ -360,7 +364,9 @@ def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
     return _Part({view.leaf: measured}, total, within)
 
 
-def _derived_part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) -> _Part:
+def _derived_part(
+    traced: Traced, group: _Group, raw: Raw, leaves: list[Any], doubts: jax.Array
+) -> _Part:
     """The part of a weight that is a function of its leaves.
 
     The derivative of that function can cancel nearly all of a gradient, say that of `w - mean(w)`,
@@ -387,11 +393,11 @@ def _derived_part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) ->
 
     if group.norm == "outer":
         pulled, within = _chunked(gradients, raw, _temporary(group))
-        return _kept(pulled)._replace(within=within)
+        return _kept(pulled, doubts)._replace(within=within)
 
     def measure(raw: Raw) -> tuple[dict[int, products.Measure], jax.Array]:
         pulled, within = gradients(raw)
-        flat = reference.flattened(pulled)
+        flat = reference.flattened(pulled, doubts)
         return {leaf: products.kept_measure(g) for leaf, g in flat.items()}, within
 
     measures, within = _chunked(measure, raw, _temporary(group))
@@ -399,7 +405,7 @@ def _derived_part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any]) ->
     def total(factors: dict[int, jax.Array], usable: jax.Array) -> dict[int, jax.Array]:
         def chunk(total: dict[int, jax.Array], part: Any) -> tuple[dict[int, jax.Array], None]:
             raw, factors, usable, squares = part
-            pulled = reference.flattened(gradients(raw)[0])
+            pulled = reference.flattened(gradients(raw)[0], doubts)
             for leaf, g in pulled.items():
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.

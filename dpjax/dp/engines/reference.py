@@ -19,7 +19,14 @@ from jax.extend.core import primitives as P
 
 from dpjax.dp.clipping import ClipRule, PerExample
 
-__all__ = ["differentiates_convolutions", "flattened", "microbatch_sum", "one_by_one"]
+__all__ = [
+    "count_of_doubts",
+    "differentiates_convolutions",
+    "flattened",
+    "microbatch_sum",
+    "once",
+    "one_by_one",
+]
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -42,16 +49,36 @@ def microbatch_sum(
     return one_by_one(loss_fn, rule, params, batch, doubtful, total, facts)
 
 
-def flattened(gradients: PyTree) -> PyTree:
-    """Per-example gradients as float32 `[n, entries]`, one array for both the norm and the sum.
+def once(arrays: PyTree, doubts: jax.Array) -> PyTree:
+    """Arrays that XLA computes once, whoever reads them.
 
-    Without the barrier XLA may compute a gradient twice, once fused into its norm and once into the
-    sum, with two roundings; where a gradient cancels, the two differ by more than the bound. Flat,
-    because XLA adds up an array of many short axes number by number, and a long axis in a tree: in
-    the first case 16,384 squares are off by 5e-4.
+    A norm is that of what is summed only if both read the same numbers. XLA is free to compute an
+    array twice, fused into the norm and fused into the sum, with two roundings; where a gradient
+    cancels, the two differ by more than the bound (17 C was seen). Its CPU compiler does so, and
+    removes `optimization_barrier` before. It cannot look through a loop: this one changes the signs
+    an even number of times, known at run time only and 0 for ordinary batches, in place.
+
+    Args:
+        arrays: numbers of any dtype.
+        doubts: scalar integer that is computed from the data, such as `count_of_doubts`.
+    """
+    flip = lambda _, arrays: jax.tree.map(jnp.negative, arrays)  # noqa: E731
+    return jax.lax.fori_loop(0, 2 * doubts, flip, arrays)
+
+
+def count_of_doubts(loss: jax.Array) -> jax.Array:
+    """The number of examples whose loss is not finite, from `[n]` losses."""
+    return jnp.sum(~jnp.isfinite(loss), dtype=jnp.int32)
+
+
+def flattened(gradients: PyTree, doubts: jax.Array) -> PyTree:
+    """Per-example gradients as float32 `[n, entries]`, computed once for the norm and the sum.
+
+    Flat, because XLA adds up an array of many short axes number by number, and a long axis in a
+    tree: in the first case the sum of 16,384 squares can be off by 5e-4.
     """
     flat = jax.tree.map(lambda g: g.astype(jnp.float32).reshape(g.shape[0], -1), gradients)
-    return jax.lax.optimization_barrier(flat)
+    return once(flat, doubts)
 
 
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
@@ -121,7 +148,7 @@ def _batched(
 ) -> tuple[PyTree, PerExample]:
     groups, num_groups = rule.groups(params), rule.num_groups(params)
     loss, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(params, batch)
-    leaves, treedef = jax.tree.flatten(flattened(grads))
+    leaves, treedef = jax.tree.flatten(flattened(grads, count_of_doubts(loss)))
     loss = loss.astype(jnp.float32)
     squares: list[list[jax.Array]] = [[] for _ in range(num_groups)]
     for group, g in zip(groups, leaves):
