@@ -41,12 +41,10 @@ Raw = tuple[tuple[jax.Array, jax.Array], ...]  # input and output cotangent of e
 _CHUNK = {"cpu": 2**20}
 _LARGE_CHUNK = 2**27
 
-
-# An example is trusted if rounding adds at most this share to its norm, ...
+# An example is trusted if rounding adds at most this share to its norm, if its tokens do not cancel
+# (see `_cancellation`), and if the numbers that are multiplied keep their distance from the ends of
+# float32's range, before and after the factor.
 _MARGIN = 2.0**-7
-
-
-# ... and if the numbers that are multiplied keep this distance from the ends of float32's range.
 _LARGE, _SCALED = 2.0**60, 2.0**120
 
 
