@@ -203,7 +203,7 @@ def _unkept(
 def _total(array: jax.Array) -> jax.Array:
     """The sum of each example's numbers, in a tree; XLA needs one long axis for that."""
     flat = array if array.ndim == 2 else array.reshape(array.shape[0], -1)
-    # The barrier keeps XLA from undoing the reshape.
+    # The barrier is for compilers that would fold the reshape into the sum.
     return jnp.sum(flat if array.ndim == 2 else jax.lax.optimization_barrier(flat), 1)
 
 

@@ -50,7 +50,7 @@ def microbatch_sum(
 
 
 def once(arrays: PyTree, doubts: jax.Array) -> PyTree:
-    """Arrays that XLA computes once, whoever reads them.
+    """Returns the arrays such that XLA computes them once, however many results read them.
 
     A norm is that of what is summed only if both read the same numbers. XLA is free to compute an
     array twice, fused into the norm and fused into the sum, with two roundings; where a gradient
