@@ -61,6 +61,10 @@ def default() -> ConfigDict:
                 # Evaluate on this share of the training split, drawn example by example, instead
                 # of the test split, to tune without touching it. It is private data too.
                 "holdout": placeholder(float),
+                # User-level privacy: the column that says whose data a record is. Batches, clipping
+                # and the guarantee are then about all records of one unit. None: one record each.
+                "unit": placeholder(str),
+                "unit_records": 1,  # the most records of a unit that a step reads; their mean loss
                 "tokenizer": "minilm_l6_tokenizer",  # for text: file, or name of a published one
                 # Images of many sizes: crop and resize to this side while reading. None: as stored.
                 "host_image_size": placeholder(int),

@@ -30,7 +30,9 @@ __all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_u
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `mask` [n] bool (False is padding); in training also
-`identity` [n] uint32, a hash of each example's content, from `Dataset.identities`."""
+`identity` [n] uint32, a hash of each example's content, from `Dataset.identities`. Under
+user-level privacy an example is a unit of several records: `input` [n, records, ...], `label` and
+`record` [n, records], which is False where a unit has no more."""
 
 LossFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
 """`(params, example) -> scalar loss` of ONE example, in nats."""
@@ -143,7 +145,7 @@ def make_steps(
     def local(
         totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, rule: Any
     ) -> Totals:
-        examples = {"input": batch["input"], "label": batch["label"]}
+        examples = {k: v for k, v in batch.items() if k not in ("mask", "identity")}
         # An example's augmentation depends on the step and on the example's content. If it
         # depended on the position in the data set, removing one example would shift all later
         # ones, change their gradients, and so change the sum by more than the clip bound.

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpjax import dp, models
 from dpjax.build import Run
-from dpjax.data import Dataset, Source
+from dpjax.data import Dataset, Source, Units
 from dpjax.dp import seeds
 from dpjax.models import Params
 
@@ -37,9 +37,11 @@ class Game(NamedTuple):
     inputs: np.ndarray
     labels: np.ndarray
 
-    def data(self, included: np.ndarray) -> Dataset:
-        """The run's examples and the canaries that are in."""
-        train, size = self.run.train, len(self.run.train.source.keys)
+    def data(self, included: np.ndarray) -> Dataset | Units:
+        """The run's examples and the canaries that are in; a canary is a unit of its own."""
+        whole = self.run.train
+        train = whole.records if isinstance(whole, Units) else whole
+        size = len(train.source.keys)
 
         def read(rows: np.ndarray) -> np.ndarray:
             out = np.empty((len(rows), *train.shape), self.inputs.dtype)
@@ -51,13 +53,18 @@ class Game(NamedTuple):
 
         unknown = np.zeros((len(self.labels), 16), np.uint8)
         chosen = np.flatnonzero(included)
-        return dataclasses.replace(
+        units = None
+        if train.units is not None:
+            units = np.concatenate([train.units.astype(str), [f"canary {i}" for i in chosen]])
+        both = dataclasses.replace(
             train,
             labels=np.concatenate([train.labels, self.labels[chosen]]),
             class_names=(*train.class_names, *["canary"] * len(self.labels)),
             rows=np.concatenate([train.rows, size + chosen]),
             source=Source(read, np.concatenate([train.source.keys, unknown]), train.source.dtype),
+            units=units,
         )
+        return Units(both, whole.limit) if isinstance(whole, Units) else both
 
     def scores(self, params: Params) -> np.ndarray:
         """How much each canary looks like it took part, `[canaries]`."""
@@ -102,7 +109,7 @@ def _with_leaf(run: Run, count: int) -> Run:
 
     def loss_fn(params: Params, example: dict[str, jax.Array]) -> jax.Array:
         rest = {name: leaf for name, leaf in params.items() if name != _LEAF}
-        index = example["label"] - classes
+        index = example["label"].reshape(-1)[0] - classes  # the first record's, of a unit
         real = run.loss_fn(rest, {**example, "label": jnp.where(index < 0, example["label"], 0)})
         return jnp.where(index < 0, real, -norm * params[_LEAF][jnp.maximum(index, 0)])
 

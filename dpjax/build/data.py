@@ -14,14 +14,24 @@ __all__ = ["check", "given", "opened"]
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses a function of the user's in `config.data.name` that does not exist."""
+    """Refuses a function of the user's that does not exist, and records of no unit."""
     if ":" in config.name:
         resolve("data.name", config.name, {})
+    limit = config.unit_records
+    if limit < 1 or (config.unit is None and limit != 1):
+        raise ValueError(
+            f"data.unit_records={limit} must be >= 1, and 1 unless data.unit names whose data a "
+            "record is."
+        )
+    if config.unit is not None and isinstance(config.subset, int):
+        raise ValueError(
+            f"data.subset={config.subset} shots per class would divide units: give a fraction."
+        )
 
 
 def opened(
     config: ConfigDict, spec: models.InputSpec | models.TextSpec
-) -> tuple[data.Dataset, data.Dataset]:
+) -> tuple[data.Dataset | data.Units, data.Dataset]:
     """Opens the training data and the data to evaluate on, for the input of a model."""
     own = config.data.name
     if ":" in own:
@@ -40,11 +50,12 @@ def opened(
     def load(split: str) -> data.Dataset:
         return reader(config.data.name, split=split, data_dir=config.data.data_dir)
 
-    train = load(config.data.train_split)
+    train: data.Dataset | data.Units = in_units(config, load(config.data.train_split))
     field = "data.holdout"
     try:
         if config.data.holdout is not None:
-            train, held = data.holdout(train, config.data.holdout, seed=config.seed)
+            train, rest = data.holdout(train, config.data.holdout, seed=config.seed)
+            held = rest.records if isinstance(rest, data.Units) else rest
         field = "data.subset"
         if config.data.subset is not None:
             train = data.subset(train, config.data.subset, seed=config.seed)
@@ -55,11 +66,23 @@ def opened(
     return train, held
 
 
+def in_units(config: ConfigDict, train: data.Dataset) -> data.Dataset | data.Units:
+    """Groups training data by unit, if `config.data.unit` asks for it."""
+    if config.data.unit is None:
+        return train
+    if train.units is None:
+        raise ValueError(
+            f"data.unit={config.data.unit!r}: {train!r} does not say whose data a record is."
+        )
+    return data.Units(train, config.data.unit_records)
+
+
 def given(
     config: ConfigDict, datasets: tuple[data.Dataset, data.Dataset]
-) -> tuple[data.Dataset, data.Dataset]:
+) -> tuple[data.Dataset | data.Units, data.Dataset]:
     """Checks that the config asks for no part of data that it did not open."""
     for field in ("holdout", "subset"):
         if config.data[field] is not None:
             raise ValueError(f"data.{field}={config.data[field]} must be None for given datasets.")
-    return datasets
+    train, test = datasets
+    return in_units(config, train), test

@@ -14,6 +14,7 @@ import numpy as np
 from dpjax import dp
 from dpjax.build.model import model_title
 from dpjax.build.run import Phase, Run
+from dpjax.data import Units
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune
 
@@ -26,7 +27,7 @@ def describe(run: Run) -> str:
     trainable, frozen = finetune.split(run.params, phase.trainable)
     rows: dict[str, Any] = {
         "data set": f"{run.train.name}, split {run.train.split} (held out: {run.test.split})",
-        "examples N": f"{len(run.train):,} (held out {len(run.test):,})",
+        "examples N": _size(run),
         "classes": run.train.num_classes,
         "model": f"{model_title(config.model)}, weights {config.model.weights}",
         "parameters": f"{finetune.count(trainable):,} trainable ({config.finetune}), "
@@ -69,6 +70,17 @@ def describe(run: Run) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
+def _size(run: Run) -> str:
+    train = run.train
+    size = f"{len(train):,} (held out {len(run.test):,})"
+    if isinstance(train, Units):
+        size += (
+            f": units by {run.config.data.unit!r}, with {len(train.records):,} records, of which a "
+            f"step reads at most {train.limit} each"
+        )
+    return size
+
+
 def _each(run: Run, fact: Callable[[Phase], str]) -> str:
     """A fact of every phase, where it differs from the phase before."""
     facts = [fact(phase) for phase in run.phases]
@@ -96,7 +108,8 @@ def _cumulative_noise(run: Run) -> float:
 
 def _engine(run: Run, trainable: Params, frozen: Params) -> str:
     """Says once which engine clips, and how many leaves take which route through it."""
-    one = run.train.get(np.array([0]))
+    one = run.train.batch(np.array([0]), seed=0, step=0)
+    one.pop("identity")
     example = {name: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for name, v in one.items()}
     example["key"] = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -109,6 +122,13 @@ def _engine(run: Run, trainable: Params, frozen: Params) -> str:
     return "bookkeeping, leaves by route: " + ", ".join(
         f"{route} {count}" for route, count in routes.most_common()
     )
+
+
+def _unit(run: Run) -> str:
+    """Whom the guarantee protects, in words."""
+    if not isinstance(run.train, Units):
+        return "one training example"
+    return f"all training records of one unit, which data.unit={run.config.data.unit!r} names"
 
 
 def ledger_after(run: Run, steps: int) -> dp.Ledger:
@@ -137,6 +157,7 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
         ledger,
         clipping=_clipping(run),
         seed_policy="os_entropy" if config.private_seed is None else "fixed",
+        unit=_unit(run),
         released=[
             "the trained parameters in weights.safetensors and in every checkpoint",
             "the number of executed steps"

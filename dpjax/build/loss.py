@@ -35,26 +35,45 @@ def check(spec: models.InputSpec | models.TextSpec, config: ConfigDict) -> None:
 def functions(
     net: Model, config: ConfigDict, shape: tuple[int, ...]
 ) -> tuple[Callable[[Params, jax.Array], jax.Array], LossFn]:
-    """Returns the prediction on raw inputs, and the loss of one raw example."""
+    """Returns the prediction on raw inputs, and the loss of one raw example.
+
+    An example that has `record` is a unit of several records: `input` [records, ...], `label`
+    [records], `record` [records] bool. Its loss is the mean over the records that are there.
+    """
     prepare = preparation(net.input, config, shape)
     augment = augmentation(net.input, config)
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
         return net.apply(params, jax.vmap(prepare)(inputs))
 
+    def views(record: jax.Array, key: jax.Array | None) -> jax.Array:
+        """What the model sees of one record, [views, ...]."""
+        one = prepare(record)
+        if augment is None or key is None:
+            return one[None]
+        keys = jax.random.split(key, config.multiplicity)
+        return jax.vmap(lambda k: augment(one, key=k))(keys)
+
     def loss_fn(params: Params, example: dict[str, jax.Array]) -> jax.Array:
-        one = prepare(example["input"])
-        if augment is None:
-            logits = net.apply(params, one)[None]
-        else:
-            keys = jax.random.split(example["key"], config.multiplicity)
-            logits = net.apply(params, jax.vmap(lambda k: augment(one, key=k))(keys))
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.broadcast_to(example["label"], logits.shape[:1])
-        )
-        return jnp.mean(losses)
+        label, key = example["label"], None if augment is None else example["key"]
+        if "record" not in example:
+            inputs = views(example["input"], key)
+            # Without a batch axis where there is one view: it would cost the engine time.
+            logits = net.apply(params, inputs) if augment else net.apply(params, inputs[0])[None]
+            return jnp.mean(_cross_entropy(logits, jnp.broadcast_to(label, logits.shape[:1])))
+        there = example["record"]
+        # The keys of a unit's records come from the unit's own: no other unit changes them.
+        keys = None if key is None else jax.random.split(key, len(there))
+        inputs = jax.vmap(views, (0, None if keys is None else 0))(example["input"], keys)
+        logits = net.apply(params, inputs.reshape(-1, *inputs.shape[2:]))
+        losses = _cross_entropy(logits, jnp.repeat(label, inputs.shape[1]))
+        losses = jnp.mean(losses.reshape(inputs.shape[:2]), axis=1)
+        return jnp.sum(jnp.where(there, losses, 0.0)) / jnp.maximum(jnp.sum(there), 1)
 
     return apply, loss_fn
+
+
+_cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 def preparation(

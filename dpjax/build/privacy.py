@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpjax import data, dp
 from dpjax.build.run import Phase, Temperature
-from dpjax.data import Dataset
+from dpjax.data import Dataset, Units
 from dpjax.files import choose, resolve, returned
 
 __all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "sampler", "temperature", "with_noise"]
@@ -82,7 +84,9 @@ def adaptive_bound(config: ConfigDict) -> dp.QuantileBound | None:
     return made
 
 
-def temperature(config: ConfigDict, train: Dataset) -> tuple[Dataset, Temperature | None]:
+def temperature(
+    config: ConfigDict, train: Dataset | Units
+) -> tuple[Dataset | Units, Temperature | None]:
     """Splits off the examples that a temperature is fitted on, if one is; they do not train."""
     if config.dp is None or not config.dp.temperature.share:
         return train, None
@@ -100,6 +104,13 @@ def temperature(config: ConfigDict, train: Dataset) -> tuple[Dataset, Temperatur
         )
     except ValueError as error:
         raise ValueError(f"dp.temperature: {error}") from error
+    if isinstance(share, Units):
+        # One record stands for its unit, chosen by the unit's own key: adding or removing a unit
+        # adds or removes one example.
+        rows = dataclasses.replace(share, limit=1).rows(
+            np.arange(len(share)), seed=config.seed, step=0
+        )
+        share = share.records.select(rows[:, 0])
     return rest, Temperature(share, mechanism, chosen.bound)
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dpjax import dp
 from dpjax.build.planner import Plan
-from dpjax.data import Dataset, splits_overlap
+from dpjax.data import Dataset, Units, splits_overlap
 from dpjax.models import Model, Params
 from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, LossFn
@@ -67,7 +67,8 @@ class Run(NamedTuple):
 
     Attributes:
         config: the resolved config, for the record.
-        train: training data, private unless `ledger` is None.
+        train: training data, grouped by unit under user-level privacy; private unless `ledger` is
+            None.
         test: held-out data.
         model: the model that runs.
         params: all parameters at the start.
@@ -84,7 +85,7 @@ class Run(NamedTuple):
     """
 
     config: ConfigDict
-    train: Dataset
+    train: Dataset | Units
     test: Dataset
     model: Model
     params: Params

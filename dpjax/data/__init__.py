@@ -9,12 +9,14 @@ from dpjax.data.prefetch import Prefetcher, chunks
 from dpjax.data.prepare import prepare as prepare_archive
 from dpjax.data.preprocess import chain, preprocess, random_crop, random_flip, random_shift
 from dpjax.data.subsets import holdout, random_share, subset
+from dpjax.data.units import Units
 
 __all__ = [
     "Dataset",
     "ImageSpec",
     "Prefetcher",
     "Source",
+    "Units",
     "chain",
     "chunks",
     "distinct_rows",

@@ -42,6 +42,7 @@ class Dataset:
         rows: int64 [examples], positions in the split as read: 0, 1, 2, ... unless examples were
             selected, for example by `subset` or `holdout`.
         source: where the inputs come from.
+        units: whose data each example is, [examples] names or numbers; None if it was not stored.
 
     Raises:
         ValueError: if a label is outside [0, num_classes), or lengths disagree.
@@ -54,12 +55,15 @@ class Dataset:
     shape: tuple[int, ...]
     rows: np.ndarray
     source: Source
+    units: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1 or self.labels.shape != self.rows.shape:
             raise ValueError(
                 f"labels of shape {self.labels.shape} must be one per example, {self.rows.shape}."
             )
+        if self.units is not None and self.units.shape != self.rows.shape:
+            raise ValueError(f"units of shape {self.units.shape} must be {self.rows.shape}.")
         if self.labels.size == 0:
             raise ValueError(f"split={self.split!r} of {self.name!r} has no examples.")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
@@ -94,12 +98,17 @@ class Dataset:
         """Number of classes, whether or not each has an example here."""
         return len(self.class_names)
 
+    @property
+    def keys(self) -> np.ndarray:
+        """A digest of each input, uint8 [examples, 16]."""
+        return self.source.keys[self.rows]
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the labels and stored inputs, in order; it does not depend on their path."""
         digest = hashlib.sha256(repr((self.shape, self.num_classes)).encode())
         digest.update(self.labels.astype("<i4").tobytes())
-        digest.update(np.ascontiguousarray(self.source.keys[self.rows]).tobytes())
+        digest.update(np.ascontiguousarray(self.keys).tobytes())
         return digest.hexdigest()
 
     def identities(self, indices: np.ndarray) -> np.ndarray:
@@ -141,6 +150,16 @@ class Dataset:
             "label": labels.reshape(indices.shape),
         }
 
+    def batch(self, indices: np.ndarray, *, seed: int, step: int) -> dict[str, np.ndarray]:
+        """Reads examples for one step: those of `get`, and their `identity`, uint32 [n].
+
+        Args:
+            indices: integers [n], each in [-1, num_examples); -1 is padding.
+            seed: not used: an example is the same in every step. `Units` choose records with it.
+            step: not used either.
+        """
+        return {**self.get(indices), "identity": self.identities(indices)}
+
     def select(self, indices: np.ndarray) -> Dataset:
         """Returns a data set of some of the examples, in the given order.
 
@@ -152,7 +171,12 @@ class Dataset:
             ValueError: an index is out of range or repeated.
         """
         indices = distinct_rows(indices, len(self))
-        return dataclasses.replace(self, labels=self.labels[indices], rows=self.rows[indices])
+        return dataclasses.replace(
+            self,
+            labels=self.labels[indices],
+            rows=self.rows[indices],
+            units=None if self.units is None else self.units[indices],
+        )
 
 
 def splits_overlap(one: str, other: str) -> bool:
@@ -171,6 +195,7 @@ def from_arrays(
     *,
     class_names: Sequence[str],
     split: str = "train",
+    units: np.ndarray | None = None,
 ) -> Dataset:
     """Returns a data set of arrays in memory.
 
@@ -181,6 +206,7 @@ def from_arrays(
         class_names: one name per class.
         split: name of the split. Data sets of one name whose splits share a name count as one
             split: evaluations on it are then logged as `nonprivate/...`.
+        units: whose data each example is, [examples] names or numbers.
 
     Raises:
         ValueError: a wrong dtype or rank, or a label out of range.
@@ -203,6 +229,7 @@ def from_arrays(
         shape=tuple(inputs.shape[1:]),
         rows=np.arange(len(labels)),
         source=Source(lambda rows: inputs[rows], keys, inputs.dtype),
+        units=None if units is None else np.asarray(units),
     )
 
 

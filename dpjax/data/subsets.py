@@ -12,12 +12,16 @@ promises not to change (unlike the numbers its `Generator` methods derive from t
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
 import numpy as np
 
 from dpjax.data.dataset import Dataset
+from dpjax.data.units import Units
 
 __all__ = ["holdout", "random_share", "stratified_indices", "subset"]
+
+Data = TypeVar("Data", Dataset, Units, Dataset | Units)
 
 # One stream for each use. With a common one, a held-out split would be the first examples of a
 # subset with the same seed, and no longer independent of it.
@@ -83,11 +87,11 @@ def stratified_indices(
     return np.sort(np.concatenate(selected))
 
 
-def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
+def subset(dataset: Data, amount: float | int, *, seed: int) -> Data:
     """Returns a stratified part of a data set.
 
     Args:
-        dataset: the data set to select from.
+        dataset: the data set to select from. Of `Units`, whole units are selected, not by class.
         amount: a float in (0, 1] is a fraction, an int is shots per class (so 1.0 selects
             everything, and 1 selects one example of each class).
         seed: seed of the selection, which depends on it and on the labels, not on the inputs.
@@ -102,6 +106,13 @@ def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
     Raises:
         ValueError: the amount is out of range, or a class has too few examples.
     """
+    if isinstance(dataset, Units):
+        if isinstance(amount, int):
+            raise ValueError(
+                f"amount={amount} shots per class would divide units: give a fraction."
+            )
+        alike = np.zeros(len(dataset), np.int64)
+        return dataset.select(stratified_indices(alike, amount, seed=seed, stream=_SUBSET))
     # `stratified_indices` only sees classes that occur; shots are promised for every class.
     missing = dataset.num_classes - len(np.unique(dataset.labels))
     if isinstance(amount, int) and missing:
@@ -112,7 +123,7 @@ def subset(dataset: Dataset, amount: float | int, *, seed: int) -> Dataset:
     return dataset.select(stratified_indices(dataset.labels, amount, seed=seed, stream=_SUBSET))
 
 
-def holdout(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
+def holdout(dataset: Data, share: float, *, seed: int) -> tuple[Data, Data]:
     """Splits a training set for tuning; like `random_share`, with a stream of its own.
 
     Args:
@@ -133,13 +144,13 @@ def holdout(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Data
     return _split_independently(dataset, share, seed, _HOLDOUT)
 
 
-def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
+def random_share(dataset: Data, share: float, *, seed: int) -> tuple[Data, Data]:
     """Splits a data set at random into two parts whose privacy costs do not add up.
 
-    The part of an example depends on its own input and the seed only: not on its label, nor on its
-    position. Adding or removing an example therefore moves no other example to the other part, as
-    parallel composition requires: the cost of both parts together is that of the more expensive
-    one.
+    The part of an example depends on its own input and the seed only (of a unit, on its name): not
+    on its label, nor on its position. Adding or removing an example therefore moves no other
+    example to the other part, as parallel composition requires: the cost of both parts together is
+    that of the more expensive one.
 
     Args:
         dataset: the data set to split.
@@ -156,8 +167,8 @@ def random_share(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset,
 
 
 def _split_independently(
-    dataset: Dataset, share: float, seed: int, stream: int
-) -> tuple[Dataset, Dataset]:
+    dataset: Data, share: float, seed: int, stream: int
+) -> tuple[Data, Data]:
     if isinstance(share, bool) or not isinstance(share, (int, float, np.integer, np.floating)):
         raise TypeError(f"share={share!r} must be a number.")
     if not 0 < share < 1:
@@ -168,11 +179,12 @@ def _split_independently(
     # compare it with the share. A random generator would deal its numbers out by position, and an
     # added example would shift those of all later ones. Equal inputs land in the same part.
     salt = np.random.SeedSequence([seed, stream]).generate_state(4).tobytes()
-    keys = dataset.source.keys[dataset.rows]
-    hashes = [int.from_bytes(hashlib.sha256(salt + key.tobytes()).digest()[:8]) for key in keys]
+    hashes = [
+        int.from_bytes(hashlib.sha256(salt + key.tobytes()).digest()[:8]) for key in dataset.keys
+    ]
     in_share = np.array(hashes, np.uint64) * 2.0**-64 < share
     if in_share.all() or not in_share.any():
-        raise ValueError(f"share={share} of {len(dataset)} examples leaves a part empty.")
+        raise ValueError(f"share={share} of {len(dataset)} leaves a part empty.")
     return dataset.select(np.flatnonzero(~in_share)), dataset.select(np.flatnonzero(in_share))
 
 

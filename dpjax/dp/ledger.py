@@ -201,6 +201,7 @@ def statement(
     seed_policy: str,
     released: Sequence[str],
     not_charged: Sequence[str],
+    unit: str = "one training example",
 ) -> dict[str, Any]:
     """Returns the privacy statement of a run as JSON-able values.
 
@@ -210,6 +211,7 @@ def statement(
         seed_policy: "os_entropy" or "fixed".
         released: what the guarantee covers.
         not_charged: what used private data outside the budget.
+        unit: what neighboring data sets differ in, and the mechanism samples.
 
     Returns:
         The contents of `privacy.json`. `epsilon` is what the released results may claim: of a run
@@ -240,7 +242,7 @@ def statement(
         "delta": ledger.delta,
         "epsilon_budget": ledger.epsilon,
         "epsilon_by_part": by_part,
-        "unit_of_privacy": "one training example",
+        "unit_of_privacy": unit,
         "neighboring_relation": ledger.relation,
         "sampler": each("sampler"),
         "accountant": ledger.accountant,
@@ -280,8 +282,8 @@ _PARTS = (
     "part only and pays for what reads that part, so the dearest part counts, and not the sum."
 )
 _RELATIONS = {
-    "add_or_remove_one": "adding or removing one training example",
-    "replace_one": "replacing one training example by another",
+    "add_or_remove_one": "adding or removing {unit}",
+    "replace_one": "replacing {unit} by another",
 }
 
 
@@ -299,7 +301,7 @@ def _ended_early(facts: dict[str, Any]) -> list[str]:
 
 def to_markdown(facts: dict[str, Any]) -> str:
     """Renders a `statement` for people."""
-    relation = _RELATIONS[facts["neighboring_relation"]]
+    relation = _RELATIONS[facts["neighboring_relation"]].format(unit=facts["unit_of_privacy"])
     lines = [
         "# Privacy statement",
         "",
@@ -317,7 +319,7 @@ def to_markdown(facts: dict[str, Any]) -> str:
         "unit of privacy": facts["unit_of_privacy"],
         "sampler": facts["sampler"],
         "accountant": facts["accountant"],
-        "training examples N (public constant)": facts["num_examples"],
+        "size N of the training data, in units of privacy (public)": facts["num_examples"],
         "sampling probability q": facts["sampling_prob"],
         "expected batch size q N": facts["expected_batch_size"],
         "noise multiplier sigma": facts["noise_multiplier"],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpjax.data import Dataset
+from dpjax.data import Dataset, Units
 from dpjax.models import Params
 from dpjax.runtime import hosts, sharding
 from dpjax.training import phases
@@ -25,7 +25,7 @@ class DoesNotFit(ValueError):
 
 
 def physical_batch(
-    config: ConfigDict, prepared: Sequence[Prepared], params: Params, train: Dataset
+    config: ConfigDict, prepared: Sequence[Prepared], params: Params, train: Dataset | Units
 ) -> int:
     """Returns the rows of a physical chunk: the config's number, or for "auto" as many as fit.
 
@@ -84,7 +84,7 @@ def largest(need: Callable[[int], int], limit: int, unit: int, enough: float) ->
         count += 1
 
 
-def peak_bytes(prepared: Prepared, params: Params, train: Dataset) -> Callable[[int], int]:
+def peak_bytes(prepared: Prepared, params: Params, train: Dataset | Units) -> Callable[[int], int]:
     """Returns `rows of a chunk -> bytes that a phase needs on one device`."""
     steps, hyper, layout = prepared.steps, prepared.hyper, prepared.layout
     mesh = layout.mesh
@@ -102,12 +102,9 @@ def peak_bytes(prepared: Prepared, params: Params, train: Dataset) -> Callable[[
     resident = _bytes(state) if layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:
-        batch = {
-            "input": np.zeros((size, *train.shape), train.source.dtype),
-            "label": np.zeros(size, np.int32),
-            "identity": np.zeros(size, np.uint32),
-            "mask": np.zeros(size, bool),
-        }
+        padding = train.batch(np.full(1, -1), seed=0, step=0)
+        batch = {n: np.zeros((size, *x.shape[1:]), x.dtype) for n, x in padding.items()}
+        batch["mask"] = np.zeros(size, bool)
         step = jnp.zeros((), jnp.int32)
         chunk = _program_bytes(steps.accumulate, totals, *parts, like(batch, by_row), step, hyper)
         return max(resident + chunk, update)

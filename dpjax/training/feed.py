@@ -13,7 +13,7 @@ import numpy as np
 
 from dpjax import dp, metrics
 from dpjax.build import Phase
-from dpjax.data import Dataset
+from dpjax.data import Dataset, Units
 from dpjax.models import Params
 from dpjax.runtime import sharding
 from dpjax.runtime.sharding import Layout
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 
 
 def physical_chunks(
-    train: Dataset,
+    train: Dataset | Units,
     phase: Phase,
     layout: Layout,
     *,
@@ -66,8 +66,7 @@ def physical_chunks(
         step_chunks = dp.chunks(draw(step), size)
         for number, chunk in enumerate(step_chunks, start=1):
             indices = chunk[local_rows]
-            batch = train.get(indices)
-            batch["identity"] = train.identities(indices)
+            batch = train.batch(indices, seed=seed, step=step)
             batch["mask"] = indices >= 0  # -1 is padding
             yield Chunk(batch, rows=number * size, last=number == len(step_chunks))
 
