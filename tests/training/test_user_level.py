@@ -12,6 +12,7 @@ import pytest
 from tiny import tiny_config
 
 from dpjax import build, data, dp
+from dpjax.audit import canaries
 from dpjax.dp.engines.bookkeeping import plan
 from dpjax.runtime import Workdir
 from dpjax.training import loop
@@ -141,3 +142,18 @@ def test_mistakes_are_named_before_data_is_read(monkeypatch):
 def test_data_without_units_is_refused():
     with pytest.raises(ValueError, match=r"data.unit='writer'.*does not say whose"):
         build.build(tiny_config(data__unit="writer"))
+
+
+def test_a_canary_of_an_audit_is_a_unit_of_its_own():
+    run = made(10, 4)
+    for kind in canaries.CANARIES:
+        game = canaries.make(run, kind, 3)
+        units = game.data(np.array([True, False, True]))
+        assert len(units) == len(run.train) + 2
+        assert sorted(units.counts())[:2] == [1, 1]
+        batch = units.batch(np.arange(len(units)), seed=0, step=0)
+        assert (batch["record"].sum(1) == 1).sum() == 2
+        loss = jax.jit(game.run.loss_fn)
+        for unit in np.flatnonzero(batch["record"].sum(1) == 1):
+            example = {k: jnp.asarray(v[unit]) for k, v in batch.items() if k != "identity"}
+            assert jnp.isfinite(loss(game.run.params, {**example, "key": jax.random.key(0)}))
