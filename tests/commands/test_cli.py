@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpjax import config
+from dpjax.build import fields
 from dpjax.commands import cli
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +173,7 @@ def test_what_is_shipped_is_what_the_repository_has():
     folders = {".".join(path.parent.relative_to(ROOT).parts)
                for path in (ROOT / "dpjax").rglob("__init__.py")}  # fmt: skip
     assert set(tools["packages"]) == folders | {"dpjax.configs"}
-    assert set(config.shipped()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert set(fields.shipped()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
 
 
 def test_the_old_way_to_train_is_the_same_command():
