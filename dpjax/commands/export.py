@@ -1,9 +1,12 @@
-"""Export a finished run's weights, with its privacy statement.
+"""Export a finished run: weights, privacy statement and model card, in one folder.
 
-    dpjax export WORKDIR FILE.safetensors [--format=timm]
+    dpjax export WORKDIR FOLDER [--format=timm]
 
-The weights are plain (adapters merged), and the privacy statement is copied beside them, because
-weights without it claim nothing.
+The folder is new. It can be given away: it has the weights (adapters merged), model.json with what
+they need to be used, a model card (README.md) and the privacy statement, without which weights
+claim nothing. `dpjax predict --workdir=FOLDER` and `dpjax.load("FOLDER")` read it. With
+--format=timm or --format=transformers, those libraries load it by its path too; both are for vision
+transformers, transformers for those with a class token.
 """
 
 from __future__ import annotations
@@ -14,72 +17,150 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dpjax import build, models
+from dpjax import build, data, models
+from dpjax.build import predictor
 from dpjax.commands import cli
 from dpjax.files import choose
 
-FORMATS = ("dpjax", "timm")
+FORMATS = ("dpjax", "timm", "transformers")
 
 
-def export(workdir: Path, target: Path, *, layout: str = "dpjax") -> list[Path]:
-    """Writes the weights of a run and its statement.
+def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
+    """Writes a finished run as a folder of its own, whole or not at all.
 
     Args:
         workdir: of a finished run.
-        target: a `.safetensors` file; the statement goes to `target` with `.privacy.json` and
-            `.privacy.md` as endings.
-        layout: "dpjax" (our parameter paths) or "timm" (loads into timm's model; ViT only).
+        folder: to write; it is new or empty.
+        layout: "dpjax" (our parameter paths), or "timm" or "transformers", whose own functions then
+            load the folder too.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: an unfinished run, another ending, or a layout the model does not have.
+        ValueError: an unfinished run, a folder with files, or a layout the model does not have.
     """
     choose("format", layout, dict.fromkeys(FORMATS))
-    if target.suffix != ".safetensors":
-        raise ValueError(f"{str(target)!r} must end in .safetensors.")
-    for name in ("config.json", "weights.safetensors"):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} exists: name a new folder.")
+    for name in ("config.json", "eval.json"):
         if not (workdir / name).is_file():
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
-    weights = workdir / "weights.safetensors"
-    if layout == "timm":
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-        save_file(_timm(config, weights), target)
-    else:
-        shutil.copyfile(weights, target)
-    written = [target]
-    for ending in ("json", "md"):
-        statement = workdir / f"privacy.{ending}"
-        if statement.is_file():
-            written.append(target.with_suffix(f".privacy.{ending}"))
-            shutil.copyfile(statement, written[-1])
-    return written
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    trained = predictor.load(workdir)
+    theirs = None if layout == "dpjax" else _theirs(config, trained, layout)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    trained.save(temporary)
+    if theirs is not None:
+        tensors, about = theirs
+        (temporary / "weights.safetensors").unlink()
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    for name in ("privacy.json", "privacy.md"):
+        if (workdir / name).is_file():
+            shutil.copyfile(workdir / name, temporary / name)
+    (temporary / "README.md").write_text(_card(workdir, config, trained, layout))
+    temporary.replace(folder)
+    return sorted(folder.iterdir())
 
 
-def _timm(config: ConfigDict, weights: Path) -> dict[str, np.ndarray]:
+def _theirs(
+    config: ConfigDict, trained: predictor.Predictor, layout: str
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the tensors and the config.json of another library."""
     if config.model.name != "vit":
-        raise ValueError(f"format='timm' is for model.name='vit', got {config.model.name!r}.")
+        raise ValueError(f"format={layout!r} is for model.name='vit', got {config.model.name!r}.")
     shape = build.model.size("model.options", models.SIZES, config.model)
-    tensors = models.read_tensors(weights)
-    net = models.vision_transformer(shape, len(tensors["head/bias"]))
-    like: Any = jax.eval_shape(net.init, jax.random.key(0))
-    return models.to_timm(models.load_weights(weights, like), shape)
+    names = list(trained.class_names)
+    tensors = models.to_layout(trained.params, shape, layout)
+    return tensors, models.layout_config(shape, layout, names)
+
+
+def _card(workdir: Path, config: ConfigDict, trained: predictor.Predictor, layout: str) -> str:
+    """Returns the model card. It describes the training data by public facts alone."""
+    kind = "texts" if trained.tokenize else f"images of shape {list(trained.shape)}"
+    names, start = trained.class_names, config.model.weights
+    lines = [
+        f"# {build.model.model_title(config.model)}, fine-tuned on {config.data.name}",
+        "",
+        f"A classifier of {kind} into {len(names)} classes: {', '.join(names[:20])}"
+        + (" and more (model.json)." if len(names) > 20 else "."),
+        "",
+        "## Privacy",
+        "",
+        *_guarantee(workdir),
+        "",
+        "## Training",
+        "",
+        f"Split `{config.data.train_split}` of the data set `{config.data.name}`, whose examples "
+        f"are not part of this folder. Trained: `{config.finetune}`, starting from "
+        + (f"`{Path(start).name}`." if start else "random weights."),
+        "",
+        *_evaluation(workdir, config),
+        "## Intended use",
+        "",
+        "Inputs like those of the training data, and these classes alone: every input gets one of "
+        "them, with a probability that may be wrong. Training under differential privacy costs "
+        "accuracy, most of all on rare classes: check each class on data of your own before a "
+        "decision depends on it.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_USE[layout],
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_USE = {
+    "dpjax": ("import dpjax", "", 'predictions = dpjax.load("FOLDER").predict(inputs)',
+              "predictions.names, predictions.probabilities"),
+    "timm": ("import timm", "", 'model = timm.create_model("local-dir:FOLDER", pretrained=True)'),
+    "transformers": ("from transformers import AutoModelForImageClassification", "",
+                     'model = AutoModelForImageClassification.from_pretrained("FOLDER")'),
+}  # fmt: skip
+
+
+def _guarantee(workdir: Path) -> list[str]:
+    if not (workdir / "privacy.json").is_file():
+        return ["None: these weights were trained without privacy and may reveal their examples."]
+    facts = json.loads((workdir / "privacy.json").read_text())
+    return [
+        f"The weights are ({facts['epsilon']:.4g}, {facts['delta']:g})-differentially private: "
+        f"neighboring relation {facts['neighboring_relation']}, unit {facts['unit_of_privacy']}. "
+        f"{facts['seed_policy'].capitalize()}. The whole statement, and what it does not cover, is "
+        "in privacy.md; keep it with the weights."
+    ]
+
+
+def _evaluation(workdir: Path, config: ConfigDict) -> list[str]:
+    """The held-out metrics, if the examples they were computed on are public."""
+    one, other = config.data.train_split, config.data.test_split
+    found = json.loads((workdir / "eval.json").read_text())
+    if config.data.holdout is not None or data.splits_overlap(one, other) or "ece" not in found:
+        return []
+    return [
+        f"Held out (`{other}`): accuracy {100 * found['accuracy']:.1f} %, negative log-likelihood "
+        f"{found['nll']:.3f}, expected calibration error {100 * found['ece']:.1f} %.",
+        "",
+    ]
 
 
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("workdir", type=Path, help="of a finished run")
-    parser.add_argument("target", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("folder", type=Path, help="the folder to write")
     parser.add_argument("--format", default="dpjax", help=", ".join(FORMATS))
 
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
-    for path in export(args.workdir, args.target, layout=args.format):
+    workdir, folder = args.workdir.expanduser(), args.folder.expanduser()
+    for path in export(workdir, folder, layout=args.format):
         print(path)
     return 0

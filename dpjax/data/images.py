@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-__all__ = ["ImageSpec", "decode", "encode_png", "output_shape"]
+__all__ = ["ImageSpec", "decode", "encode_png", "fit", "output_shape"]
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -97,13 +97,18 @@ def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndar
     Raises:
         ValueError: the bytes are not a complete image, or its mode or size does not fit.
     """
-    height, width, channels = shape
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            image = _to_mode(opened, channels)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
     except Exception as error:  # Pillow raises a dozen unrelated types on bad bytes
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    return fit(image, shape, spec)
+
+
+def fit(image: Image.Image, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndarray:
+    """Brings one opened image to the shape of a data set; arguments and errors as `decode`."""
+    height, width, channels = shape
+    image = _to_mode(image, channels)
     if spec.image_size is not None and image.size != (width, height):
         image = _resized(image, spec)
     if image.size != (width, height):

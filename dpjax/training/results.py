@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpjax import dp, metrics
-from dpjax.build import Run, Temperature
+from dpjax.build import Run, Temperature, predictor
 from dpjax.data import Dataset
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, save_weights, unflatten
@@ -37,7 +37,7 @@ def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -
 
     def measure(begin: str, trainable: Params) -> dict[str, float]:
         params = finetune.join(run.layout.gather(trainable), frozen)
-        return _named(begin, metrics.summarize(evaluate(params)))
+        return _named(begin, metrics.summarize(evaluate(params), run.train.class_names))
 
     begin = prefix(run)
     average = {} if state.average is None else measure(f"{begin}ema/", state.average)
@@ -68,8 +68,9 @@ def finish(
         weights_ema.safetensors and, if a temperature was fitted, its value and
         `before_temperature/...`. Only weights.safetensors contains the temperature.
     """
+    names = run.train.class_names
     weights, sums = run.merge(params), evaluate(params)
-    results = metrics.summarize(sums)
+    results = metrics.summarize(sums, names)
     if run.temperature is not None:
         value = fit_temperature(
             run, run.temperature, params, private_seed=private_seed, size=evaluate.size
@@ -77,15 +78,16 @@ def finish(
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
         sums = evaluate(scale_head(params, run.model.head, value))
-        results = {**metrics.summarize(sums), "temperature": value, **before}
+        results = {**metrics.summarize(sums, names), "temperature": value, **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
     if state is not None and state.average is not None:
         average = overlay(params, run.layout.gather(state.average))
-        results |= _named("ema/", metrics.summarize(evaluate(average)))
+        results |= _named("ema/", metrics.summarize(evaluate(average), names))
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
-    workdir.write("eval.json", {**results, "reliability": metrics.reliability(sums)._asdict()})
+    workdir.write("model.json", predictor.description(run))
+    workdir.write("eval.json", {**results, **metrics.diagrams(sums, names)})
     return results
 
 

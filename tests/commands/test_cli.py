@@ -13,7 +13,9 @@ from dpjax.build import fields
 from dpjax.commands import cli
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("audit", "export", "plan", "prepare", "report", "search", "sweep", "train")
+VERBS = (
+    "audit", "export", "models", "plan", "predict", "prepare", "report", "search", "sweep", "train",
+)  # fmt: skip
 PLAN = ["plan", "--num_examples=500", "--epochs=2", "--epsilon=1", "--delta=1e-5"]
 CONFIG = """
 from dpjax.config import default
