@@ -33,7 +33,7 @@ def add_arguments(parser: cli.Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dpjax import build, models
 
-    rows = [("family", "size", "input", "parameters")]
+    rows: list[tuple[str, ...]] = [("family", "size", "input", "parameters")]
     for family, sizes in build.model.families().items():
         rows += [(family, size or "-", *_facts(family, size)) for size in sizes or ("",)]
     print(_aligned(rows), "", sep="\n")

@@ -25,7 +25,8 @@ def get_config():
     config = tiny_config(
         data__name="skies", data__data_dir={data!r}, data__host_image_size=16, data__pad=1,
         model__options=options, dp__delta=1e-3, dp__epsilon=20.0, dp__temperature__share=0.2,
-        batch_size=60, physical_batch=60, epochs=4.0, eval_every=100, ema=0.5, optimizer__learning_rate=0.02)
+        batch_size=60, physical_batch=60, epochs=4.0, eval_every=100, ema=0.5,
+        optimizer__learning_rate=0.02)
     return config
 """
 
