@@ -45,12 +45,15 @@ def load(
         split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
         data_dir: directory of the TFDS data sets; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
         spec: size, channels and features; by default as stored.
-        memory_limit: a split whose decoded pixels take at most this many bytes is held in memory.
+        memory_limit: bytes; the images of a split whose pixels take at most this stay in memory
+            once they are read.
         download: lets TFDS download and prepare a missing data set, for which most TFDS builders
             need TensorFlow. If False, the network is never used.
 
     Returns:
-        The data set, with splits, features, channels, label range and images checked.
+        The data set, with splits, features, channels and label range checked. Labels and content
+        hashes come from an index, which is computed once by reading and decoding every record;
+        images are read when they are needed.
 
     Raises:
         ValueError: the message names the argument and its value.
@@ -65,6 +68,7 @@ def load_text(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     tokenize: Callable[[list[str]], np.ndarray],
+    label_key: str | None = None,
 ) -> Dataset:
     """Opens a text-classification data set and tokenizes it.
 
@@ -73,7 +77,9 @@ def load_text(
         split: TFDS slicing syntax.
         data_dir: as for `load`.
         tokenize: maps texts [n] to int32 tokens [n, L]; its padding token should be 0, because
-            padding examples are zeros.
+            padding examples are zeros. If it has an attribute `digest`, a string that names what it
+            computes, the tokens are kept on disk.
+        label_key: the label feature; None finds it.
 
     Returns:
         The data set; inputs are int32 [L].
@@ -81,7 +87,8 @@ def load_text(
     Raises:
         ValueError: as for `load`, or `tokenize` returns another dtype or shape.
     """
-    return text_dataset(_open(name, data_dir, False), name, split, tokenize=tokenize)
+    builder = _open(name, data_dir, False)
+    return text_dataset(builder, name, split, tokenize=tokenize, label_key=label_key)
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) -> Any:
@@ -99,10 +106,11 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) ->
 
 def _check_name(name: str, root: Path) -> None:
     base = split_name(name)[0]
-    prepared = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    folders = root.iterdir() if root.is_dir() else []
+    prepared = [path.name for path in folders if path.is_dir() and path.name.isidentifier()]
     known = {*EMBEDDED, *SOURCES, *tfds.list_builders(with_community_datasets=False)}
     if base not in known and base not in prepared:
-        local = sorted({*EMBEDDED, *SOURCES, *(item for item in prepared if item.isidentifier())})
+        local = sorted({*EMBEDDED, *SOURCES, *prepared})
         # TFDS registers hundreds of names; one that is available here is the likelier intention.
         hint = did_you_mean(base, local, cutoff=0.75) or did_you_mean(base, {*known, *local})
         raise ValueError(f"dataset={name!r} is unknown.{hint} Known without TFDS: {local}.")
