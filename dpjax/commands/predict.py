@@ -36,7 +36,7 @@ def add_arguments(parser: cli.Parser) -> None:
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
-    import dpjax
+    from dpjax.build import predictor
     from dpjax.files import replacing
 
     if args.output is not None:
@@ -45,18 +45,18 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--output={str(args.output)!r} must end in .csv.")
         if not args.output.parent.is_dir():
             raise ValueError(f"--output={str(args.output)!r}: its folder does not exist.")
-    predictor = dpjax.load(args.workdir, weights=args.weights)
-    read = _images if predictor.tokenize is None else _texts
+    trained = predictor.load(args.workdir, weights=args.weights)
+    read = _images if trained.tokenize is None else _texts
     items = read(args.input)
     if not items:
         raise ValueError(f"--input={args.input!r} holds nothing to predict.")
-    table, unreadable = _table(predictor, items)
+    table, unreadable = _table(trained, items)
     if args.output is None:
         print("\n".join(f"{name}\t{label}\t{max(p):.4f}" for name, label, p in table))
     else:
         with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["input", "class", *predictor.class_names])
+            rows.writerow(["input", "class", *trained.class_names])
             rows.writerows([name, label, *(f"{x:.6g}" for x in p)] for name, label, p in table)
         print(f"{len(table)} predictions in {args.output}")
     if unreadable:
@@ -64,18 +64,18 @@ def run(args: argparse.Namespace) -> int:
     return int(unreadable > 0)
 
 
-def _table(predictor: Any, items: list[tuple[str, Any]]) -> tuple[list[tuple[str, str, Any]], int]:
+def _table(trained: Any, items: list[tuple[str, Any]]) -> tuple[list[tuple[str, str, Any]], int]:
     """Returns (input, class, probabilities) of what can be read, and how many inputs cannot."""
     table: list[tuple[str, str, Any]] = []
     for start in range(0, len(items), _ROWS):
         names, inputs = [], []
         for name, item in items[start : start + _ROWS]:
             try:
-                inputs.append(predictor.read(item))
+                inputs.append(trained.read(item))
                 names.append(name)
             except ValueError as error:
                 print(f"dpjax predict: {error}", file=sys.stderr)
-        said = predictor.predict(inputs)
+        said = trained.predict(inputs)
         table += zip(names, said.names, said.probabilities)
     return table, len(items) - len(table)
 

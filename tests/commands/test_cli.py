@@ -37,7 +37,7 @@ def program(*argv, **options):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
-    assert f"\n    dpjax {verb} " in capsys.readouterr().out
+    assert f"\n    dpjax {verb}" in capsys.readouterr().out
 
 
 def test_the_overview_names_every_verb(capsys):
