@@ -34,6 +34,8 @@ def default() -> ConfigDict:
                 "data_dir": placeholder(str),  # None: the user's cache
                 "train_split": "train",
                 "test_split": "test",  # evaluated, never trained on
+                # The labels, where the data set has several, such as coarse_label of cifar100.
+                "label_key": placeholder(str),
                 "subset": placeholder(object),  # fraction (float) or shots per class (int)
                 # Evaluate on this share of the training split, drawn example by example, instead
                 # of the test split, to tune without touching it. It is private data too.

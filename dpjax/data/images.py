@@ -108,7 +108,9 @@ def decode(
 
 
 def fit(
-    image: Image.Image, shape: tuple[int, int, int], spec: ImageSpec | None = None
+    image: Image.Image,
+    shape: tuple[int | None, int | None, int],
+    spec: ImageSpec | None = None,
 ) -> np.ndarray:
     """Brings one opened image upright and to the shape of a data set; as `decode`."""
     height, width, channels = shape

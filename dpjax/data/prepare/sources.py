@@ -192,9 +192,9 @@ def prepare(
     if name not in SOURCES and not is_own(path):
         missing = "" if path.exists() else " (which does not exist)"
         raise ValueError(
-            f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r}{missing} "
-            "must have images as train/CLASS/IMAGE or be a table (.csv, .tsv, .jsonl, .parquet)."
-            f"{did_you_mean(name, SOURCES)}"
+            f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r}"
+            f"{missing} must have images as train/CLASS/IMAGE or be a table (.csv, .tsv, .jsonl, "
+            f".parquet).{did_you_mean(name, SOURCES)}"
         )
     try:
         if name not in SOURCES:
