@@ -60,10 +60,12 @@ def opened(
             data.load_text, tokenize=tokenize, label_key=config.data.label_key
         )
 
-    def load(split: str) -> data.Dataset:
-        return reader(config.data.name, split=split, data_dir=config.data.data_dir)
+    def load(split: str, **whose: str | None) -> data.Dataset:
+        return reader(config.data.name, split=split, data_dir=config.data.data_dir, **whose)
 
-    train: data.Dataset | data.Units = in_units(config, load(config.data.train_split))
+    # A function of the user's returns the units with the data.
+    whose = {} if ":" in own else {"unit": config.data.unit}
+    train: data.Dataset | data.Units = in_units(config, load(config.data.train_split, **whose))
     field = "data.holdout"
     try:
         if config.data.holdout is not None:

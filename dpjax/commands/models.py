@@ -1,6 +1,6 @@
 """List the model families, their sizes, and the published weights with what they need.
 
-    dpjax models
+    dpjax models | less
 
 --config.model.name=FAMILY and --config.model.size=SIZE choose a model, --config.model.weights=NAME
 its weights, by a name listed here or by the path of a file. Any other model is a function of yours:

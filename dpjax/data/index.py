@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from dpjax.data.directory import check_shards
 from dpjax.data.images import decode
-from dpjax.files import cache_dir, caching, replacing
+from dpjax.files import cache_dir, caching, did_you_mean, replacing
 
-__all__ = ["Index", "content_key", "kept", "read_index", "read_records", "records_of", "workers"]
+__all__ = ["Index", "content_key", "kept", "read_column", "read_index", "read_records",
+           "records_of", "workers"]  # fmt: skip
 
 _FORMAT = "1"  # of index files; part of the fingerprint
 _PIECE = 256  # records that one task reads
@@ -86,6 +87,46 @@ def read_index(builder: Any, split: str, *, decoded: bool = False) -> Index:
             np.savez(file, allow_pickle=False, fingerprint=np.array(fingerprint), **arrays)
 
     return kept(builder, split, f"{split}.npz", fingerprint, read, compute, write)
+
+
+def read_column(builder: Any, split: str, name: str) -> np.ndarray:
+    """Returns a scalar feature of a named split as text, [examples]; read once, like the index.
+
+    Args:
+        builder: an opened TFDS builder.
+        split: name of a split, no expression.
+        name: a feature that holds one number or one text.
+
+    Raises:
+        ValueError: there is no such feature, or a record is damaged.
+    """
+    features = builder.info.features
+    names = sorted(key for key, feature in features.items() if feature.shape == ())
+    if name not in names:
+        raise ValueError(
+            f"unit={name!r} must be one of {names}, the columns of {builder.info.name!r}."
+            f"{did_you_mean(name, names)}"
+        )
+    fingerprint = _fingerprint(builder, split)
+
+    def compute() -> np.ndarray:
+        records, values = records_of(builder, split), []
+        for rows in pieces_of(len(records)):
+            for record in read_records(records, rows, f"{builder.info.name!r} split {split!r}"):
+                value = record[name]
+                values.append(value.decode("utf-8", "replace") if isinstance(value, bytes)
+                              else str(value))  # fmt: skip
+        return np.array(values)
+
+    def read(path: Path) -> np.ndarray:
+        return np.asarray(np.load(path, allow_pickle=False))
+
+    def write(values: np.ndarray, path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, values)
+
+    own = hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()
+    return kept(builder, split, f"{split}-{own[:16]}-unit.npy", own, read, compute, write)
 
 
 def kept(

@@ -19,7 +19,7 @@ from dpjax.data.directory import (
 )
 from dpjax.data.images import ImageSpec
 from dpjax.data.prepare import EMBEDDED, SOURCES, prepare_builder
-from dpjax.data.records import images_dataset, text_dataset
+from dpjax.data.records import images_dataset, text_dataset, with_units
 from dpjax.files import did_you_mean
 
 __all__ = ["load", "load_text"]
@@ -33,6 +33,7 @@ def load(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     spec: ImageSpec | None = None,
+    unit: str | None = None,
     memory_limit: int = _MEMORY_LIMIT,
     download: bool = False,
 ) -> Dataset:
@@ -45,6 +46,7 @@ def load(
         split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
         data_dir: directory of the TFDS data sets; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
         spec: size, channels and features; by default as stored.
+        unit: the column that says whose data an example is; None leaves that open.
         memory_limit: bytes; the images of a split whose pixels take at most this stay in memory
             once they are read.
         download: lets TFDS download and prepare a missing data set, for which most TFDS builders
@@ -59,7 +61,10 @@ def load(
         ValueError: the message names the argument and its value.
     """
     builder = _open(name, data_dir, download)
-    return images_dataset(builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit)
+    dataset = images_dataset(
+        builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit
+    )
+    return with_units(builder, dataset, unit)
 
 
 def load_text(
@@ -69,6 +74,7 @@ def load_text(
     data_dir: str | os.PathLike[str] | None = None,
     tokenize: Callable[[list[str]], np.ndarray],
     label_key: str | None = None,
+    unit: str | None = None,
 ) -> Dataset:
     """Opens a text-classification data set and tokenizes it.
 
@@ -80,6 +86,7 @@ def load_text(
             padding examples are zeros. If it has an attribute `digest`, a string that names what it
             computes, the tokens are kept on disk.
         label_key: the label feature; None finds it.
+        unit: as for `load`.
 
     Returns:
         The data set; inputs are int32 [L].
@@ -88,7 +95,8 @@ def load_text(
         ValueError: as for `load`, or `tokenize` returns another dtype or shape.
     """
     builder = _open(name, data_dir, False)
-    return text_dataset(builder, name, split, tokenize=tokenize, label_key=label_key)
+    dataset = text_dataset(builder, name, split, tokenize=tokenize, label_key=label_key)
+    return with_units(builder, dataset, unit)
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import zlib
@@ -22,13 +23,14 @@ from dpjax.data.index import (
     content_key,
     kept,
     pieces_of,
+    read_column,
     read_index,
     read_records,
     records_of,
     workers,
 )  # fmt: skip
 
-__all__ = ["images_dataset", "text_dataset"]
+__all__ = ["images_dataset", "text_dataset", "with_units"]
 
 Tokenize = Callable[[list[str]], np.ndarray]
 
@@ -216,6 +218,15 @@ def _tokens(
 
     name = f"{split}-{fingerprint[:16]}.npy"
     return kept(builder, split, name, fingerprint, read, compute, write)
+
+
+def with_units(builder: Any, dataset: Dataset, unit: str | None) -> Dataset:
+    """Gives each example the unit that a column names; None leaves the data set as it is."""
+    if unit is None:
+        return dataset
+    pieces = split_pieces(builder, dataset.split)
+    columns = [read_column(builder, piece.split, unit) for piece in pieces]
+    return dataclasses.replace(dataset, units=_joined(pieces, columns))
 
 
 def _dataset(

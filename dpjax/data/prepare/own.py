@@ -136,7 +136,7 @@ def read_own(name: str, source: Path, *, skip_broken: bool = False) -> Contents:
         notes.append(f"{change}: {count}")
     if "unit" in features:
         units = len({row.unit for row in rows})
-        notes.append(f"units: {units}, stored; a run protects single examples, not units")
+        notes.append(f"units: {units}; --config.data.unit=unit protects each as a whole")
     return Contents(builder_class, digests, notes)
 
 
