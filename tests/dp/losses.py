@@ -134,6 +134,13 @@ def regularized(module, x):
     return x @ kernel + jnp.sum(jnp.square(kernel))
 
 
+def penalized(module, x):
+    kernel = module.param("kernel", nn.initializers.normal(1.0), (x.shape[-1], 3))
+    table = module.param("table", nn.initializers.normal(1.0), (4, 3))
+    out = x @ kernel + table[(x[:, 0] > 0).astype(int)]
+    return jnp.sum(jnp.sin(out)) + 0.3 * jnp.sum(jnp.square(kernel)) + jnp.sum(table)
+
+
 def unused(module, x):
     module.param("unused", nn.initializers.ones, (3,))
     return nn.Dense(2)(x)
@@ -355,6 +362,7 @@ LAYERS = {
     "embedded inside a scan": (Fn(embed_inside_scan), TOKENS),
     "constant lookup": (Fn(positions), normal(7, 5)),
     "regularized": (Fn(regularized), normal(7, 5)),
+    "penalty": (Fn(penalized), normal(2, 5)),
     "unused": (Fn(unused), normal(7, 5)),
     "custom vjp": (Fn(custom), normal(7, 5)),
     "cond": (Fn(branches), normal(7, 5)),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dpjax import dp
-from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines import bookkeeping, forms
 
 BOUND = 1.0
 # What float32 may add: the reserve of the rule covers a contribution's own rounding; a sum of a
@@ -221,6 +221,107 @@ def test_a_derivative_that_cancels(keep, monkeypatch):
     check(loss_fn, params, ordinary, odd, route="conv", rtol=[1e-3, 2e-3, 2e-3])
 
 
+# The same, for weights with several uses, parts or penalties
+
+SIZES = np.float32([1e3, 1e8, 1e15, 1e30])
+SHARES = np.float32([0.0, 1e-2, 1e-5])  # by which the second use differs from the first
+
+
+@pytest.mark.parametrize("force", ["gram", "outer", "outer again"])
+def test_a_tied_table_whose_uses_cancel(force, monkeypatch):
+    """The gradient is e_i h^T + g z^T, with g = s e_i and h = -s z (1 + share)."""
+    monkeypatch.setattr(bookkeeping.products, "cheapest", lambda form: force)
+
+    def loss_fn(params, e):
+        lookup = jnp.sum(params["w"][e["i"]] * e["h"])
+        return lookup + jnp.sum((e["z"] @ params["w"].T) * e["g"])
+
+    numbers = np.random.default_rng(0)
+    z = numbers.standard_normal((12, 3, 5)).astype(np.float32)
+    i = numbers.integers(0, 7, (12, 3))
+    by = np.repeat(SIZES, 3)[:, None, None]
+    share = np.tile(SHARES, 4)[:, None, None]
+    odd = {"i": i, "z": z, "h": -by * z * (1 + share), "g": by * np.eye(7, dtype=np.float32)[i]}
+    ordinary = {k: np.abs(v[1] / (SIZES[0] if k in "hg" else 1)) for k, v in odd.items()}
+    ordinary["i"] = i[1]
+    rounding = 64 * 2.0**-24 / np.maximum(share[:, 0, 0], 1e-5)
+    params = {"w": np.zeros((7, 5), np.float32)}
+    check(loss_fn, params, ordinary, odd, crowd=20, rtol=np.maximum(1e-3, rounding))
+
+
+@pytest.mark.parametrize("how", ["scalar", "vmap", "two axes"])
+def test_lookups_by_scalars_that_cancel(how):
+    def loss_fn(params, e):
+        w = params["w"].reshape(2, 2, 2) if how == "two axes" else params["w"]
+        look_up = {
+            "scalar": lambda i: w[i],
+            "vmap": lambda i: jax.vmap(lambda k: w[k])(i[None])[0],
+            "two axes": lambda i: w[i // 2, i % 2],
+        }[how]
+        return jnp.sum(e["s"] * jnp.stack([look_up(e["i"][k]) for k in range(2)]).sum(1))
+
+    odd = {"i": np.ones((4, 2), np.int32), "s": np.stack([SIZES, -SIZES], 1)}
+    ordinary = {"i": np.int32([1, 1]), "s": np.float32([1, 0])}
+    check(loss_fn, {"w": np.zeros((4, 2), np.float32)}, ordinary, odd, route="embed")
+
+
+@pytest.mark.parametrize("force", ["gram", "outer", "outer again"])
+def test_a_penalty_that_cancels_the_gradient(force, monkeypatch):
+    """The gradient is x^T g + c R, with x = R, g = -c (1 + share)."""
+    monkeypatch.setattr(bookkeeping.products, "cheapest", lambda form: force)
+
+    def loss_fn(params, e):
+        penalty = jnp.sum(params["w"] * jnp.arange(1.0, 9.0)[:, None])
+        return jnp.sum((e["x"] @ params["w"]) * e["g"]) + e["c"] * penalty
+
+    x = np.zeros((12, 2, 8), np.float32)
+    x[:, 0] = np.arange(1, 9)
+    c = np.repeat(np.float32([1.0, 1e3, 1e8, 1e25]), 3)
+    share = np.tile(SHARES, 4)
+    g = np.zeros((12, 2, 3), np.float32)
+    g[:, 0] = (-c * (1 + share))[:, None]
+    ordinary = {"x": x[0], "g": np.abs(g[0]), "c": np.float32(0.5)}
+    rounding = 64 * 2.0**-24 / np.maximum(share, 1e-5)
+    params = {"w": np.zeros((8, 3), np.float32)}
+    check(loss_fn, params, ordinary, {"x": x, "g": g, "c": c}, crowd=20,
+          rtol=np.maximum(1e-3, rounding))  # fmt: skip
+
+
+PARTS = {
+    "concatenated": lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1),
+    "stacked": lambda p, x: jnp.einsum("td,kdp->tkp", x, jnp.stack([p["a"], -p["b"]])).reshape(
+        -1, 6
+    ),
+    "overlapping": lambda p, x: jnp.concatenate([x[:, :3] @ p["a"][:3], x[:, 1:] @ p["a"][1:]], 1),
+    "turned": lambda p, x: jnp.concatenate(
+        [x[:, :3] @ p["a"][:3], x[:, :3] @ p["a"][:3].T + x @ p["b"]], 1
+    ),
+    "summed": lambda p, x: jnp.tile(x @ (p["a"] - p["b"]), (1, 2)),
+    "branch": lambda p, x: jax.lax.cond(
+        x[0, 0] > -5, lambda: x @ jnp.tile(p["a"], (1, 2)), lambda: jnp.tile(x @ p["b"], (1, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_weights_that_cancel(name):
+    """Tokens, and where a leaf has two uses, these too."""
+    numbers = np.random.default_rng(0)
+    x = numbers.standard_normal((12, 4, 4)).astype(np.float32)
+    g = numbers.standard_normal((12, 4, 6)).astype(np.float32)
+    x[:, 2:] = x[:, :2] * (1 + np.tile(SHARES, 4)[:, None, None])
+    g[:, 2:] = -g[:, :2]
+    g *= np.repeat(SIZES, 3)[:, None, None]
+    params = {k: numbers.standard_normal((4, 3)).astype(np.float32) for k in "ab"}
+    ordinary = {"x": x[1, ::-1], "g": np.abs(g[1] / SIZES[0])}
+    rounding = 256 * 2.0**-24 / np.maximum(np.tile(SHARES, 4), 1e-5)
+
+    def loss_fn(params, e):
+        return jnp.sum(PARTS[name](params, e["x"]) * e["g"])
+
+    check(loss_fn, params, ordinary, {"x": x, "g": g}, crowd=20, rtol=np.maximum(1e-3, rounding))
+
+
 # N2: Gram matrices cancel
 
 
@@ -341,7 +442,10 @@ def test_the_ends_of_float32(tokens):
 # N9: what vmap's half precision drops
 
 
-def test_half_precision_overflows_as_vmap_does():
+@pytest.mark.parametrize("force", ["gram", "outer", "outer again"])
+def test_half_precision_overflows_as_vmap_does(force, monkeypatch):
+    monkeypatch.setattr(bookkeeping.products, "cheapest", lambda form: force)
+
     def loss_fn(params, e):
         return jnp.sum((e["x"] @ params["w"].astype(jnp.float16)) * e["g"], dtype=jnp.float32)
 
@@ -392,7 +496,7 @@ def test_a_poisoned_example_of_a_grouped_convolution(groups, direct):
             x[None], params["w"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
             feature_group_count=groups,
         )  # fmt: skip
-        extra = jnp.sum(x) * jnp.sum(jnp.sin(params["w"])) if direct else 0.0
+        extra = jnp.sum(jnp.sin(params["w"]) * x[0, 0]) if direct else 0.0
         return jnp.sum(jnp.square(out)) + extra
 
     numbers = np.random.default_rng(0)
@@ -433,9 +537,9 @@ def test_ordinary_examples_are_never_handed_on():
         g = numbers.standard_normal((32, 1, T, p)).astype(np.float32)
         for measure in (
             bookkeeping.products.gram_measure,
-            lambda x, g: bookkeeping.products.outer_measure(x, g)[0],
+            lambda t: bookkeeping.products.outer_measure(t)[0],
         ):
-            found = measure(x, g)
+            found = measure(forms.Tokens(x, g, d=d))
             root = np.sqrt(found.square)
             assert np.all(
                 np.sqrt(found.square + found.error) + found.spread

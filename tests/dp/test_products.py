@@ -7,6 +7,11 @@ import pytest
 from losses import normal
 
 from dpjax.dp.engines import products as site_products
+from dpjax.dp.engines.forms import Tokens
+
+
+def tokens_of(x, g):
+    return Tokens(x, g, d=x.shape[3])
 
 
 def squared_norms(x, g):
@@ -20,12 +25,12 @@ def test_cancelling_gradients_are_not_measured_too_small():
     x = np.float32(100.0 + 1e-2 * numbers.standard_normal((50, 1, 32, 24)))
     g = numbers.standard_normal((50, 1, 32, 16))
     g = np.float32(g - g.mean(2, keepdims=True))
-    found = site_products.gram_measure(x, g)
+    found = site_products.gram_measure(tokens_of(x, g))
     upper = np.float64(found.square) + found.error
     assert np.all(upper > squared_norms(x, g))
     for i in range(5):
         x_i, g_i = x[i, None], g[i, None]
-        total = site_products.weighted_product(x_i, g_i, jnp.ones(1), jnp.ones(1, bool))
+        total = site_products.weighted_sum(tokens_of(x_i, g_i), jnp.ones(1), jnp.ones(1, bool))
         assert np.linalg.norm(np.float64(total)) < np.sqrt(upper[i]) + found.spread[i]
 
 
@@ -36,17 +41,8 @@ def test_cancelling_gradients_are_not_measured_too_small():
 def test_underflowing_gradients_are_not_measured_too_small(tokens, sizes):
     x = np.full((1, 1, tokens, 3), sizes[0], np.float32)
     g = np.full((1, 1, tokens, 4), sizes[1], np.float32)
-    found = site_products.gram_measure(x, g)
+    found = site_products.gram_measure(tokens_of(x, g))
     assert found.square[0] + found.error[0] >= squared_norms(x, g)[0]
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 2**14), (2, 1, 2**14)])
-def test_large_arrays_are_cleared_like_small_ones(shape):
-    """Also along axes of length 1 and 2, above the size from which they are cleared in place."""
-    array = jnp.asarray(normal(*shape))
-    finite = jnp.array([True, False, True, False])
-    want = jnp.where(finite[:, None, None, None], array, 0)
-    np.testing.assert_array_equal(jax.jit(site_products.cleared)(array, finite), want)
 
 
 DTYPES = [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16),
@@ -59,10 +55,13 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
     """Also of several products an example, on both sides and of numbers of 16 bits."""
     x = jnp.asarray(normal(products, 6, 5), dtypes[0])
     g = jnp.asarray(normal(products, 6, 4, seed=1), dtypes[1])
-    factors, finite = jnp.array([0.3, 0.0, 1.0, 0.7]), jnp.array([True, False, True, True])
+    factors, usable = jnp.array([0.3, 0.0, 1.0, 0.7]), jnp.array([True, False, True, True])
     exact = np.einsum("nbtd,nbtp->nbdp", np.float64(x), np.float64(g))
-    np.testing.assert_allclose(site_products.materialize(x, g), exact, rtol=0, atol=1e-5)
-    for found in (site_products.gram_measure(x, g), site_products.outer_measure(x, g)[0]):
+    np.testing.assert_allclose(site_products.materialize(tokens_of(x, g)), exact, rtol=0, atol=1e-5)
+    for found in (
+        site_products.gram_measure(tokens_of(x, g)),
+        site_products.outer_measure(tokens_of(x, g))[0],
+    ):
         want = np.sum(exact**2, (1, 2, 3))
         np.testing.assert_allclose(found.square, want, rtol=1e-5)
         assert np.all(np.abs(found.square - want) <= found.error + 1e-6 * want)
@@ -70,20 +69,20 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
     want = np.einsum("n,nbdp->bdp", np.float64(factors), exact)
     bits = 16 if dtypes == DTYPES[-1] else 22
     for a, b, wanted in ((x, g, want), (g, x, want.swapaxes(1, 2))):
-        found = site_products.weighted_product(a.at[1].set(jnp.nan), b, factors, finite)
+        found = site_products.weighted_sum(tokens_of(a, b), factors, usable)
         assert np.max(np.abs(found - wanted)) < 2.0**-bits * np.max(np.abs(exact)) * 24
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_no_product_is_rounded_on_an_accelerator(dtypes):
     x, g = jnp.zeros((4, 2, 6, 5), dtypes[0]), jnp.zeros((4, 2, 6, 4), dtypes[1])
-    factors, finite = jnp.ones(4), jnp.ones(4, bool)
+    factors = jnp.ones(4)
 
     def everything(x, g):
-        gradients = site_products.materialize(x, g)
+        gradients = site_products.materialize(tokens_of(x, g))
         return (
-            site_products.gram_measure(x, g), site_products.weigh(gradients, factors, finite),
-            site_products.weighted_product(x, g, factors, finite),
+            site_products.gram_measure(tokens_of(x, g)), site_products.weigh(gradients, factors),
+            site_products.weighted_sum(tokens_of(x, g), factors, factors > 0),
         )  # fmt: skip
 
     found = [e for e in jax.make_jaxpr(everything)(x, g).eqns if e.primitive.name == "dot_general"]

@@ -41,8 +41,8 @@ ROUTES = {
     "learned initial state": {},
     "weights out of a scan": {},
     "batch groups": {},
-    "lookups in slices": {},
-    "batched lookups": {},
+    "lookups in slices": {"tables": "embed"},
+    "batched lookups": {"tables": "embed"},
     "scaled view": {"kernel": "gram"},
     "batched weights": {"kernel": "gram"},
     "called twice": {"Dense_0/kernel": "outer"},
@@ -60,12 +60,12 @@ ROUTES = {
     "lstm": {f"{side}{gate}/kernel": "gram" for side in "hi" for gate in "fgio"},
     "nn.remat": {"kernel": "gram"},
     "views": {"Conv_0/kernel": "conv"},
-    "two forms": {},
-    "tied": {},
-    "merged lora": {},
+    "two forms": {"kernel": "derived"},
+    "tied": {"Embed_0/embedding": "outer"},
+    "merged lora": {"a": "derived", "b": "derived"},
     "custom vjp": {},
-    "cond": {},
-    "regularized": {},
+    "cond": {"kernel": "outer"},
+    "regularized": {"kernel": "gram"},
 }
 
 
@@ -192,7 +192,7 @@ def test_a_derived_weight_with_a_leaf_of_other_use(elsewhere):
             x[None], jnp.sin(params["kernel"]) * params["gain"], (1,), "SAME",
             dimension_numbers=("NWC", "WIO", "NWC"),
         )  # fmt: skip
-        return jnp.sum(jnp.tanh(out)) + jnp.sum(x) * jnp.sum(jnp.sin(params[elsewhere]))
+        return jnp.sum(jnp.tanh(out)) + jnp.sum(jnp.sin(params[elsewhere]) * x[0, 0])
 
     params = {"gain": normal(4)[0, None, None], "kernel": normal(3, 2, 4, seed=1)[0]}
     assert routes(loss_fn, params, normal(7, 2)) == {}
@@ -234,3 +234,62 @@ def test_inputs_are_recorded_as_the_product_has_them():
     loss_fn, params = as_loss(layer, inputs)
     (_, want), (_, found) = both(loss_fn, dp.flat(1.0), params, inputs)
     np.testing.assert_allclose(found.norms, want.norms, rtol=1e-3)
+
+
+VIEWS = {
+    "slices": lambda p, x: jnp.tanh(x @ p["w"][:, :3]) @ p["w"][:3, 3:6],
+    "strided": lambda p, x: jnp.tanh(x @ p["w"][:, ::2]) @ p["w"][:3, 1::2],
+    "split": lambda p, x: sum(jnp.tanh(x @ w) for w in jnp.split(p["w"], 3, 1)),
+    "heads": lambda p, x: x @ p["w"].reshape(-1, 3, 2)[:, 1] + x @ p["w"].reshape(-1, 3, 2)[:, 2],
+    "padded": lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2))),
+    "rows": lambda p, x: x[:, :2] @ p["w"][:2] + x[:, 2:] @ p["w"][2:],
+    "stacked": lambda p, x: jax.lax.scan(
+        lambda s, w: (jnp.tanh(s @ w), None), x, jnp.stack([p["v"], -p["v"].T])
+    )[0],
+    "stack of two": lambda p, x: jax.lax.scan(
+        lambda s, w: (jnp.tanh(s @ w), None), x, jnp.stack([p["v"], 2 * p["u"]])
+    )[0],
+    "heads joined": lambda p, x: x @ jnp.concatenate(
+        [p["w"].reshape(-1, 3, 2), p["v"].reshape(-1, 1, 5)[:, :, :2]], 1
+    ).reshape(x.shape[-1], -1),
+    "sum of leaves": lambda p, x: jnp.tanh(x @ (p["v"] - p["u"])),
+    "frozen and trained": lambda p, x: jnp.tanh(x @ (np.ones((5, 5), np.float32) + p["v"])),
+    "lookup and rows": lambda p, x: p["w"][(x[:, 0] > 0).astype(int), :5] @ p["w"][:, :5].T,
+    "columns": lambda p, x: jnp.take(p["w"], (x[:, 0] > 0).astype(int), axis=1).T @ p["v"],
+    "new rows": lambda p, x: jnp.concatenate([p["v"], p["u"][:1]])[(x > 0).sum(1)],
+    "one number": lambda p, x: x * p["w"][1, (x[0, 0] > 0).astype(int)],
+    "kernel of channels": lambda p, x: jax.lax.conv_general_dilated(
+        x[None], jnp.concatenate([p["k"], p["v"][None]], 2), (1,), "VALID",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    ),
+    "experts": lambda p, x: jnp.einsum("td,tdp->tp", x, p["k2"][(x[:, 0] > 0).astype(int)]),
+    "switch in a scan": lambda p, x: jax.lax.scan(
+        lambda s, w: (jax.lax.switch((s[0, 0] > 0).astype(int), [
+            lambda s: jnp.tanh(s @ w), lambda s: jnp.sin(s @ p["u"]),
+        ], s), None), x, jnp.stack([p["v"], p["v"]]),
+    )[0],
+    "table behind a penalty": lambda p, x: jnp.sum(p["w"][(x[:, 0] > 0).astype(int)] ** 2)
+    + x[0, 0] * jnp.sum(p["w"] ** 2) + 0.1 * jnp.sum(p["v"] ** 2) + jnp.sum((x @ p["v"]) ** 2),
+    "two penalties": lambda p, x: jnp.sum(jnp.sin(x @ p["v"])) + x[0, 0] * jnp.sum(p["v"] ** 2)
+    + x[0, 1] * jnp.sum(jnp.cos(p["v"])),
+    "learned query": lambda p, x: (p["u"][:2] @ p["v"]) @ x.T,
+    "first rows of a table": lambda p, x: x[:2] * p["v"][jnp.arange(2)],
+    "stopped": lambda p, x: x @ (p["v"] + jax.lax.stop_gradient(jnp.sin(p["v"]))),
+}  # fmt: skip
+ALLOWED = {"learned query": ["u"]}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_parts_of_leaves(name):
+    """No kernel is direct, and all have vmap's numbers."""
+    shapes = {"w": (5, 6), "v": (5, 5), "u": (5, 5), "k": (1, 5, 4), "k2": (2, 5, 4)}
+    params = {k: normal(*s, seed=i)[0] for i, (k, s) in enumerate(shapes.items())}
+    inputs = normal(4, 5, seed=9)
+
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(VIEWS[name](params, x)))
+
+    plan = bookkeeping.plan(loss_fn, params, inputs[0])
+    direct = [leaf.path for leaf in plan if leaf.route == "direct"]
+    assert direct == ALLOWED.get(name, [])
+    agree(loss_fn, params, inputs, tolerance=3e-5)

@@ -9,8 +9,10 @@ mostly biases, norm scales and other small ones, is differentiated per example.
 **The bound holds for every input.** Norms come with proved bounds on rounding (`products`),
 and the factor is that of their sum. Where the bounds are not small beside the norm itself, tokens
 cancel, numbers leave the range of float32 or of the leaf's own dtype, and the engine does not trust
-itself: it leaves the example out of its products and hands it to the reference engine, one example
-at a time. Ordinary examples never are; one that is costs a gradient of its own.
+itself: it takes the example out of its products and forms the gradient of that example alone, from
+what was recorded, as an array that is measured and summed (`_set_apart`). No ordinary example is
+treated so. This is a loop that is most often not entered, and so are the barriers of
+`reference.once`; all weights share them, because each loop and each kernel takes time to compile.
 
 Source: Bu et al. 2022, arXiv 2210.00038 (book-keeping); Li et al. 2021, arXiv 2110.05679 (ghost
 norms); Goodfellow 2015, arXiv 1510.01799.
@@ -18,6 +20,9 @@ norms); Goodfellow 2015, arXiv 1510.01799.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,16 +30,17 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
-from dpjax.dp.engines import products, reference
-from dpjax.dp.engines.forms import KINDS, Form, conv_sum, has_patches
-from dpjax.dp.engines.sites import Key, Site, Traced, View, trace
-from dpjax.dp.engines.taps import derived_weight, evaluate
+from dpjax.dp.engines import forms, products, reference
+from dpjax.dp.engines.forms import Form, Tokens
+from dpjax.dp.engines.sites import Key, Site, Traced, Weight, trace
+from dpjax.dp.engines.taps import evaluate, function_of_leaves
 
 __all__ = ["LeafPlan", "microbatch_sum", "plan"]
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
-Raw = tuple[tuple[jax.Array, jax.Array], ...]  # input and output cotangent of each site
+Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
+Totals = dict[int, jax.Array]  # by leaf, sums over examples
 
 # Numbers in a temporary of one chunk of examples: what a CPU's cache holds, or enough to fill an
 # accelerator.
@@ -53,52 +59,62 @@ class LeafPlan(NamedTuple):
 
     Attributes:
         path: the leaf's path, keys joined by "/".
-        route: "gram", "outer", "embed", "conv", "direct" or "unused".
+        route: "gram", "outer", "embed", "conv", "derived", "direct" or "unused".
         reason: the sizes that decided, or why no product was found.
+        source: the line of the model that decided, "file.py:12 (function)", if JAX knows it.
     """
 
     path: str
     route: str
     reason: str
+    source: str = ""
 
 
 class _Group(NamedTuple):
-    """The sites of one weight, and how their norms are computed.
+    """The sites of one view of a leaf, and how their norms are computed.
 
     Attributes:
-        sites: uses of the weight.
-        leaves: the leaves that the weight is computed from.
+        sites: uses of the view.
         form: sizes of the joint canonical form.
         norm: "lookup", "gram", "outer" or "outer again".
     """
 
-    sites: tuple[Site, ...]
-    leaves: tuple[int, ...]
+    sites: Weight
     form: Form
     norm: str
 
-    def canonical(self, raw: Raw) -> tuple[jax.Array, jax.Array]:
-        """The canonical x and g of all sites, token axes joined."""
-        pairs = [KINDS[s.kind].canonical(s, *pair) for s, pair in zip(self.sites, raw)]
-        if len(pairs) == 1:
-            return pairs[0]
-        xs, gs = zip(*pairs)
-        return jnp.concatenate(xs, 2), jnp.concatenate(gs, 2)
+    @property
+    def route(self) -> str:
+        """The name in the plan."""
+        kinds = {site.kind for site in self.sites}
+        return kinds.pop() if kinds in ({"embed"}, {"conv"}) else self.norm.split()[0]
 
-    def restore(self, gradient: jax.Array) -> jax.Array:
-        """A canonical gradient in the shape of the weight."""
-        return KINDS[self.sites[0].kind].restore(self.sites[0], gradient)
+
+class _Mixed(NamedTuple):
+    """Weights that are formed for each example, because their leaves have several uses.
+
+    Attributes:
+        weights: the sites of each weight.
+        leaves: all leaves that they are computed from.
+        kept: whether the leaves' gradients are kept for the sum, or formed a second time.
+        numbers: numbers of the gradients of all weights, of one example.
+    """
+
+    weights: tuple[Weight, ...]
+    leaves: tuple[int, ...]
+    kept: bool
+    numbers: int
 
     @property
-    def limit(self) -> float:
-        """The largest number of the narrowest float that a gradient of the weight passes."""
-        return min(site.limit for site in self.sites)
+    def route(self) -> str:
+        """The name in the plan."""
+        return "conv" if {s.kind for w in self.weights for s in w} == {"conv"} else "derived"
 
 
 class _Plan(NamedTuple):
     traced: Traced
     groups: tuple[_Group, ...]
-    direct: dict[int, str]
+    mixed: tuple[_Mixed, ...]
 
 
 def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ...]:
@@ -113,35 +129,116 @@ def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ..
         One record per leaf, in `jax.tree.leaves` order.
     """
     planned = _plan(loss_fn, params, example)
-    routes = {leaf: ("direct", reason) for leaf, reason in planned.direct.items()}
+    traced = planned.traced
+    routes = {leaf: ("direct", reason) for leaf, reason in traced.direct.items()}
     for group in planned.groups:
-        kind, form = group.sites[0].kind, group.form
-        sizes = f"T={form.T} d={form.d} p={form.p}" + (f" B={form.B}" if form.B > 1 else "")
-        if kind == "conv":
-            sizes += f", {group.norm}" + (", derived" if group.sites[0].view is None else "")
-        for leaf in group.leaves:
-            routes[leaf] = (group.norm.split()[0] if kind == "dot" else kind), sizes
+        routes[min(group.sites[0].leaves)] = group.route, _sizes(group.sites, group.norm)
+    for mixed in planned.mixed:
+        norm = "outer" if mixed.kept else "outer again"
+        for leaf in mixed.leaves:
+            own = [w for w in mixed.weights if leaf in w[0].leaves]
+            sizes = "; ".join(_sizes(weight, norm) for weight in own) + ", derived"
+            routes[leaf] = mixed.route, sizes
     unused = "unused", "the loss does not depend on it"
     return tuple(
-        LeafPlan(jax.tree_util.keystr(path, simple=True, separator="/"), *routes.get(i, unused))
+        LeafPlan(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            *routes.get(i, unused),
+            traced.sources.get(i, ""),
+        )
         for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params))
     )
 
 
+def _sizes(sites: Weight, norm: str) -> str:
+    form = forms.form_of(sites)
+    sizes = f"T={form.T} d={form.d} p={form.p}" + (f" B={form.B}" if form.B > 1 else "")
+    return sizes if {site.kind for site in sites} in ({"dot"}, {"embed"}) else f"{sizes}, {norm}"
+
+
 def _plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> _Plan:
     traced = trace(loss_fn, params, example)
+    leaves = jax.tree.leaves(params)
     groups = []
     for sites in traced.groups:
-        forms = [KINDS[site.kind].form(site) for site in sites]
-        form = forms[0]._replace(T=sum(f.T for f in forms), recorded=sum(f.recorded for f in forms))
-        if sites[0].kind == "embed":
-            norm = "lookup"
-        elif sites[0].view is None:  # no Gram matrices: the norm is not that of the weight
-            norm = "outer" if products.can_keep(form) else "outer again"
+        form = forms.form_of(sites)
+        if all(site.kind == "embed" for site in sites):
+            # Where lookups outnumber the rows, a gradient takes less room than its parts.
+            norm = "lookup" if form.T < form.d else "outer"
         else:
             norm = products.cheapest(form)
-        groups.append(_Group(sites, tuple(sorted(sites[0].leaves)), form, norm))
-    return _Plan(traced, tuple(groups), traced.direct)
+        groups.append(_Group(sites, form, norm))
+    mixed = []
+    for weights in traced.mixed:
+        own = sorted({leaf for sites in weights for leaf in sites[0].leaves})
+        sizes = [forms.form_of(sites) for sites in weights]
+        total = Form(1, 1, 1, sum(math.prod(leaves[i].shape) for i in own),
+                     sum(form.recorded for form in sizes))  # fmt: skip
+        numbers = sum(form.B * form.d * form.p for form in sizes)
+        mixed.append(_Mixed(weights, tuple(own), products.can_keep(total), numbers))
+    return _Plan(traced, tuple(groups), tuple(mixed))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("arrays", "scalars"), meta_fields=("places",)
+)
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What one backward pass leaves behind.
+
+    Attributes:
+        arrays: inputs of equations and cotangents of their outputs, `[n, ...]` each. An input that
+            several equations share is there once.
+        scalars: by place, the cotangent of a scalar `[n]`.
+        places: for each equation, its input and its cotangent among the arrays.
+    """
+
+    arrays: dict[int, jax.Array]
+    scalars: dict[Key, jax.Array]
+    places: tuple[tuple[Key, tuple[int, int]], ...]
+
+    def of(self, weights: tuple[Weight, ...], scalars: list[Key]) -> _Record:
+        """The part that belongs to some weights."""
+        keys = {site.key for sites in weights for site in sites}
+        places = tuple(item for item in self.places if item[0] in keys)
+        arrays = {i: self.arrays[i] for _, pair in places for i in pair}
+        return _Record(arrays, {k: self.scalars[k] for k in scalars}, places)
+
+    def pairs(self, sites: Weight) -> list[tuple[jax.Array, jax.Array]]:
+        """The input and the cotangent of each site, as far as they belong to it."""
+        places = dict(self.places)
+        return [forms.part_of(site, *(self.arrays[i] for i in places[site.key])) for site in sites]
+
+    def tokens(self, sites: Weight) -> Tokens:
+        """The canonical arrays of one weight."""
+        return forms.tokens(sites, self.pairs(sites))
+
+
+class _Part(NamedTuple):
+    """Gradients that are measured and summed together: of a weight, or of some direct leaves.
+
+    Attributes:
+        members: the group of the clipping rule that each of the part's gradients belongs to.
+        kept: the gradients themselves; empty if they are not kept.
+        measures: of those that are not kept.
+        within: `[n]` bool, whether no number on the way leaves the range of the weight's dtype;
+            None if that is float32's own.
+        exact: `(record, kept)` of ONE example to its gradients `[1, entries]`, in which numbers
+            beyond the range of the weight's dtype are infinite.
+        place: `(totals, record, vectors)` to the totals with such gradients added.
+        add: `(totals, record, kept, factors [n, groups], usable [n])` to the totals with the
+            weighted sums added. Factors are zero where not usable.
+        clears: arrays of the record in which the sum needs zeros where an example is not usable.
+    """
+
+    members: tuple[int, ...]
+    kept: Vectors
+    measures: tuple[products.Measure, ...]
+    within: jax.Array | None
+    exact: Callable[[_Record, Vectors], Vectors]
+    place: Callable[[Totals, _Record, Vectors], Totals]
+    add: Callable[[Totals, _Record, Vectors, jax.Array, jax.Array], Totals]
+    clears: frozenset[int] = frozenset()
 
 
 def microbatch_sum(
@@ -161,40 +258,103 @@ def microbatch_sum(
 
     Guarantees:
         The numbers of the vmap engine, up to rounding. Padding and examples with a non-finite loss
-        or gradient contribute exactly zero.
+        or gradient contribute exactly zero. Where a weight has 16 bits, vmap rounds each gradient
+        to them, and float16 loses numbers below 6e-8; this engine multiplies in float32 and keeps
+        them. Where it has 64, this engine multiplies in float32 all the same.
     """
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     planned = _plan(loss_fn, params, example)
-    loss, raws, direct = _backward(planned, leaves, batch)
+    loss, record, direct = _backward(planned.traced, leaves, batch)
+    groups, num_groups = rule.groups(params), rule.num_groups(params)
 
     doubts = reference.count_of_doubts(loss)
-    parts = [_kept(direct, doubts)] if direct else []
+    record = reference.once(record, doubts)  # one recording for the norms and for the sums
+    constants = _constants(planned.traced, leaves)
+    parts = [_kept(own, groups) for own in _packed(direct)]
+    parts += [_closed(group, record, constants, groups) for group in planned.groups]
     parts += [
-        _part(planned.traced, group, raw, leaves, doubts)
-        for group, raw in zip(planned.groups, raws)
+        _formed(planned.traced, mixed, record, constants, leaves, groups, doubts)
+        for mixed in planned.mixed
     ]
-    groups, num_groups = rule.groups(params), rule.num_groups(params)
+    kept = reference.once([part.kept for part in parts], doubts)
+
     most = _cancellation(max((group.form.T for group in planned.groups), default=1))
-    clip = _clip(rule, parts, groups, num_groups, loss, mask, most)
-    # A batched convolution may have spread one example's NaN over the losses of all, see reference.
-    convolutions = reference.differentiates_convolutions(loss_fn, params, batch)
-    doubtful = mask & ~clip.usable & (convolutions | jnp.isfinite(loss))
-    total = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
-    for part in parts:
-        factors = {leaf: clip.factors[:, groups[leaf]] for leaf in part.measures}
-        for leaf, value in part.sum(factors, clip.usable).items():
-            total[leaf] = value
+    clip = _clip(rule, parts, kept, num_groups, loss, mask, most)
     facts = PerExample(
         loss=jnp.where(mask, loss, 0.0),
         norms=jnp.where(mask[:, None], clip.norms, 0.0),
         factors=clip.factors,
         real=mask,
     )
-    summed = jax.tree.unflatten(treedef, total)
-    if not planned.groups and not convolutions:
-        return summed, facts  # gradients of direct leaves are those of the reference
-    return reference.one_by_one(loss_fn, rule, params, batch, doubtful, summed, facts)
+    # A batched convolution may have spread one example's NaN over the losses of all, see reference.
+    spreads = planned.traced.spreads
+    doubtful = mask & ~clip.usable & (spreads | jnp.isfinite(loss))
+    repairs = not spreads and bool(planned.groups or planned.mixed)
+    totals = {i: jnp.zeros(leaf.shape, jnp.float32) for i, leaf in enumerate(leaves)}
+    if repairs:
+        totals, facts = _set_apart(
+            rule, parts, record, kept, totals, facts, clip.usable, doubtful, doubts
+        )
+    touched = frozenset[int]().union(*(part.clears for part in parts))
+    arrays, kept = _cleared(({i: record.arrays[i] for i in touched}, kept), clip.usable)
+    record = dataclasses.replace(record, arrays=record.arrays | arrays)
+    for part, own in zip(parts, kept):
+        totals = part.add(totals, record, own, clip.factors, clip.usable)
+    total = jax.tree.unflatten(treedef, [totals[i] for i in range(len(leaves))])
+    if not spreads:
+        return total, facts
+    return reference.one_by_one(loss_fn, rule, params, batch, doubtful, total, facts)
+
+
+def _backward(
+    traced: Traced, leaves: list[Any], batch: PyTree
+) -> tuple[jax.Array, _Record, dict[int, jax.Array]]:
+    """One backward pass: losses, what is recorded, and gradients of direct leaves."""
+
+    places: dict[Key, int] = {}
+
+    def one(example: PyTree) -> Any:
+        def loss(taps: dict[Key, jax.Array], direct: dict[int, Any]) -> Any:
+            args = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
+            value, inputs = evaluate(traced, [*args, *jax.tree.leaves(example)], taps)
+            unique = {id(x): x for x in inputs.values()}
+            order = {x: i for i, x in enumerate(unique)}
+            places.update({key: order[id(x)] for key, x in inputs.items()})
+            return value, list(unique.values())
+
+        taps = {key: jnp.zeros(v.shape, v.dtype) for key, v in traced.taps.items()}
+        direct = {i: leaves[i] for i in traced.direct}
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct)
+
+    (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
+    keys = sorted(places)
+    arrays = dict(enumerate([*inputs, *(cotangents[key] for key in keys)]))
+    record = _Record(
+        arrays,
+        {place: cotangents[place].reshape(-1).astype(jnp.float32) for place in traced.scalars},
+        tuple((key, (places[key], len(inputs) + i)) for i, key in enumerate(keys)),
+    )
+    return loss.astype(jnp.float32), record, {i: g.astype(jnp.float32) for i, g in direct.items()}
+
+
+def _constants(traced: Traced, leaves: list[Any]) -> dict[Key, dict[int, jax.Array]]:
+    """By place of a scalar and by leaf, the scalar's gradient, the same for all examples."""
+
+    def gradient(place: Key, own: dict[int, Any]) -> dict[int, jax.Array]:
+        *key, operand = place
+
+        def scalar(own: dict[int, Any]) -> jax.Array:
+            return function_of_leaves(traced, tuple(key), -1 - operand, own).reshape(())
+
+        return {i: g.astype(jnp.float32) for i, g in jax.grad(scalar)(own).items()}
+
+    covered = {leaf for site in traced.sites for leaf in site.leaves}
+    constants = {}
+    for place, needs in traced.scalars.items():
+        found = gradient(place, {i: leaves[i] for i in needs})
+        constants[place] = {i: g for i, g in found.items() if i in covered}
+    return constants
 
 
 class _Clip(NamedTuple):
@@ -223,23 +383,27 @@ def _cancellation(tokens: int) -> float:
 def _clip(
     rule: ClipRule,
     parts: list[_Part],
-    groups: tuple[int, ...],
+    kept: list[Vectors],
     num_groups: int,
     loss: jax.Array,
     mask: jax.Array,
     most: float,
 ) -> _Clip:
-    """Adds up the leaves' measures and turns them into factors, or into doubt."""
+    """Adds up the parts' measures and turns them into factors, or into doubt."""
     finite = jnp.isfinite(loss)
     if not num_groups:
         empty = jnp.zeros((*mask.shape, 0), jnp.float32)
         return _Clip(empty, empty, finite)
     zero = jnp.zeros(mask.shape, jnp.float32)
     found = [[products.Measure(zero, zero, zero, zero, zero)] for _ in range(num_groups)]
-    for part in parts:
-        for leaf, measure in part.measures.items():
-            found[groups[leaf]].append(measure)
-    # [leaves, n, groups]; leaves are orthogonal, so spread and mass add up in squares.
+    trusted = jnp.ones(mask.shape, bool)
+    for part, own in zip(parts, kept):
+        measures = part.measures or tuple(products.kept_measure(g) for g in own)
+        if part.within is not None:
+            trusted &= part.within
+        for group, measure in zip(part.members, measures, strict=True):
+            found[group].append(measure)
+    # [parts, n, groups]; parts are orthogonal, so spread and mass add up in squares.
     each = [jax.tree.map(lambda *xs: jnp.stack(xs), *measures) for measures in found]
     square, error = (
         jnp.stack([jnp.sum(getattr(m, name), 0) for m in each], 1) for name in ("square", "error")
@@ -253,13 +417,10 @@ def _clip(
     bounded = jnp.sqrt(square + error) + spread
     # Below SMALLEST_NORM a factor no longer depends on the norm, so a bound below it suffices.
     regular = norms > SMALLEST_NORM
-    trusted = bounded <= jnp.where(regular, (1 + _MARGIN) * norms, SMALLEST_NORM)
-    trusted &= mass <= most * jnp.maximum(norms, SMALLEST_NORM)
-    trusted &= (peak <= _LARGE) & jnp.isfinite(norms)
-    trusted = jnp.all(trusted, 1)
-    for part in parts:
-        if part.within is not None:
-            trusted &= part.within
+    sound = bounded <= jnp.where(regular, (1 + _MARGIN) * norms, SMALLEST_NORM)
+    sound &= mass <= most * jnp.maximum(norms, SMALLEST_NORM)
+    sound &= (peak <= _LARGE) & jnp.isfinite(norms)
+    trusted &= jnp.all(sound, 1)
     factors = jax.vmap(rule.factors)(jnp.where(norms > 0, bounded, norms))
     # Factors far above 1 belong to tiny bounds; what they scale must stay finite.
     trusted &= jnp.all(factors * peak <= _SCALED, 1)
@@ -268,165 +429,378 @@ def _clip(
     return _Clip(norms, factors, usable)
 
 
-def _backward(
-    planned: _Plan, leaves: list[Any], batch: PyTree
-) -> tuple[jax.Array, list[Raw], dict[int, jax.Array]]:
-    """One backward pass: losses, recorded arrays of each group, gradients of direct leaves."""
-    sites = [site for group in planned.groups for site in group.sites]
+def _set_apart(
+    rule: ClipRule,
+    parts: list[_Part],
+    record: _Record,
+    kept: list[Vectors],
+    totals: Totals,
+    facts: PerExample,
+    usable: jax.Array,
+    doubtful: jax.Array,
+    doubts: jax.Array,
+) -> tuple[Totals, PerExample]:
+    """Adds doubtful examples to the totals, each on its own.
 
-    def one(example: PyTree) -> Any:
-        def loss(taps: dict[Key, jax.Array], direct: dict[int, Any]) -> Any:
-            args = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
-            return evaluate(planned.traced, [*args, *jax.tree.leaves(example)], taps)
+    The gradient is formed as an array, as by vmap: measured, scaled and added to the totals as it
+    is. So its contribution exceeds the bound by no more than rounding, which `ClipRule.factors`
+    allows for, whatever its numbers are.
 
-        taps = {s.key: jnp.zeros((*s.lengths, *s.output.shape), s.output.dtype) for s in sites}
-        direct = {i: leaves[i] for i in planned.direct}
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct)
+    Args:
+        rule: the clipping rule.
+        parts: all gradients.
+        record: of all examples.
+        kept: likewise.
+        totals: to be added to.
+        facts: of all examples, to be corrected for the doubtful ones.
+        usable: `[n]` bool, most often all of them; then nothing is done.
+        doubtful: `[n]` bool, which of the others may contribute.
+        doubts: see `reference.once`.
 
-    (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
-    raws = [
-        tuple((inputs[s.key], _scaled(s.view, cotangents[s.key])) for s in group.sites)
-        for group in planned.groups
-    ]
-    return loss.astype(jnp.float32), raws, {i: g.astype(jnp.float32) for i, g in direct.items()}
-
-
-def _scaled(view: View | None, cotangent: jax.Array) -> jax.Array:
-    """The cotangent of a leaf where that of the leaf times a constant was recorded."""
-    if view is None or view.scale == 1.0:
-        return cotangent
-    return cotangent.astype(jnp.float32) * view.scale
-
-
-class _Part(NamedTuple):
-    """The leaves of one weight, or one direct leaf: how large their gradients are, and their sum.
-
-    Attributes:
-        measures: by leaf, `[n]` each.
-        sum: `({leaf: factors [n]}, usable [n]) -> {leaf: sum over examples}`.
-        within: `[n]` bool, whether no number on the way leaves the range of the weight's dtype;
-            None if that is float32's own.
+    Returns:
+        The totals and the facts.
     """
+    order = jnp.argsort(usable)
 
-    measures: dict[int, products.Measure]
-    sum: Callable[[dict[int, jax.Array], jax.Array], dict[int, jax.Array]]
-    within: jax.Array | None = None
+    def turn(i: jax.Array, state: tuple[Totals, PerExample]) -> tuple[Totals, PerExample]:
+        row = order[i]
+        totals, facts = state
+        own: Any = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (record, kept))
+        vectors = [part.exact(own[0], mine) for part, mine in zip(parts, own[1], strict=True)]
+        vectors = reference.once(vectors, doubts)
+        squares = jnp.zeros(facts.norms.shape[1], jnp.float32)
+        for part, mine in zip(parts, vectors, strict=True):
+            for group, vector in zip(part.members, mine, strict=True):
+                squares = squares.at[group].add(products.kept_measure(vector).square[0])
+        norms = jnp.sqrt(squares)
+        use = doubtful[row] & jnp.all(jnp.isfinite(norms))
+        factors = jnp.where(use, rule.factors(norms), 0.0)
+        for part, mine in zip(parts, vectors, strict=True):
+            weighed = [
+                jnp.where(use, vector[0], 0.0) * factors[group]
+                for group, vector in zip(part.members, mine, strict=True)
+            ]
+            totals = part.place(totals, own[0], tuple(weighed))
+        norms = jnp.where(doubtful[row], norms, facts.norms[row])
+        return totals, facts._replace(
+            norms=facts.norms.at[row].set(norms), factors=facts.factors.at[row].set(factors)
+        )
+
+    return jax.lax.fori_loop(0, jnp.sum(~usable), turn, (totals, facts))
 
 
-def _kept(gradients: dict[int, jax.Array], doubts: jax.Array) -> _Part:
+def _cleared(arrays: PyTree, usable: jax.Array) -> PyTree:
+    """Arrays `[n, ...]` with zeros for examples that are not usable: 0 * NaN is NaN."""
+    if not jax.tree.leaves(arrays):
+        return arrays
+    order = jnp.argsort(usable)
+
+    def clear(i: jax.Array, arrays: PyTree) -> PyTree:
+        def cleared(x: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((1, *x.shape[1:]), x.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(x, zeros, order[i], 0)
+
+        return jax.tree.map(cleared, arrays)
+
+    # In place: a copy of all recorded arrays would take about 4% of a step.
+    return jax.lax.fori_loop(0, jnp.sum(~usable), clear, arrays)
+
+
+def _packed(direct: dict[int, jax.Array]) -> list[dict[int, jax.Array]]:
+    """Direct leaves of one part each: few large arrays compile faster than many small ones."""
+    small = {i: g for i, g in direct.items() if g.size <= _SMALL}
+    return [{i: g} for i, g in direct.items() if i not in small] + ([small] if small else [])
+
+
+_SMALL = 2**16  # numbers that are copied in no time
+
+
+def _kept(gradients: dict[int, jax.Array], groups: tuple[int, ...]) -> _Part:
     """Leaves with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
-    flat = reference.flattened(gradients, doubts)
-    return _Part(
-        {leaf: products.kept_measure(g) for leaf, g in flat.items()},
-        lambda factors, usable: {
-            leaf: products.weigh(g, factors[leaf], usable).reshape(gradients[leaf].shape[1:])
-            for leaf, g in flat.items()
-        },
-    )
+    by_group: dict[int, list[int]] = {}
+    for leaf in gradients:
+        by_group.setdefault(groups[leaf], []).append(leaf)
+    flat = {leaf: products.flat(g) for leaf, g in gradients.items()}
+    kept = [
+        jnp.concatenate([flat[i] for i in own], 1) if len(own) > 1 else flat[own[0]]
+        for own in by_group.values()
+    ]
+
+    def place(totals: Totals, record: _Record, vectors: Vectors) -> Totals:
+        totals = dict(totals)
+        for own, vector in zip(by_group.values(), vectors):
+            start = 0
+            for leaf in own:
+                stop = start + flat[leaf].shape[1]
+                totals[leaf] += vector[start:stop].reshape(totals[leaf].shape)
+                start = stop
+        return totals
+
+    return _of_kept(tuple(by_group), tuple(kept), None, place)
 
 
-def _part(traced: Traced, group: _Group, raw: Raw, leaves: list[Any], doubts: jax.Array) -> _Part:
-    """The part of one weight, from the recorded inputs and cotangents of its sites."""
-    view = group.sites[0].view
-    if view is None:
-        return _derived_part(traced, group, raw, leaves, doubts)
-
-    def measure(raw: Raw) -> tuple[products.Measure, Any]:
-        x, g = group.canonical(raw)
-        if group.norm == "lookup":
-            return products.lookup_measure(x, g), ()
-        if group.norm == "gram":
-            return products.gram_measure(x, g), ()
-        found, gradients = products.outer_measure(x, g)
-        if group.norm == "outer again":
-            return found, ()
-        gradients = reference.once(gradients, doubts)
-        return products.kept_measure(gradients)._replace(mass=found.mass * narrow), gradients
-
-    # The mass of kept gradients does not matter, unless the weight is of a narrow dtype.
-    narrow = float(group.limit < products.LARGEST)
-    raw = reference.once(raw, doubts)  # one recording for the norm and for the sum
-    measured, gradients = _chunked(measure, raw, _temporary(group))
-    # In both places: before the constant factor of a scaled weight, and behind it.
-    reach = measured.mass * max(1.0, 1 / abs(view.scale))
-    within = reach < group.limit / 4 if narrow else None
-    if group.norm == "outer":
-        measured = measured._replace(mass=jnp.zeros_like(measured.mass))
-
-    def total(factors: dict[int, jax.Array], usable: jax.Array) -> dict[int, jax.Array]:
-        if group.norm == "outer":
-            weighed = products.weigh(gradients, factors[view.leaf], usable)
-            return {view.leaf: view.pull(group.restore(weighed))}
-        return {view.leaf: view.pull(_weighted_sum(group, raw, factors[view.leaf], usable))}
-
-    return _Part({view.leaf: measured}, total, within)
-
-
-def _derived_part(
-    traced: Traced, group: _Group, raw: Raw, leaves: list[Any], doubts: jax.Array
+def _of_kept(
+    members: tuple[int, ...],
+    kept: Vectors,
+    within: jax.Array | None,
+    place: Callable[[Totals, _Record, Vectors], Totals],
+    limit: float = math.inf,
 ) -> _Part:
-    """The part of a weight that is a function of its leaves.
+    """A part whose gradients are in memory; `limit` is the largest number of the weight's dtype."""
 
-    The derivative of that function can cancel nearly all of a gradient, say that of `w - mean(w)`,
-    so a sum over examples that is formed before it may hold errors of any size beside the bound.
-    The derivative is therefore taken per example, and what it gives is measured and summed.
-    """
-    site = group.sites[0]
-    own = {i: leaves[i] for i in group.leaves}
-    weight, vjp = jax.vjp(lambda own: derived_weight(traced, site, own), own)
+    def add(
+        totals: Totals, record: _Record, kept: Vectors, factors: jax.Array, usable: jax.Array
+    ) -> Totals:
+        weighed = [products.weigh(g, factors[:, i]) for i, g in zip(members, kept, strict=True)]
+        return place(totals, record, tuple(weighed))
 
-    def pull(gradient: jax.Array) -> dict[int, jax.Array]:
-        (result,) = vjp(group.restore(gradient).astype(weight.dtype))
-        return jax.tree.map(lambda g: g.astype(jnp.float32), result)
+    def exact(record: _Record, kept: Vectors) -> Vectors:
+        return tuple(_capped(vector, limit) for vector in kept)
 
-    def gradients(raw: Raw) -> tuple[dict[int, jax.Array], jax.Array]:
-        x, g = group.canonical(raw)
-        if group.limit < products.LARGEST:
-            found, gradient = products.outer_measure(x, g)
-            within = found.mass < group.limit / 4
+    return _Part(members, kept, (), within, exact, place, add)
+
+
+def _capped(array: jax.Array, limit: float) -> jax.Array:
+    """Numbers beyond the limit as the infinite ones that vmap has there."""
+    return array if limit >= products.LARGEST else jnp.where(abs(array) <= limit, array, jnp.inf)
+
+
+def _closed(
+    group: _Group,
+    record: _Record,
+    constants: dict[Key, dict[int, jax.Array]],
+    groups: tuple[int, ...],
+) -> _Part:
+    """The part of one view of a leaf, from the recorded inputs and cotangents of its sites."""
+    sites, form = group.sites, group.form
+    view = sites[0].view
+    assert view is not None
+    leaf, rule_group = view.leaf, groups[view.leaf]
+
+    def back(gradient: jax.Array) -> jax.Array:
+        """A canonical gradient in the shape of the leaf."""
+        return view.pull(forms.restore(sites[0], gradient))
+
+    shape = (form.B, form.d, form.p)
+    terms = {place: own[leaf] for place, own in constants.items() if leaf in own}
+    if terms:
+        across = jax.linear_transpose(back, jax.ShapeDtypeStruct(shape, jnp.float32))
+        terms = {place: across(constant)[0] for place, constant in terms.items()}
+    # What a recorded number may be before a constant factor of the weight, and behind it.
+    limit = min(site.limit for site in sites)
+    reach = max(1.0, *(1 / abs(site.view.scale) for site in sites if site.view))
+    narrow = limit < products.LARGEST
+    largest = limit / 4 / reach
+
+    def materialized(record: _Record, tokens: Tokens) -> jax.Array:
+        gradients = products.materialize(tokens)
+        for place, constant in terms.items():
+            gradients += products.scaled(constant[None], record.scalars[place])
+        return gradients
+
+    def finish(found: products.Measure, record: _Record) -> products.Measure:
+        for place, constant in terms.items():
+            scalar = record.scalars[place]
+            found = products.with_constant(found, record.tokens(sites), scalar, constant)
+        return found
+
+    def measure(record: _Record) -> tuple[tuple[products.Measure, ...], jax.Array | None]:
+        t = record.tokens(sites)
+        if group.norm == "lookup":
+            found = products.lookup_measure(t)
+        elif group.norm == "gram":
+            found = products.gram_measure(t)
         else:
-            gradient = products.materialize(x, g)
-            within = jnp.ones(gradient.shape[0], bool)
-        return jax.vmap(pull)(gradient), within
+            found = products.outer_measure(t)[0]
+        found = finish(found, record)
+        return (found,), found.mass < largest if narrow else None
 
+    def gradients(record: _Record) -> tuple[Vectors, jax.Array | None]:
+        t = record.tokens(sites)
+        vectors = (products.flat(materialized(record, t)),)
+        if not narrow:
+            return vectors, None
+        return vectors, finish(products.outer_measure(t)[0], record).mass < largest
+
+    def exact(record: _Record, kept: Vectors) -> Vectors:
+        t = record.tokens(sites)
+        if group.norm == "lookup" and not terms:
+            gradients = products.combined(t)
+        else:
+            gradients = materialized(record, t)
+        return (_capped(products.flat(gradients), limit / reach if narrow else math.inf),)
+
+    # The leaf itself as a table, or as the transposed of one, can be added to in place.
+    table = group.norm == "lookup" and not view.steps and forms.is_table(sites[0])
+
+    def look_up(totals: Totals, t: Tokens, h: jax.Array) -> Totals:
+        """Adds rows h `[..., T, p]`."""
+        rows, h = t.rows.reshape(-1), h.reshape(-1, form.p)
+        if table:
+            own = totals[leaf]
+            return totals | {leaf: own.reshape(form.d, form.p).at[rows].add(h).reshape(own.shape)}
+        gradient = jnp.zeros((form.d, form.p), jnp.float32).at[rows].add(h)
+        return totals | {leaf: totals[leaf] + back(gradient[None])}
+
+    def place(totals: Totals, record: _Record, vectors: Vectors) -> Totals:
+        if group.norm == "lookup" and not terms:
+            return look_up(totals, record.tokens(sites), vectors[0])
+        return totals | {leaf: totals[leaf] + back(vectors[0].reshape(shape))}
+
+    def add(
+        totals: Totals, record: _Record, kept: Vectors, factors: jax.Array, usable: jax.Array
+    ) -> Totals:
+        factor = factors[:, rule_group]
+        if forms.sums_as_convolution(sites):
+            for site, (x, g) in zip(sites, record.pairs(sites)):
+                value = view.pull(forms.conv_sum(site, x, products.scaled(g, factor, usable)))
+                totals = totals | {leaf: totals[leaf] + value}
+        elif group.norm == "lookup":
+            t = record.tokens(sites)
+            totals = look_up(totals, t, products.scaled(t.h, factor, usable))
+        else:
+            value = back(products.weighted_sum(record.tokens(sites), factor, usable))
+            totals = totals | {leaf: totals[leaf] + value}
+        for at, constant in terms.items():
+            weights = products.scaled(record.scalars[at], factor, usable)
+            totals = totals | {leaf: totals[leaf] + back(jnp.sum(weights) * constant)}
+        return totals
+
+    # Of a product, the smaller array is scaled, and cleared by that.
+    places = dict(record.places)
+    if forms.sums_as_convolution(sites):
+        clears = {places[site.key][0] for site in sites}
+    else:
+        scale_x = products.scales_x(form)
+        clears = {
+            places[site.key][site.turned != scale_x] for site in sites if site.kind != "embed"
+        }
+    own = record.of((sites,), list(terms))
+    size = _temporary(group)
     if group.norm == "outer":
-        pulled, within = _chunked(gradients, raw, _temporary(group))
-        return _kept(pulled, doubts)._replace(within=within)
+        kept, within = _chunked(gradients, own, size)
+        return _of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
+    measures, within = _chunked(measure, own, size)
+    return _Part((rule_group,), (), measures, within, exact, place, add, frozenset(clears))
 
-    def measure(raw: Raw) -> tuple[dict[int, products.Measure], jax.Array]:
-        pulled, within = gradients(raw)
-        flat = reference.flattened(pulled, doubts)
-        return {leaf: products.kept_measure(g) for leaf, g in flat.items()}, within
 
-    measures, within = _chunked(measure, raw, _temporary(group))
+def _formed(
+    traced: Traced,
+    mixed: _Mixed,
+    record: _Record,
+    constants: dict[Key, dict[int, jax.Array]],
+    leaves: list[Any],
+    groups: tuple[int, ...],
+    doubts: jax.Array,
+) -> _Part:
+    """The part of weights that are functions of their leaves, or that share them in other layouts.
 
-    def total(factors: dict[int, jax.Array], usable: jax.Array) -> dict[int, jax.Array]:
-        def chunk(total: dict[int, jax.Array], part: Any) -> tuple[dict[int, jax.Array], None]:
-            raw, factors, usable, squares = part
-            pulled = reference.flattened(gradients(raw)[0], doubts)
-            for leaf, g in pulled.items():
+    The derivative of such a function can cancel nearly all of a gradient, say that of
+    `w - mean(w)`, and so can two uses of a leaf. A sum over examples that is formed before it may
+    hold errors of any size beside the bound. The leaves' gradients are therefore formed per
+    example, and what is formed is measured and summed.
+    """
+    pulls = [_pull(traced, sites[0], leaves) for sites in mixed.weights]
+    terms = {place: own for place, own in constants.items() if own.keys() & set(mixed.leaves)}
+    members = tuple(groups[leaf] for leaf in mixed.leaves)
+    limits = [min(site.limit for site in sites) for sites in mixed.weights]
+
+    def gradients(record: _Record, capped: bool = False) -> tuple[Vectors, jax.Array]:
+        total: dict[int, jax.Array] = {}
+        within = jnp.ones((), bool)
+        for sites, pull, limit in zip(mixed.weights, pulls, limits):
+            t = record.tokens(sites)
+            if limit < products.LARGEST:
+                found, gradient = products.outer_measure(t)
+                within &= found.mass < limit / 4
+            else:
+                gradient = products.materialize(t)
+            gradient = _capped(gradient, limit if capped else math.inf)
+            within &= jnp.ones(gradient.shape[0], bool)
+            for leaf, value in jax.vmap(pull)(gradient).items():
+                total[leaf] = total[leaf] + value if leaf in total else value
+        for place, constant in terms.items():
+            for leaf in total.keys() & constant.keys():
+                total[leaf] += products.scaled(constant[leaf][None], record.scalars[place])
+        return tuple(products.flat(total[leaf]) for leaf in mixed.leaves), within
+
+    def exact(record: _Record, kept: Vectors) -> Vectors:
+        return gradients(record, capped=True)[0]
+
+    def place(totals: Totals, record: _Record, vectors: Vectors) -> Totals:
+        totals = dict(totals)
+        for leaf, vector in zip(mixed.leaves, vectors, strict=True):
+            totals[leaf] += vector.reshape(totals[leaf].shape)
+        return totals
+
+    own, size = record.of(mixed.weights, list(terms)), _temporary_of(mixed)
+    if mixed.kept:
+        kept, within = _chunked(gradients, own, size)
+        return _of_kept(members, kept, within, place, min(limits))
+
+    def measure(record: _Record) -> tuple[tuple[products.Measure, ...], jax.Array]:
+        vectors, within = gradients(record)
+        return tuple(map(products.kept_measure, reference.once(vectors, doubts))), within
+
+    measures, within = _chunked(measure, own, size)
+
+    def add(
+        totals: Totals, record: _Record, kept: Vectors, factors: jax.Array, usable: jax.Array
+    ) -> Totals:
+        def chunk(totals: Totals, part: Any) -> tuple[Totals, None]:
+            record, factors, squares = part
+            weighed = []
+            vectors = reference.once(gradients(record)[0], doubts)
+            for i, (member, g) in enumerate(zip(members, vectors, strict=True)):
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
                 again = products.kept_measure(g).square
-                shrink = jnp.where(again > squares[leaf], jnp.sqrt(squares[leaf] / again), 1.0)
-                fine = usable & jnp.isfinite(again)
-                weighed = products.weigh(g, factors[leaf] * shrink, fine)
-                total[leaf] += weighed.reshape(total[leaf].shape)
-            return total, None
+                shrink = jnp.where(again > squares[i], jnp.sqrt(squares[i] / again), 1.0)
+                finite = jnp.isfinite(again)
+                g = jnp.where(finite[:, None], g, 0.0)
+                factor = jnp.where(finite, factors[:, member] * shrink, 0.0)
+                weighed.append(products.weigh(g, factor))
+            return place(totals, record, tuple(weighed)), None
 
-        squares = {leaf: measured.square for leaf, measured in measures.items()}
-        zeros = {leaf: jnp.zeros(leaves[leaf].shape, jnp.float32) for leaf in squares}
-        cut, _ = _cut((raw, factors, usable, squares), _temporary(group))
-        return jax.lax.scan(chunk, zeros, cut)[0]
+        squares = tuple(measured.square for measured in measures)
+        own = {leaf: totals[leaf] for leaf in mixed.leaves}
+        parts = (record.of(mixed.weights, list(terms)), factors, squares)
+        return totals | jax.lax.scan(chunk, own, _cut(parts, size)[0])[0]
 
-    return _Part(measures, total, within)
+    return _Part(members, (), measures, within, exact, place, add)
+
+
+def _pull(
+    traced: Traced, site: Site, leaves: list[Any]
+) -> Callable[[jax.Array], dict[int, jax.Array]]:
+    """Takes a canonical gradient of a weight to the weight's leaves, float32."""
+    view = site.view
+    if view is not None:
+        return lambda gradient: {view.leaf: view.pull(forms.restore(site, gradient))}
+    own = {i: leaves[i] for i in sorted(site.leaves)}
+    weight, vjp = jax.vjp(lambda own: function_of_leaves(traced, site.key, site.operand, own), own)
+
+    def pull(gradient: jax.Array) -> dict[int, jax.Array]:
+        (result,) = vjp(forms.restore(site, gradient).astype(weight.dtype))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), result)
+
+    return pull
 
 
 def _temporary(group: _Group) -> int:
     """Numbers that measuring one example takes beyond what is recorded or kept."""
-    if any(has_patches(site) for site in group.sites):
+    if any(forms.has_patches(site) for site in group.sites):
         return group.form.B * group.form.T * group.form.d
     return group.form.B * group.form.d * group.form.p if group.norm == "outer again" else 0
+
+
+def _temporary_of(mixed: _Mixed) -> int:
+    patches = 0
+    for sites in mixed.weights:
+        if any(forms.has_patches(site) for site in sites):
+            form = forms.form_of(sites)
+            patches += form.B * form.T * form.d
+    return patches if mixed.kept and patches else max(patches, mixed.numbers)
 
 
 def _cut(arrays: Any, size: int) -> tuple[Any, int]:
@@ -445,17 +819,3 @@ def _chunked(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), jax.lax.map(function, cut)
     )
-
-
-def _weighted_sum(group: _Group, raw: Raw, factors: jax.Array, usable: jax.Array) -> jax.Array:
-    """Sum over examples of factor * gradient of a weight whose gradients were not kept."""
-    if has_patches(group.sites[0]) and not any(site.lengths for site in group.sites):
-        total = jnp.zeros(group.sites[0].shape, jnp.float32)
-        for site, (x, g) in zip(group.sites, raw):
-            x, g = products.cleared(x, usable), products.scaled(g, factors, usable)
-            total += conv_sum(site, x, g)
-        return total
-    x, g = group.canonical(raw)
-    if group.norm == "lookup":
-        return group.restore(products.lookup_sum(x, g, factors, usable, group.form.d))
-    return group.restore(products.weighted_product(x, g, factors, usable))

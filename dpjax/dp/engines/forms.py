@@ -14,28 +14,39 @@ gradients are different parts of the leaf.
 | inside a scan, weight shared by the turns | x turns | | |
 | inside a scan, weight a slice of a stack | | x turns | |
 
-A row lookup is a product with one-hot rows; it is recorded as row numbers `[n, 1, T, 1]`.
+A row lookup is a product with one-hot rows; it is recorded as row numbers `[n, 1, T, 1]`. A weight
+that is looked up and multiplied, such as an embedding that is tied to the output layer, has both.
 
-Each kind has three functions: `form` gives the sizes, `canonical` reorders the recorded arrays, and
+Each kind has two functions: `form` gives the sizes and `canonical` reorders the recorded arrays.
 `restore` takes a canonical gradient `[B, d, p]` back to the shape of the weight. The order in which
 `canonical` merges axes into B, d and p and the order in which `restore` splits them are the same
-order, and that is all there is to check.
+order, that of `sites.layout`, and that is all there is to check.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.dp.engines.sites import Site
+from dpjax.dp.engines.sites import Site, View, layout
 
-__all__ = ["KINDS", "Form", "Kind", "conv_sum", "has_patches"]
+__all__ = [
+    "Form",
+    "Tokens",
+    "conv_sum",
+    "form_of",
+    "has_patches",
+    "is_table",
+    "part_of",
+    "restore",
+    "sums_as_convolution",
+    "tokens",
+]
 
 
 class Form(NamedTuple):
@@ -48,18 +59,83 @@ class Form(NamedTuple):
     recorded: int
 
 
-class Kind(NamedTuple):
-    """What one kind of site means.
+class Tokens(NamedTuple):
+    """The canonical arrays of one weight: products, lookups, or both.
 
     Attributes:
-        form: the canonical sizes of a site.
-        canonical: the recorded input and cotangent, `[n, scans..., ...]` each, as x and g.
-        restore: a canonical gradient `[B, d, p]` in the shape of the site's weight.
+        x: inputs `[n, B, T, d]`, None without products.
+        g: output cotangents `[n, B, T, p]`.
+        rows: rows looked up `[n, 1, T, 1]`, int32 and in range; None without lookups.
+        h: their cotangents `[n, 1, T, p]`.
+        d: rows of the gradient.
     """
 
-    form: Callable[[Site], Form]
-    canonical: Callable[[Site, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    restore: Callable[[Site, jax.Array], jax.Array]
+    x: Any
+    g: Any
+    rows: Any = None
+    h: Any = None
+    d: int = 0
+
+    @property
+    def p(self) -> int:
+        """Columns of the gradient."""
+        return int((self.g if self.h is None else self.h).shape[3])
+
+
+def part_of(site: Site, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What of the recorded arrays `[n, scans..., ...]` belongs to the site's view, scaled."""
+    for cut in site.cuts[0]:
+        x = _cut(x, *cut)
+    for cut in site.cuts[1]:
+        g = _cut(g, *cut)
+    view: View | None = site.view
+    if view is None or view.scale == 1.0:
+        return x, g
+    # The cotangent of a leaf where that of the leaf times a constant was recorded.
+    return x, -g if view.scale == -1.0 else g.astype(jnp.float32) * view.scale
+
+
+def _cut(array: jax.Array, axis: int, start: int, size: int) -> jax.Array:
+    return jax.lax.slice_in_dim(array, start, start + size, axis=1 + axis)
+
+
+def form_of(sites: tuple[Site, ...]) -> Form:
+    """The joint sizes of all uses of one weight."""
+    forms = [_FORMS[site.kind](site) for site in sites]
+    forms = [f._replace(d=f.p, p=f.d) if s.turned else f for s, f in zip(sites, forms)]
+    return forms[0]._replace(T=sum(f.T for f in forms), recorded=sum(f.recorded for f in forms))
+
+
+def tokens(sites: tuple[Site, ...], arrays: Any) -> Tokens:
+    """The canonical arrays of all uses of one weight, token axes joined.
+
+    Args:
+        sites: the uses.
+        arrays: for each, what was recorded and belongs to it; see `part_of`.
+    """
+    products: list[Any] = []
+    lookups: list[Any] = []
+    for site, (x, g) in zip(sites, arrays):
+        pair = _CANONICAL[site.kind](site, x, g)
+        (lookups if site.kind == "embed" else products).append(pair[::-1] if site.turned else pair)
+
+    def joined(pairs: list[tuple[jax.Array, jax.Array]]) -> Any:
+        if len(pairs) < 2:
+            return pairs[0] if pairs else (None, None)
+        return tuple(jnp.concatenate(parts, 2) for parts in zip(*pairs))
+
+    (x, g), (rows, h) = joined(products), joined(lookups)
+    return Tokens(x, g, rows, h, form_of(sites).d)
+
+
+def restore(site: Site, w: jax.Array) -> jax.Array:
+    """A canonical gradient `[B, d, p]` in the shape of the site's weight."""
+    if site.turned:
+        w = jnp.swapaxes(w, 1, 2)
+    if site.kind == "conv":
+        return _conv_restore(site, w)
+    order = [axis for part in layout(site) for axis in part]
+    return w.reshape(_sizes(site.shape, order)).transpose(np.argsort(order))
 
 
 def _scans(site: Site) -> tuple[list[int], list[int]]:
@@ -143,13 +219,6 @@ def _dot_canonical(site: Site, x: jax.Array, g: jax.Array) -> tuple[jax.Array, j
     x = order(x, axes.x_batch, axes.x_free, axes.x_contract)
     g = order(g, range(before), tokens, features)
     return x.reshape(n, form.B, form.T, form.d), g.reshape(n, form.B, form.T, form.p)
-
-
-def _dot_restore(site: Site, w: jax.Array) -> jax.Array:
-    axes, stacked = _dot_axes(site), len(_scans(site)[0])
-    order = [*range(stacked)]
-    order += [stacked + i for i in (*axes.w_batch, *axes.w_contract, *axes.w_free)]
-    return w.reshape(_sizes(site.shape, order)).transpose(np.argsort(order))
 
 
 # conv_general_dilated: at every output position the kernel meets one patch of the input, so that
@@ -242,6 +311,18 @@ def has_patches(site: Site) -> bool:
     return site.kind == "conv" and math.prod(_kernel(site)) > 1
 
 
+def sums_as_convolution(sites: tuple[Site, ...]) -> bool:
+    """Whether the weighted sum of a weight's gradients is one convolution, without patches."""
+    return has_patches(sites[0]) and not any(s.lengths or s.kind != "conv" for s in sites)
+
+
+def is_table(site: Site) -> bool:
+    """Whether a leaf that is looked up is `[d, p]` but for its shape."""
+    order = [axis for part in layout(site) for axis in part]
+    whole = tuple(site.params["table"]) == site.shape[sum(site.scanned) :]
+    return whole and not any(site.cuts[0]) and order == sorted(order)
+
+
 def conv_sum(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
     """The gradient of an unscanned convolution's weight, summed over examples, in float32.
 
@@ -280,34 +361,70 @@ def conv_sum(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
     return gradient
 
 
-# gather of rows: T lookups. d counts rows only for `restore`; nothing of that size is formed for an
-# example.
+# gather and dynamic_slice of rows: T lookups. d counts rows only for `restore`; nothing of that
+# size is formed for an example. A row may be addressed along several axes of the table, and by the
+# turn of a scan over a stack of tables.
 
 
 def _embed_form(site: Site) -> Form:
-    rows = math.prod(site.lengths) * math.prod(site.input.shape[:-1])
-    return Form(1, rows, site.shape[0], math.prod(site.shape[1:]), _recorded(site))
+    _, rows, inner = layout(site)
+    indices = math.prod(site.lengths) * math.prod(site.input.shape[:-1])
+    d, p = (math.prod(_sizes(site.shape, axes)) for axes in (rows, inner))
+    return Form(1, indices, d, p, _recorded(site))
 
 
 def _embed_canonical(site: Site, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     form, n, scans = _embed_form(site), x.shape[0], 1 + len(site.lengths)
-    offset = [scans + i for i in site.params["dimension_numbers"].offset_dims]
-    g = g.transpose(*(i for i in range(g.ndim) if i not in offset), *offset)
-    g, rows = g.reshape(n, 1, form.T, form.p), x.reshape(n, 1, form.T, 1).astype(jnp.int32)
-    if site.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        return jnp.clip(rows, 0, form.d - 1), g
-    # No other mode has a gradient for a row out of range. Such a row becomes row 0 with a zero
-    # cotangent: left as it is, a negative one would be counted from the end once more.
-    inside = (rows >= 0) & (rows < form.d)
-    return jnp.where(inside, rows, 0), jnp.where(inside, g, 0)
+    params, stacked = site.params, sum(site.scanned)
+    dims = params.get("dimension_numbers")
+    batching: tuple[tuple[int, int], ...] = ()
+    if dims is None:  # dynamic_slice: one index per axis, and all axes are kept
+        offset = tuple(range(len(params["slice_sizes"])))
+        columns = {axis: axis for axis in offset}
+    else:
+        offset = dims.offset_dims
+        batching = tuple(zip(dims.operand_batching_dims, dims.start_indices_batching_dims))
+        columns = {axis: i for i, axis in enumerate(dims.start_index_map)}
+    lead = [i for i in range(g.ndim) if i < scans or i - scans not in offset]
+    # Axes of the slices that are rows have length 1, so that the others alone are left.
+    g = g.transpose(*lead, *(scans + i for i in offset)).reshape(n, 1, form.T, form.p)
+
+    def flat(array: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(array, x.shape[:-1]).reshape(n, 1, form.T, 1).astype(jnp.int32)
+
+    def along(axis: int) -> jax.Array:
+        """The number of each lookup along an axis of `x`."""
+        return jnp.arange(x.shape[axis]).reshape(-1, *[1] * (x.ndim - 2 - axis))
+
+    clips = params["mode"] == jax.lax.GatherScatterMode.CLIP
+    start = site.view.start if site.view is not None else (0,) * len(site.shape)
+    whole, inside = site.params["table"], jnp.ones((n, 1, form.T, 1), bool)
+    found: list[jax.Array] = [flat(along(1 + i)) for i, s in enumerate(site.scanned) if s]
+    rows = {stacked + i for i in params["row_axes"]}
+    places = {axis: along(scans + place) for axis, place in batching}
+    for axis, size in enumerate(whole):
+        if axis in places:
+            index = flat(places[axis])
+        elif axis in columns:
+            index = flat(x[..., columns[axis]])
+        else:
+            index = jnp.zeros_like(inside, jnp.int32)
+        last = size - params["slice_sizes"][axis]
+        if clips:
+            index = jnp.clip(index, 0, last)
+        else:
+            # No other mode has a gradient for a row out of range.
+            inside &= (index >= 0) & (index <= last)
+        if stacked + axis in rows:
+            first = start[stacked + axis]
+            inside &= (index >= first) & (index < first + site.shape[stacked + axis])
+            found.append(index - first)
+    sizes = _sizes(site.shape, layout(site)[1])
+    row = sum(index * math.prod(sizes[i + 1 :]) for i, index in enumerate(found))
+    # Such a row becomes row 0 with a zero cotangent: left as it is, a negative one would be counted
+    # from the end once more.
+    return jnp.where(inside, row, 0).astype(jnp.int32), jnp.where(inside, g, 0)
 
 
-def _embed_restore(site: Site, w: jax.Array) -> jax.Array:
-    return w.reshape(site.shape)
-
-
-KINDS = {
-    "dot": Kind(_dot_form, _dot_canonical, _dot_restore),
-    "conv": Kind(_conv_form, _conv_canonical, _conv_restore),
-    "embed": Kind(_embed_form, _embed_canonical, _embed_restore),
-}
+_FORMS = {"dot": _dot_form, "conv": _conv_form, "embed": _embed_form}
+_CANONICAL = {"dot": _dot_canonical, "conv": _conv_canonical, "embed": _embed_canonical}

@@ -12,7 +12,9 @@ carries what both may be off by:
 
 - `error` bounds how far the computed square is from the exact square of G_i. For Gram matrices
   X = x x^T, Y = g g^T the square is sum_st X_st Y_st. X_st is off by d u |x_s||x_t|, Y_st by
-  p u |g_s||g_t|, their product and the sum over s and t by another few u |X_st Y_st|.
+  p u |g_s||g_t|, their product and the sum over s and t by another few u |X_st Y_st|. The input of
+  a lookup is a one-hot row: with another such row X_st is 0 or 1, with the input of a product it is
+  one of its numbers; neither is rounded, and the bound holds with |x_s| = 1.
 - `spread` bounds the norm of the rounding errors in the product that example i adds to the sum:
   T terms a number, so T u sum_t |x_t||g_t|.
 - `mass` = sum_t |x_t||g_t| bounds every partial sum on the way to G_i. A sum over examples is
@@ -21,9 +23,16 @@ carries what both may be off by:
 - `peak` bounds the numbers that are multiplied, which must stay in range when the factor scales
   them.
 
+A penalty on the parameters adds c_i R to G_i, with one array R for all examples. The square is then
+|G_i|^2 + 2 c_i <G_i, R> + |c_i R|^2. The inner product is sum_t (x_t R) g_t: x_t R is off by
+d u |x_t||R|, the sum over tokens and columns by another `_REDUCTION` u |x_t||R||g_t|, together
+(d + ...) u mass |R|; `error` grows by 2 |c_i| times that. `mass` and `spread` grow by |c_i R| and a
+few units of it, because sum_i f_i c_i R is one more product that the example takes part in.
+
 The engine clips by `sqrt(square + error) + spread`, and does so only where that is close to
-`sqrt(square)` and where mass and peak are moderate; any other example goes to the reference engine.
-The bounds are themselves rounded, by less than the few units that are added to every count.
+`sqrt(square)` and where mass and peak are moderate; of any other example the gradient is formed,
+measured and summed as one array. The bounds are themselves rounded, by less than the few units that
+are added to every count.
 """
 
 from __future__ import annotations
@@ -34,23 +43,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.engines.forms import Form
+from dpjax.dp.engines.forms import Form, Tokens
 
 __all__ = [
     "LARGEST",
     "Measure",
     "can_keep",
     "cheapest",
-    "cleared",
+    "combined",
+    "flat",
     "gram_measure",
     "kept_measure",
     "lookup_measure",
-    "lookup_sum",
     "materialize",
     "outer_measure",
     "scaled",
+    "scales_x",
     "weigh",
-    "weighted_product",
+    "weighted_sum",
+    "with_constant",
 ]
 
 # Costs in multiplications, measured on a CPU: a number of a gradient that is materialized and kept
@@ -61,7 +72,7 @@ _GRAM = 1.3
 # Gradients are kept if they are at most this many times larger than what they are computed from.
 _KEEP = 4
 
-_SMALL = 2**16  # numbers that are copied in no time
+_FEW = 256  # rows, which a product adds up in less time than a scatter does one by one
 
 _BLOCK = 256  # numbers of a long vector that are summed in one go
 
@@ -97,15 +108,17 @@ def cheapest(form: Form) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, ...], batch: int) -> jax.Array:
-    """Contracts the same axes of `a` and `b`, with `batch` common leading axes, in float32."""
+def _dot(
+    a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], batch: int
+) -> jax.Array:
+    """Contracts axes of `a` with axes of `b`, with `batch` common leading axes, in float32."""
     exact = a.dtype == b.dtype == jnp.bfloat16
     if not exact:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jax.lax.dot_general(
         a,
         b,
-        ((contract, contract), (tuple(range(batch)), tuple(range(batch)))),
+        (contract, (tuple(range(batch)), tuple(range(batch)))),
         precision=None if exact else jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
@@ -116,14 +129,14 @@ def _gram(array: jax.Array) -> tuple[jax.Array, int]:
     size = array.shape[3]
     blocks, rest = divmod(size, _BLOCK)
     if blocks < 4:
-        return _dot(array, array, (3,), 2), size
+        return _dot(array, array, ((3,), (3,)), 2), size
 
     def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         part = jax.lax.dynamic_slice_in_dim(array, i * _BLOCK, _BLOCK, 3)
-        return total + _dot(part, part, (3,), 2), None
+        return total + _dot(part, part, ((3,), (3,)), 2), None
 
     tail = array[..., size - rest :]
-    total, _ = jax.lax.scan(add, _dot(tail, tail, (3,), 2), jnp.arange(blocks))
+    total, _ = jax.lax.scan(add, _dot(tail, tail, ((3,), (3,)), 2), jnp.arange(blocks))
     return total, _BLOCK + blocks
 
 
@@ -151,16 +164,17 @@ def kept_measure(gradients: jax.Array) -> Measure:
     return Measure(_total(jnp.square(gradients)), zero, zero, zero, zero)
 
 
-def gram_measure(x: jax.Array, g: jax.Array) -> Measure:
-    """Of x_i^T g_i, from the Gram matrices x x^T and g g^T; summed by `weighted_product`."""
-    tokens, d, p = x.shape[2], x.shape[3], g.shape[3]
+def gram_measure(t: Tokens) -> Measure:
+    """Of x_i^T g_i, from the Gram matrices x x^T and g g^T; summed by `weighted_sum`."""
+    x_square, g_square = token_squares(t)
+    tokens, d, p = x_square.shape[2], t.d, t.p
     if tokens == 1:  # no sum over tokens: squares add up without cancellation
-        xx, gg = _squares(x)[:, :, 0], _squares(g)[:, :, 0]
+        xx, gg = x_square[:, :, 0], g_square[:, :, 0]
         square = jnp.sum(xx * gg, 1)
         error = _TINY * jnp.sum(d * gg + p * xx + 1, 1)
         mass = jnp.sqrt(square + error)
-        return Measure(square, error, _split(x, g) * mass, mass, _peak(xx, gg))
-    (xx, x_chain), (gg, g_chain) = _gram(x), _gram(g)
+        return Measure(square, error, _split(t) * mass, mass, _peak(xx, gg))
+    (xx, x_chain), (gg, g_chain) = _input_gram(t), _gram(_cotangents(t))
     x_square, g_square = _diagonals(xx), _diagonals(gg)
     products = xx * gg
     rounding = _UNIT * (
@@ -171,16 +185,45 @@ def gram_measure(x: jax.Array, g: jax.Array) -> Measure:
     underflow = _TINY * (d * jnp.abs(gg) + p * jnp.abs(xx) + 1)
     square = jnp.maximum(_total(products), 0.0)
     error = jnp.sum(rounding + underflow, (1, 2, 3))
-    return _unkept(square, error, x_square, g_square, x, g, times=1)
+    return _unkept(square, error, x_square, g_square, t, times=1)
 
 
-def outer_measure(x: jax.Array, g: jax.Array) -> tuple[Measure, jax.Array]:
+def _input_gram(t: Tokens) -> tuple[jax.Array, int]:
+    """The Gram matrices of the inputs, of which those of lookups are one-hot rows."""
+    if t.rows is None:
+        return _gram(t.x)
+    same = (t.rows == jnp.swapaxes(t.rows, 2, 3)).astype(jnp.float32)
+    if t.x is None:
+        return same, 1
+    # The product of a one-hot row and an input is one number of the input, without rounding.
+    picked = jnp.take_along_axis(t.x, jnp.swapaxes(t.rows, 2, 3), 3).astype(jnp.float32)
+    xx, chain = _gram(t.x)
+    upper = jnp.concatenate([same, jnp.swapaxes(picked, 2, 3)], 3)
+    return jnp.concatenate([upper, jnp.concatenate([picked, xx], 3)], 2), chain
+
+
+def _cotangents(t: Tokens) -> jax.Array:
+    """Those of lookups first."""
+    parts = [part for part in (t.h, t.g) if part is not None]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
+
+
+def token_squares(t: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Squared norms `[n, B, T]` of inputs and of cotangents, those of lookups first."""
+    g = _squares(_cotangents(t))
+    inputs = [] if t.rows is None else [jnp.ones(t.rows.shape[:3], jnp.float32)]
+    inputs += [] if t.x is None else [_squares(t.x)]
+    return (inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, 2)), g
+
+
+def outer_measure(t: Tokens) -> tuple[Measure, jax.Array]:
     """Of x_i^T g_i, materialized here but summed by another product; also the gradients."""
-    gradients = materialize(x, g)
+    gradients = materialize(t)
     square = _total(jnp.square(gradients))
     zero = jnp.zeros_like(square)
     # The gradient that is measured and the one that is summed are both rounded.
-    return _unkept(square, zero, _squares(x), _squares(g), x, g, times=2), gradients
+    found = _unkept(square, zero, *token_squares(t), t, times=2)
+    return found, gradients
 
 
 def _unkept(
@@ -188,16 +231,61 @@ def _unkept(
     error: jax.Array,
     x_square: jax.Array,
     g_square: jax.Array,
-    x: jax.Array,
-    g: jax.Array,
+    t: Tokens,
     *,
     times: int,
 ) -> Measure:
     """The measure of a sum over tokens, from the tokens' squared norms `[n, B, T]`."""
-    lengths = _length(x_square, x.shape[3]) * _length(g_square, g.shape[3])
+    lengths = _length(x_square, t.d) * _length(g_square, t.p)
     mass = jnp.sqrt(jnp.sum(jnp.square(jnp.sum(lengths, 2)), 1))
-    spread = (times * (x.shape[2] + 4) * _UNIT + _split(x, g)) * mass
+    spread = (times * (x_square.shape[2] + 4) * _UNIT + _split(t)) * mass
     return Measure(square, error, spread, mass, _peak(x_square, g_square))
+
+
+def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.Array) -> Measure:
+    """Of x_i^T g_i + c_i R, from the measure of the first; summed by `weighted_sum` and by weights.
+
+    Args:
+        measure: of x_i^T g_i; see the module for the bounds.
+        t: the canonical arrays.
+        scalar: c, `[n]`.
+        constant: R, `[B, d, p]`, the same for all examples.
+    """
+    size = jnp.sqrt(jnp.sum(jnp.square(constant)))
+    inner, chain = jnp.zeros_like(scalar), 0
+    if t.x is not None:
+        applied = jax.lax.dot_general(
+            t.x.astype(jnp.float32),
+            constant,
+            (((3,), (1,)), ((1,), (0,))),
+            precision=jax.lax.Precision.HIGHEST,
+        )  # [B, n, T, p]
+        inner += _total(jnp.swapaxes(applied, 0, 1) * t.g.astype(jnp.float32))
+        chain += t.d
+    if t.rows is not None:
+        inner += _total(constant[0][t.rows[:, 0, :, 0]] * t.h[:, 0].astype(jnp.float32))
+    own = jnp.abs(scalar) * size
+    # The mass bounds the norm of x_i^T g_i and that of all partial sums of the inner product.
+    mass = measure.mass + own
+    cross = 2 * (chain + 2 * _REDUCTION) * _UNIT * measure.mass * own
+    rest = _REDUCTION * _UNIT * (measure.square + 2 * measure.mass * own + own * own)
+    square = measure.square + 2 * scalar * inner + own * own
+    return Measure(
+        square=jnp.maximum(square, 0.0),
+        error=measure.error + cross + rest + _TINY * t.d * t.p,
+        spread=measure.spread + 4 * _UNIT * mass,
+        mass=mass,
+        peak=jnp.maximum(measure.peak, own),
+    )
+
+
+def flat(gradients: jax.Array) -> jax.Array:
+    """Per-example gradients as float32 `[n, entries]`.
+
+    Flat, because XLA adds up an array of many short axes number by number, and a long axis in a
+    tree: in the first case the sum of 16,384 squares can be off by 5e-4.
+    """
+    return gradients.astype(jnp.float32).reshape(gradients.shape[0], -1)
 
 
 def _total(array: jax.Array) -> jax.Array:
@@ -226,9 +314,9 @@ def _peak(x_square: jax.Array, g_square: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.sum(x_square, axes), jnp.sum(g_square, axes)))
 
 
-def _split(x: jax.Array, g: jax.Array) -> float:
-    """What `weighted_product` loses of an array that it cuts in two parts of 16 bits."""
-    return 2.0**-17 if x.dtype == g.dtype == jnp.bfloat16 else 0.0
+def _split(t: Tokens) -> float:
+    """What `weighted_sum` loses of an array that it cuts in two parts of 16 bits."""
+    return 2.0**-17 if t.x is not None and t.x.dtype == t.g.dtype == jnp.bfloat16 else 0.0
 
 
 def _diagonals(matrices: jax.Array) -> jax.Array:
@@ -237,96 +325,99 @@ def _diagonals(matrices: jax.Array) -> jax.Array:
     return matrices.reshape(n, B, T * T)[:, :, :: T + 1]
 
 
-def materialize(x: jax.Array, g: jax.Array) -> jax.Array:
+def materialize(t: Tokens) -> jax.Array:
     """The gradients x_i^T g_i `[n, B, d, p]`."""
-    return _dot(x, g, (2,), 2)
+    product = None if t.x is None else _dot(t.x, t.g, ((2,), (2,)), 2)
+    if t.rows is None and product is not None:
+        return product
+    rows, h = t.rows[:, 0, :, 0], t.h[:, 0].astype(jnp.float32)
+    if t.d <= _FEW:  # see `combined`
+        ones = (rows[:, :, None] == jnp.arange(t.d)[None, None]).astype(jnp.float32)
+        found = _dot(ones, h, ((1,), (1,)), 1)
+        return (found if product is None else product[:, 0] + found)[:, None]
+    start = jnp.zeros((h.shape[0], t.d, t.p), jnp.float32) if product is None else product[:, 0]
+    return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
 
 
-def weigh(gradients: jax.Array, factors: jax.Array, finite: jax.Array) -> jax.Array:
-    """Sum over examples of factor * gradient, `[n]` and `[n, ...]`; see `weighted_product`."""
-    return _dot(factors, cleared(gradients, finite), (0,), 0)
+def weigh(gradients: jax.Array, factors: jax.Array) -> jax.Array:
+    """Sum over examples of factor * gradient, `[n]` and `[n, ...]`."""
+    return _dot(factors, gradients, ((0,), (0,)), 0)
 
 
-def weighted_product(
-    x: jax.Array, g: jax.Array, factors: jax.Array, finite: jax.Array
-) -> jax.Array:
+def weighted_sum(t: Tokens, factors: jax.Array, usable: jax.Array) -> jax.Array:
     """Sum over examples of factor * x_i^T g_i.
 
     Args:
-        x: inputs `[n, B, T, d]`.
-        g: output cotangents `[n, B, T, p]`.
+        t: the canonical arrays.
         factors: `[n]`.
-        finite: `[n]` bool; where False, x and g may hold anything and the factor must be 0.
+        usable: `[n]` bool; where False, the factor must be 0, and the array that is not scaled (see
+            `scales_x`) must be finite. The other one may hold anything.
 
     Returns:
         `[B, d, p]`.
     """
-    scale_x = x.shape[3] <= g.shape[3]  # the smaller array is scaled
+    total = None if t.x is None else _weighted_product(t.x, t.g, factors, usable)
+    if t.rows is None and total is not None:
+        return total
+    total = jnp.zeros((1, t.d, t.h.shape[3]), jnp.float32) if total is None else total
+    return total.at[0, t.rows[:, 0, :, 0]].add(scaled(t.h, factors, usable)[:, 0])
+
+
+def scales_x(form: Form) -> bool:
+    """Whether the input is scaled, being the smaller array, or the cotangent."""
+    return form.d <= form.p
+
+
+def _weighted_product(
+    x: jax.Array, g: jax.Array, factors: jax.Array, usable: jax.Array
+) -> jax.Array:
+    scale_x = x.shape[3] <= g.shape[3]
     small, large = (x, g) if scale_x else (g, x)
-    parts = [scaled(small, factors, finite)]
+    parts = [scaled(small, factors, usable)]
     if x.dtype == g.dtype == jnp.bfloat16:
         # Two bfloat16 parts carry 16 bits of the scaled array, at twice the cost of one product;
         # one part alone would sum something measurably different from what was clipped.
         high = parts[0].astype(jnp.bfloat16)
         parts = [high, (parts[0] - high.astype(jnp.float32)).astype(jnp.bfloat16)]
-    large = cleared(large, finite)
     total = functools.reduce(jnp.add, [_sum_products(part, large) for part in parts])
     return total if scale_x else jnp.swapaxes(total, 1, 2)
 
 
-def scaled(array: jax.Array, factors: jax.Array, finite: jax.Array) -> jax.Array:
-    """Factor times each example's part of `array`, float32; zero where not finite."""
+def scaled(array: jax.Array, factors: jax.Array, usable: jax.Array | None = None) -> jax.Array:
+    """Factor times each example's part of `array`, float32; zero where not usable."""
     shape = (-1, *[1] * (array.ndim - 1))
     product = array.astype(jnp.float32) * factors.reshape(shape)
-    return jnp.where(finite.reshape(shape), product, 0.0)  # 0 * NaN is NaN
-
-
-def cleared(array: jax.Array, finite: jax.Array) -> jax.Array:
-    """`array` with zeros in place of the examples that are not finite, of which most often none."""
-    if array.size < _SMALL:
-        return jnp.where(finite.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
-    squeezed = array.reshape(array.shape[0], *(size for size in array.shape[1:] if size > 1))
-    order, zeros = jnp.argsort(finite), jnp.zeros((1, *squeezed.shape[1:]), array.dtype)
-
-    def clear(i: jax.Array, rest: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(rest, zeros, order[i], 0)
-
-    # In place: a copy of all recorded arrays would take about 4% of a step.
-    return jax.lax.fori_loop(0, jnp.sum(~finite), clear, squeezed).reshape(array.shape)
+    return product if usable is None else jnp.where(usable.reshape(shape), product, 0.0)
 
 
 def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum over examples and tokens of the products a_i^T b_i, `[B, ...]`."""
     if a.shape[1] == 1:
-        return _dot(a[:, 0], b[:, 0], (0, 1), 0)[None]
-    return _dot(jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1), (1, 2), 1)
+        return _dot(a[:, 0], b[:, 0], ((0, 1), (0, 1)), 0)[None]
+    return _dot(jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1), ((1, 2), (1, 2)), 1)
 
 
-def lookup_measure(rows: jax.Array, g: jax.Array) -> Measure:
-    """Of gradients whose row rows[i, t] gets g[i, t] added; summed by `lookup_sum`.
-
-    Args:
-        rows: `[n, 1, T, 1]` int32, in range.
-        g: `[n, 1, T, p]`.
-    """
-    same = rows == jnp.swapaxes(rows, 2, 3)
-    first = jnp.argmax(same, axis=3)[:, 0]  # the first token that looks up the same row
-    squares = _squares(g)
-    g = g[:, 0].astype(jnp.float32)
-    summed = jax.vmap(lambda rows, g: jnp.zeros_like(g).at[rows].add(g))(first, g)
-    square = _total(jnp.square(summed))
-    lengths = _length(squares, g.shape[2])
+def lookup_measure(t: Tokens) -> Measure:
+    """Of gradients that are lookups alone; summed by `weighted_sum`."""
+    squares = _squares(t.h)
+    square = _total(jnp.square(combined(t)))
+    lengths = _length(squares, t.p)
     # The squared mass of a row is the sum over pairs of its tokens.
-    mass = jnp.sqrt(jnp.sum(same[:, 0] * _outer(lengths[:, 0]), (1, 2)))
-    repeats = jnp.max(jnp.sum(same[:, 0], 2), 1)  # the most that one row is looked up
+    same = (t.rows == jnp.swapaxes(t.rows, 2, 3))[:, 0]
+    mass = jnp.sqrt(jnp.sum(same * _outer(lengths[:, 0]), (1, 2)))
+    repeats = jnp.max(jnp.sum(same, 2), 1)  # the most that one row is looked up
     spread = jnp.where(repeats > 1, 2 * (repeats + 4) * _UNIT * mass, 0.0)
     return Measure(square, jnp.zeros_like(square), spread, mass, _peak(squares, squares))
 
 
-def lookup_sum(
-    rows: jax.Array, g: jax.Array, factors: jax.Array, finite: jax.Array, num_rows: int
-) -> jax.Array:
-    """Sum over examples of factor * gradient, `[1, num_rows, p]`; see `lookup_measure`."""
-    zeros = jnp.zeros((num_rows, g.shape[3]), jnp.float32)
-    g = scaled(g, factors, finite)
-    return zeros.at[rows[:, 0, :, 0]].add(g[:, 0], mode="drop")[None]
+def combined(t: Tokens) -> jax.Array:
+    """The rows of gradients of lookups, `[n, T, p]`: all of a row's cotangents at its first."""
+    same = t.rows == jnp.swapaxes(t.rows, 2, 3)
+    first = jnp.argmax(same, axis=3)[:, 0]  # the first token that looks up the same row
+    h = t.h[:, 0].astype(jnp.float32)
+    if first.shape[1] == 1:
+        return h
+    if first.shape[1] <= _FEW:  # as a product with ones and zeros, which rounds no more
+        ones = first[:, None] == jnp.arange(first.shape[1])[None, :, None]
+        return _dot(ones.astype(jnp.float32), h, ((2,), (1,)), 1)
+    return jax.vmap(lambda rows, h: jnp.zeros_like(h).at[rows].add(h))(first, h)

@@ -1,10 +1,10 @@
 """The reference engine: per-example gradients by vmap, which every other engine is held to.
 
-`one_by_one` is for the examples that a batched program leaves in doubt. The book-keeping engine
-doubts an example where it cannot prove that the norm it measured bounds what it would add to the
-sum. Both engines doubt examples whose loss or norm is not finite in a model with convolutions: XLA
-may turn the batched gradient of a grouped convolution into a dense one with a mask of zeros, so
-that one example's NaN or overflow (0 * NaN) reaches all the others.
+`one_by_one` is for the examples that a batched program leaves in doubt: those whose loss or norm is
+not finite in a model with convolutions. XLA may turn the batched gradient of a convolution's kernel
+into a dense product with a mask of zeros, so that one example's NaN or overflow (0 * NaN) reaches
+all the others. The book-keeping engine needs it only where it leaves a kernel to JAX
+(`sites.Traced.spreads`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax.dp.clipping import ClipRule, PerExample
+from dpjax.dp.engines import products
 
 __all__ = [
     "count_of_doubts",
     "differentiates_convolutions",
-    "flattened",
     "microbatch_sum",
     "once",
     "one_by_one",
@@ -62,23 +62,19 @@ def once(arrays: PyTree, doubts: jax.Array) -> PyTree:
         arrays: numbers of any dtype.
         doubts: scalar integer that is computed from the data, such as `count_of_doubts`.
     """
-    flip = lambda _, arrays: jax.tree.map(jnp.negative, arrays)  # noqa: E731
+    if not jax.tree.leaves(arrays):
+        return arrays
+    flip = lambda _, arrays: jax.tree.map(_turned, arrays)  # noqa: E731
     return jax.lax.fori_loop(0, 2 * doubts, flip, arrays)
+
+
+def _turned(array: jax.Array) -> jax.Array:
+    return jnp.logical_not(array) if array.dtype == bool else jnp.negative(array)
 
 
 def count_of_doubts(loss: jax.Array) -> jax.Array:
     """The number of examples whose loss is not finite, from `[n]` losses."""
     return jnp.sum(~jnp.isfinite(loss), dtype=jnp.int32)
-
-
-def flattened(gradients: PyTree, doubts: jax.Array) -> PyTree:
-    """Per-example gradients as float32 `[n, entries]`, computed once for the norm and the sum.
-
-    Flat, because XLA adds up an array of many short axes number by number, and a long axis in a
-    tree: in the first case the sum of 16,384 squares can be off by 5e-4.
-    """
-    flat = jax.tree.map(lambda g: g.astype(jnp.float32).reshape(g.shape[0], -1), gradients)
-    return once(flat, doubts)
 
 
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
@@ -148,7 +144,8 @@ def _batched(
 ) -> tuple[PyTree, PerExample]:
     groups, num_groups = rule.groups(params), rule.num_groups(params)
     loss, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(params, batch)
-    leaves, treedef = jax.tree.flatten(flattened(grads, count_of_doubts(loss)))
+    leaves, treedef = jax.tree.flatten(grads)
+    leaves = once([products.flat(g) for g in leaves], count_of_doubts(loss))
     loss = loss.astype(jnp.float32)
     squares: list[list[jax.Array]] = [[] for _ in range(num_groups)]
     for group, g in zip(groups, leaves):

@@ -1,59 +1,74 @@
-"""Evaluates a traced loss function with taps on its sites (see `sites`).
+"""Evaluates a traced loss function with taps on its sites and scalars (see `sites`).
 
-A tap is a zero added to a site's output: the gradient with respect to it is the cotangent of that
-output. The inputs of the sites come out beside the loss.
+A tap is a zero added to a site's output, or to a scalar: the gradient with respect to it is the
+cotangent of that value. The inputs of the sites come out beside the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax.dp.engines.sites import Key, Site, Traced, inlined, scan_parts
 
-__all__ = ["derived_weight", "evaluate"]
+__all__ = ["evaluate", "function_of_leaves"]
 
 _UNKNOWN = object()
 
+Taps = dict[Key, jax.Array]
+Wanted = dict[Key, Callable[[Sequence[Any]], Any]]  # what of an equation's operands is returned
+
 
 def evaluate(
-    traced: Traced, args: Sequence[Any], taps: dict[Key, jax.Array]
+    traced: Traced, args: Sequence[Any], taps: Taps
 ) -> tuple[jax.Array, dict[Key, jax.Array]]:
     """Evaluates the loss of ONE example, adding `taps` to the outputs of the sites.
 
     Args:
         traced: the jaxpr and its sites.
         args: flat parameters, then the flat example.
-        taps: for each site an array of its output's shape, enclosing scans leading.
+        taps: for each site's equation an array of its output's shape, enclosing scans leading;
+            for each scalar one of its shape.
 
     Returns:
-        The loss and each site's input, enclosing scans leading.
+        The loss and the input of each site's equation, enclosing scans leading.
     """
-    jaxpr = traced.jaxpr
-    inputs = {site.key: 1 - site.operand for sites in traced.groups for site in sites}
-    (loss,), found = _evaluate(jaxpr.jaxpr, jaxpr.consts, args, (), taps, inputs)
-    return loss, found
+    wanted = {site.key: _input(site) for site in traced.sites}
+    (loss,), inputs = _evaluate(traced.jaxpr, traced.consts, args, (), taps, wanted)
+    return loss, inputs
 
 
-def derived_weight(traced: Traced, site: Site, leaves: dict[int, Any]) -> jax.Array:
-    """Computes the weight of a derived site from parameters alone, before it is converted.
+def _input(site: Site) -> Callable[[Sequence[Any]], Any]:
+    if site.kind == "embed" and "dimension_numbers" not in site.params:
+        return lambda values: jnp.stack([jnp.asarray(v, jnp.int32) for v in values[1:]])
+    return lambda values: _array(values[1 - site.operand])
+
+
+def _array(value: Any) -> jax.Array:
+    """The value itself, if it is traced: what several equations read is recorded once."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def function_of_leaves(traced: Traced, place: Key, operand: int, leaves: dict[int, Any]) -> Any:
+    """Computes an operand of an equation from parameters alone, before it is converted.
 
     Args:
         traced: the jaxpr and its sites.
-        site: the derived site.
-        leaves: by index, the leaves that the weight is computed from.
+        place: the equation.
+        operand: the operand, such as a derived weight.
+        leaves: by index, the leaves that it is computed from.
 
     Returns:
-        The weight.
+        The operand.
     """
-    jaxpr = traced.jaxpr
-    args = [leaves.get(i, _UNKNOWN) for i in range(len(jaxpr.jaxpr.invars))]
-    wanted = {site.key: site.operand}
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, args, (), {}, wanted, widen=True)[1][site.key]
+    args = [leaves.get(i, _UNKNOWN) for i in range(len(traced.jaxpr.invars))]
+    wanted: Wanted = {place: lambda values: values[operand]}
+    return _evaluate(traced.jaxpr, traced.consts, args, (), {}, wanted, widen=operand)[1][place]
 
 
 def _evaluate(
@@ -61,18 +76,18 @@ def _evaluate(
     consts: Sequence[Any],
     args: Sequence[Any],
     prefix: Key,
-    taps: dict[Key, jax.Array],
-    wanted: dict[Key, int],
+    taps: Taps,
+    wanted: Wanted,
     *,
-    widen: bool = False,
+    widen: int | None = None,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
-    """Evaluates `jaxpr` with taps; also returns the wanted operand of each wanted equation.
+    """Evaluates `jaxpr` with taps; also returns what is wanted of the equations.
 
     Equations with unknown arguments are skipped and have unknown results. With `widen`, a wanted
     operand that is a conversion is returned as it was before.
     """
     env: dict[Any, Any] = {**dict(zip(jaxpr.constvars, consts)), **dict(zip(jaxpr.invars, args))}
-    found: dict[Key, jax.Array] = {}
+    returned: dict[Key, jax.Array] = {}
     wide: dict[Any, Any] = {}  # conversions, before they lost bits
 
     def read(atom: Any) -> Any:
@@ -83,21 +98,28 @@ def _evaluate(
         values = [read(atom) for atom in eqn.invars]
         unknown = any(value is _UNKNOWN for value in values)
         if key in wanted:
-            operand = wanted[key]
-            found[key] = values[operand]
-            if widen:
-                found[key] = wide.get(eqn.invars[operand], values[operand])
-        if widen and eqn.primitive is P.convert_element_type_p and not unknown:
+            returned[key] = wanted[key](values)
+            if widen is not None:
+                returned[key] = wide.get(eqn.invars[widen], values[widen])
+                return [], returned
+        if widen is not None and eqn.primitive is P.convert_element_type_p and not unknown:
             wide[eqn.outvars[0]] = values[0]
         inner = inlined(eqn)
         within = {k: tap for k, tap in taps.items() if k[: len(key)] == key and k != key}
+        for operand in range(len(values)):
+            if (*key, -1 - operand) in within:
+                values[operand] = values[operand] + within.pop((*key, -1 - operand))
         with eqn.ctx.manager:
             if within and eqn.primitive is P.remat_p:
                 outs, more = _evaluate_remat(eqn, values, key, within, wanted)
             elif within and eqn.primitive is P.scan_p:
                 outs, more = _evaluate_scan(eqn, values, key, within, wanted)
+            elif within and eqn.primitive is P.cond_p:
+                outs, more = _evaluate_cond(eqn, values, key, within, wanted)
             elif inner is not None and (unknown or eqn.primitive is not P.remat_p):
                 outs, more = _evaluate(*inner, values, key, within, wanted, widen=widen)
+                if widen is not None and more:
+                    return [], more
             elif unknown:
                 outs, more = [_UNKNOWN] * len(eqn.outvars), {}
             else:
@@ -106,13 +128,13 @@ def _evaluate(
                 outs = outs if eqn.primitive.multiple_results else [outs]
                 if key in taps:
                     outs = [outs[0] + taps[key]]
-        found.update(more)
+        returned.update(more)
         env.update(zip(eqn.outvars, outs))
-    return [read(atom) for atom in jaxpr.outvars], found
+    return [read(atom) for atom in jaxpr.outvars], returned
 
 
 def _evaluate_remat(
-    eqn: core.JaxprEqn, values: Any, key: Key, taps: dict[Key, jax.Array], wanted: dict[Key, int]
+    eqn: core.JaxprEqn, values: Any, key: Key, taps: Taps, wanted: Wanted
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
     """A checkpointed call that has sites: of its inside, only their inputs are kept."""
 
@@ -124,7 +146,7 @@ def _evaluate_remat(
 
 
 def _evaluate_scan(
-    eqn: core.JaxprEqn, values: Any, key: Key, taps: dict[Key, jax.Array], wanted: dict[Key, int]
+    eqn: core.JaxprEqn, values: Any, key: Key, taps: Taps, wanted: Wanted
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
     """A scan whose body has sites: their taps are scanned in, their inputs stacked out."""
     p = eqn.params
@@ -134,10 +156,10 @@ def _evaluate_scan(
     def step(carry: Any, x: Any) -> Any:
         slices, taps = x
         args = [*values[:first], *carry, *slices]
-        outs, found = _evaluate(body.jaxpr, body.consts, args, key, taps, wanted)
-        return outs[:num_carry], (outs[num_carry:], found)
+        outs, inputs = _evaluate(body.jaxpr, body.consts, args, key, taps, wanted)
+        return outs[:num_carry], (outs[num_carry:], inputs)
 
-    carry, (ys, found) = jax.lax.scan(
+    carry, (ys, inputs) = jax.lax.scan(
         step,
         values[first:last],
         (values[last:], taps),
@@ -145,4 +167,31 @@ def _evaluate_scan(
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    return [*carry, *ys], found
+    return [*carry, *ys], inputs
+
+
+def _evaluate_cond(
+    eqn: core.JaxprEqn, values: Any, key: Key, taps: Taps, wanted: Wanted
+) -> tuple[list[Any], dict[Key, jax.Array]]:
+    """Branches that have sites: those of a branch not taken have zeros for inputs."""
+
+    def branch(number: int, body: core.ClosedJaxpr) -> Callable[..., Any]:
+        def run(values: Any, taps: Any) -> Any:
+            return _evaluate(body.jaxpr, body.consts, values, (*key, number), taps, wanted)
+
+        return run
+
+    branches = [branch(i, body) for i, body in enumerate(eqn.params["branches"])]
+    inputs: dict[Key, Any] = {}
+    for run in branches:
+        inputs |= jax.eval_shape(run, values[1:], taps)[1]
+
+    def padded(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(values: Any, taps: Any) -> Any:
+            outs, own = run(values, taps)
+            return outs, {k: own.get(k, jnp.zeros(v.shape, v.dtype)) for k, v in inputs.items()}
+
+        return call
+
+    outs, own = jax.lax.switch(values[0], [padded(run) for run in branches], values[1:], taps)
+    return outs, own

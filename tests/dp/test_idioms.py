@@ -1,0 +1,34 @@
+"""Idioms of real models: vmap's numbers, and no per-example gradient of a large leaf."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from compare_engines import agree
+
+from dpjax.dp.engines import bookkeeping
+from experiments.bench import idioms
+
+pytestmark = pytest.mark.usefixtures("without_margins")
+
+# Kernels and tables that stay direct, besides biases and scales of norms.
+DIRECT = {"queries": ["queries"], "own_derivative": ["w0", "w1", "w2"]}
+
+
+@pytest.mark.parametrize("name", idioms.IDIOMS)
+def test_idiom(name):
+    loss_fn, params, batch = idioms.small(name)
+    plan = bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+    leaves = zip(plan, jax.tree.leaves(params), strict=True)
+    direct = [leaf.path for leaf, p in leaves if leaf.route == "direct" and np.ndim(p) > 1]
+    assert direct == DIRECT.get(name, [])
+    agree(loss_fn, params, batch, tolerance=3e-5)
+
+
+def test_the_plan_names_the_line_that_keeps_a_leaf_direct():
+    loss_fn, params, batch = idioms.small("own_derivative")
+    plan = bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+    lines = pathlib.Path(idioms.__file__).read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(lines) if "jnp.tanh(product(x, w))" in text)
+    assert {leaf.source for leaf in plan} == {f"idioms.py:{line} (loss_fn)"}
