@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dpjax.data.dataset import Dataset, Source
-from dpjax.data.directory import find_feature, split_pieces
+from dpjax.data.directory import Piece, find_feature, split_pieces
 from dpjax.data.images import ImageSpec, decode, output_shape
 from dpjax.data.index import (
     Index,
@@ -69,9 +69,9 @@ def images_dataset(
     if np.dtype(feature.np_dtype) != np.uint8:
         raise ValueError(f"dtype={feature.np_dtype} of {name!r} images must be uint8.")
     shape = output_shape(feature.shape, spec)
-    indexes = [read_index(builder, piece.split) for piece in pieces]
-    keys = _joined(pieces, [index.keys[image_key] for index in indexes])
-    labels = _joined(pieces, [index.labels[label_key] for index in indexes])
+    indexes = {split: read_index(builder, split) for split in {piece.split for piece in pieces}}
+    keys = _joined(pieces, {split: index.keys[image_key] for split, index in indexes.items()})
+    labels = _joined(pieces, {split: index.labels[label_key] for split, index in indexes.items()})
     records, where = records_of(builder, split), f"{name!r} split {split!r}"
     keeps = len(keys) * int(np.prod(shape)) <= memory_limit
     pixels = np.zeros((len(keys) if keeps else 0, *shape), np.uint8)  # the system gives it lazily
@@ -136,7 +136,7 @@ def text_dataset(
     text_key = find_feature(builder, tfds.features.Text, text_key, "text_key")
     label_key = find_feature(builder, tfds.features.ClassLabel, label_key, "label_key")
     digest = getattr(tokenize, "digest", None)
-    indexes = {piece.split: read_index(builder, piece.split) for piece in pieces}
+    indexes = {split: read_index(builder, split) for split in {piece.split for piece in pieces}}
     whole = {
         split: _tokens(builder, split, index, text_key, tokenize, digest)
         for split, index in indexes.items()
@@ -162,9 +162,9 @@ def text_dataset(
         all_keys = (content_key(row[:-1].tobytes()) for table in tables for row in table)
         keys = np.frombuffer(b"".join(all_keys), np.uint8).reshape(-1, 16)
     else:
-        keys = _joined(pieces, [indexes[piece.split].keys[text_key] for piece in pieces])
+        keys = _joined(pieces, {split: index.keys[text_key] for split, index in indexes.items()})
         keys = _salted(keys, digest)
-    labels = _joined(pieces, [indexes[piece.split].labels[label_key] for piece in pieces])
+    labels = _joined(pieces, {split: index.labels[label_key] for split, index in indexes.items()})
     shape = (tables[0].shape[1] - 1,)
     source = Source(read, keys, np.dtype(np.int32))
     return _dataset(builder, name, split, labels, label_key, shape, source)
@@ -249,8 +249,8 @@ def _dataset(
     )
 
 
-def _joined(pieces: list[Any], arrays: list[np.ndarray]) -> np.ndarray:
-    parts = [array[piece.start : piece.stop] for piece, array in zip(pieces, arrays, strict=True)]
+def _joined(pieces: list[Piece], arrays: dict[str, np.ndarray]) -> np.ndarray:
+    parts = [arrays[piece.split][piece.start : piece.stop] for piece in pieces]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
