@@ -163,6 +163,12 @@ def test_hidden_files_and_sub_folders(folder, tmp_path, prepare):
     assert {(0, 88), (0, 89)} <= set(values(load(tmp_path)))
 
 
+def test_a_table_beside_class_folders_is_no_source(folder, prepare):
+    (folder / "train.csv").write_text("id,breed\n1,tabby\n")
+    code, shown = prepare(folder)
+    assert (code, "not in SPLIT/CLASS: 1 (train.csv)" in shown) == (0, True), shown
+
+
 def test_an_image_without_or_with_a_wrong_suffix_is_taken(folder, prepare):
     png = (folder / "train" / "cat" / "0.png").read_bytes()
     (folder / "train" / "cat" / "IMG_1").write_bytes(png)
@@ -336,7 +342,8 @@ def test_mistakes_in_a_table(folder, tmp_path, prepare, content, words):
     "line, words",
     [('{"text": "a"', "l.jsonl:2 is not JSON"), ("3", "l.jsonl:2 is not an object"),
      ('{"text": "a", "label": null}', "label is None"), ('{"text": "a", "label": 1.5}', "1.5"),
-     ('{"text": 3, "label": ["a"]}', "label is ['a']")],
+     ('{"text": 3, "label": ["a"]}', "label is ['a']"),
+     ('{"text": "c", "label": "b", "unit": "Ann"}', "l.jsonl:1 has no unit, but others do")],
 )  # fmt: skip
 def test_mistakes_in_a_jsonl(tmp_path, prepare, line, words):
     (tmp_path / "l.jsonl").write_text('{"text": "a", "label": "b"}\n' + line + "\n")
