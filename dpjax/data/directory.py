@@ -15,15 +15,9 @@ from array_record.python import array_record_module
 from dpjax.files import cache_dir, did_you_mean
 
 __all__ = [
-    "Piece",
-    "check_shards",
-    "data_dir_or_default",
-    "find_directory",
-    "find_feature",
-    "open_directory",
-    "split_name",
-    "split_pieces",
-]
+    "Piece", "check_shards", "data_dir_or_default", "find_directory", "find_feature",
+    "open_directory", "split_name", "split_pieces",
+]  # fmt: skip
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
