@@ -10,7 +10,7 @@ minute on 2 cores.
 FOLDER holds images of your own as SPLIT/CLASS/IMAGE, with a split named train. Sub-folders of a
 class belong to it; hidden files are ignored. TABLE (.csv, .tsv, .jsonl, or .parquet, which needs
 pyarrow) has the columns label and either file, a path relative to the table, or text; optional are
-split (default: train) and unit (whose example it is; stored). A directory of tables train.csv,
+split (default: train) and unit (whose data it is). A directory of tables train.csv,
 test.csv is one source, too. The name is yours to choose.
 
 Every image is decoded. One that cannot be read is an error, or is left out with --skip_broken. The

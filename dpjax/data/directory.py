@@ -15,15 +15,9 @@ from array_record.python import array_record_module
 from dpjax.files import cache_dir, did_you_mean
 
 __all__ = [
-    "Piece",
-    "check_shards",
-    "data_dir_or_default",
-    "find_directory",
-    "find_feature",
-    "open_directory",
-    "split_name",
-    "split_pieces",
-]
+    "Piece", "check_shards", "data_dir_or_default", "find_directory", "find_feature",
+    "open_directory", "split_name", "split_pieces",
+]  # fmt: skip
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -180,11 +174,14 @@ def split_pieces(builder: Any, split: str) -> list[Piece]:
         starts = [0, *itertools.accumulate(info.shard_lengths)]
         for path, start in zip(info.filepaths, starts, strict=False):
             offsets[Path(path).name] = (name, start)
-    pieces = []
+    pieces: list[Piece] = []
     for one in instructions:
         name, start = offsets[Path(one.filename).name]
-        if one.take:
-            pieces.append(Piece(name, start + one.skip, start + one.skip + one.take))
+        piece = Piece(name, start + one.skip, start + one.skip + one.take)
+        if pieces and pieces[-1].split == name and pieces[-1].stop == piece.start:
+            pieces[-1] = pieces[-1]._replace(stop=piece.stop)  # the next file
+        elif one.take:
+            pieces.append(piece)
     for one, other in itertools.pairwise(sorted(pieces)):
         if one.split == other.split and other.start < one.stop:
             raise ValueError(f"split={split!r} must not contain an example twice.")

@@ -99,6 +99,8 @@ def decode(
     Raises:
         ValueError: the bytes are not a complete image, or its mode or size does not fit.
     """
+    if data.startswith(b"\x89PNG") and b"IEND" not in data:  # Pillow asks for the pixels only
+        raise ValueError("image file is truncated: it has no end")
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -114,7 +116,11 @@ def fit(
 ) -> np.ndarray:
     """Brings one opened image upright and to the shape of a data set; as `decode`."""
     height, width, channels = shape
-    image = _to_mode(ImageOps.exif_transpose(image), channels)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # damaged EXIF raises many types, too
+        raise ValueError(f"its EXIF is damaged: {type(error).__name__}: {error}") from error
+    image = _to_mode(image, channels)
     if spec is not None and spec.image_size is not None and image.size != (width, height):
         image = _resized(image, spec.image_size, spec)
     if image.width != (width or image.width) or image.height != (height or image.height):

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dpjax.data.dataset import Dataset, Source
-from dpjax.data.directory import find_feature, split_pieces
+from dpjax.data.directory import Piece, find_feature, split_pieces
 from dpjax.data.images import ImageSpec, decode, output_shape
 from dpjax.data.index import (
     Index,
@@ -62,16 +62,13 @@ def images_dataset(
             `Dataset`. Reading raises if an image was damaged or changed since it was indexed;
             the message names its position in the split.
     """
-    pieces = split_pieces(builder, split)
     image_key = find_feature(builder, tfds.features.Image, spec.image_key, "image_key")
     label_key = find_feature(builder, tfds.features.ClassLabel, spec.label_key, "label_key")
     feature = builder.info.features[image_key]
     if np.dtype(feature.np_dtype) != np.uint8:
         raise ValueError(f"dtype={feature.np_dtype} of {name!r} images must be uint8.")
     shape = output_shape(feature.shape, spec)
-    indexes = [read_index(builder, piece.split) for piece in pieces]
-    keys = _joined(pieces, [index.keys[image_key] for index in indexes])
-    labels = _joined(pieces, [index.labels[label_key] for index in indexes])
+    _, _, keys, labels = _opened(builder, split, image_key, label_key)
     records, where = records_of(builder, split), f"{name!r} split {split!r}"
     keeps = len(keys) * int(np.prod(shape)) <= memory_limit
     pixels = np.zeros((len(keys) if keeps else 0, *shape), np.uint8)  # the system gives it lazily
@@ -107,7 +104,8 @@ def images_dataset(
     # digest.
     salt = repr(("upright", *((spec.resize, spec.resample) if spec.image_size else ())))
     source = Source(read, _salted(keys, salt), np.dtype(np.uint8))
-    return _dataset(builder, name, split, labels, label_key, shape, source)
+    names = tuple(builder.info.features[label_key].names)
+    return Dataset(name, split, labels, names, shape, np.arange(len(labels)), source)
 
 
 def text_dataset(
@@ -131,12 +129,11 @@ def text_dataset(
     Raises:
         ValueError: as for images, or `tokenize` returns another dtype, rank or length.
     """
-    pieces = split_pieces(builder, split)
     text_key = "text" if "text" in builder.info.features else None
     text_key = find_feature(builder, tfds.features.Text, text_key, "text_key")
     label_key = find_feature(builder, tfds.features.ClassLabel, label_key, "label_key")
     digest = getattr(tokenize, "digest", None)
-    indexes = {piece.split: read_index(builder, piece.split) for piece in pieces}
+    pieces, indexes, keys, labels = _opened(builder, split, text_key, label_key)
     whole = {
         split: _tokens(builder, split, index, text_key, tokenize, digest)
         for split, index in indexes.items()
@@ -158,16 +155,26 @@ def text_dataset(
                 )
         return out[:, :-1]
 
-    if digest is None:  # of each text by itself: no key may depend on another example
+    if digest is not None:
+        keys = _salted(keys, digest)
+    else:  # of the tokens of each text by itself: no key may depend on another example
         all_keys = (content_key(row[:-1].tobytes()) for table in tables for row in table)
         keys = np.frombuffer(b"".join(all_keys), np.uint8).reshape(-1, 16)
-    else:
-        keys = _joined(pieces, [indexes[piece.split].keys[text_key] for piece in pieces])
-        keys = _salted(keys, digest)
-    labels = _joined(pieces, [indexes[piece.split].labels[label_key] for piece in pieces])
-    shape = (tables[0].shape[1] - 1,)
-    source = Source(read, keys, np.dtype(np.int32))
-    return _dataset(builder, name, split, labels, label_key, shape, source)
+    source, shape = Source(read, keys, np.dtype(np.int32)), (tables[0].shape[1] - 1,)
+    names = tuple(builder.info.features[label_key].names)
+    return Dataset(name, split, labels, names, shape, np.arange(len(labels)), source)
+
+
+def _opened(
+    builder: Any, split: str, input_key: str, label_key: str
+) -> tuple[list[Piece], dict[str, Index], np.ndarray, np.ndarray]:
+    """Returns the pieces of a split expression, the index of each named split, and the keys and
+    labels of the examples."""
+    pieces = split_pieces(builder, split)
+    indexes = {name: read_index(builder, name) for name in {piece.split for piece in pieces}}
+    keys = _joined(pieces, {name: index.keys[input_key] for name, index in indexes.items()})
+    labels = _joined(pieces, {name: index.labels[label_key] for name, index in indexes.items()})
+    return pieces, indexes, keys, labels
 
 
 def _tokens(
@@ -225,32 +232,12 @@ def with_units(builder: Any, dataset: Dataset, unit: str | None) -> Dataset:
     if unit is None:
         return dataset
     pieces = split_pieces(builder, dataset.split)
-    columns = [read_column(builder, piece.split, unit) for piece in pieces]
+    columns = {name: read_column(builder, name, unit) for name in {p.split for p in pieces}}
     return dataclasses.replace(dataset, units=_joined(pieces, columns))
 
 
-def _dataset(
-    builder: Any,
-    name: str,
-    split: str,
-    labels: np.ndarray,
-    label_key: str,
-    shape: tuple[int, ...],
-    source: Source,
-) -> Dataset:
-    return Dataset(
-        name=name,
-        split=split,
-        labels=labels,
-        class_names=tuple(builder.info.features[label_key].names),
-        shape=shape,
-        rows=np.arange(len(labels)),
-        source=source,
-    )
-
-
-def _joined(pieces: list[Any], arrays: list[np.ndarray]) -> np.ndarray:
-    parts = [array[piece.start : piece.stop] for piece, array in zip(pieces, arrays, strict=True)]
+def _joined(pieces: list[Piece], arrays: dict[str, np.ndarray]) -> np.ndarray:
+    parts = [arrays[piece.split][piece.start : piece.stop] for piece in pieces]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -166,9 +166,7 @@ def random_share(dataset: Data, share: float, *, seed: int) -> tuple[Data, Data]
     return _split_independently(dataset, share, seed, _SHARE)
 
 
-def _split_independently(
-    dataset: Data, share: float, seed: int, stream: int
-) -> tuple[Data, Data]:
+def _split_independently(dataset: Data, share: float, seed: int, stream: int) -> tuple[Data, Data]:
     if isinstance(share, bool) or not isinstance(share, (int, float, np.integer, np.floating)):
         raise TypeError(f"share={share!r} must be a number.")
     if not 0 < share < 1:

@@ -246,11 +246,11 @@ def test_what_is_expected_of_the_real_data_is_checked():
     }
     mean = tuple(pixels(20, 0).mean((0, 1, 2)) / 255)
     std = tuple(pixels(20, 0).std((0, 1, 2)) / 255)
-    Expected({"train": 20}, {"train": (2,)}, mean=mean, std=std, tolerance=1e-12).check(splits)
+    Expected({"train": 20}, {"train": 2}, mean=mean, std=std, tolerance=1e-12).check(splits)
     with pytest.raises(ValueError, match="holds 20 examples, not 21"):
         Expected({"train": 21}).check(splits)
     with pytest.raises(ValueError, match="of its classes"):
-        Expected({"train": 20}, {"train": (3,)}).check(splits)
+        Expected({"train": 20}, {"train": 3}).check(splits)
     with pytest.raises(ValueError, match="mean of the training pixels"):
         Expected({"train": 20}, mean=tuple(m + 2e-4 for m in mean)).check(splits)
 

@@ -152,7 +152,7 @@ def test_an_interrupted_computation_goes_on(net, params, dataset, made, tmp_path
     assert seen == [0, 1]
 
 
-@pytest.mark.parametrize("damage", ["cut", "byte", "empty", "text", "shape"])
+@pytest.mark.parametrize("damage", ["cut", "byte", "flag", "empty", "text", "shape"])
 def test_damaged_shards_are_computed_again(net, params, dataset, made, tmp_path, damage, capsys):
     compute(net, params, dataset, tmp_path)
     (shard,) = tmp_path.glob("*/00000.npz")
@@ -161,6 +161,8 @@ def test_damaged_shards_are_computed_again(net, params, dataset, made, tmp_path,
         content = content[: len(content) // 2]
     elif damage == "byte":
         content[len(content) // 2] ^= 1
+    elif damage == "flag":
+        content[content.rfind(b"PK\1\2") + 8] ^= 1  # "is encrypted"
     elif damage == "empty":
         content = b""
     elif damage == "text":

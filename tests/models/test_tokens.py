@@ -44,3 +44,11 @@ def test_a_tokenizer_of_another_model_is_refused(file, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(ValueError, match="is not a tokenizer"):
         models.tokenizer(str(tmp_path / "bad.json"), SPEC)
+
+
+def test_the_digest_of_a_tokenizer_names_what_it_computes(file):
+    digest = models.tokenizer(str(file), SPEC).digest
+    assert models.tokenizer(str(file), SPEC).digest == digest
+    assert models.tokenizer(str(file), models.TextSpec(5, 8)).digest != digest
+    file.write_text(file.read_text().replace("film", "book"))
+    assert models.tokenizer(str(file), SPEC).digest != digest

@@ -1,5 +1,6 @@
 """Weight files: what fits goes in exactly, what does not is named."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -319,3 +320,50 @@ def test_shared_resnet8_computes_what_its_unfolded_form_does():
     np.testing.assert_allclose(
         model.apply(params, image), logits + tensors["linear.bias"][None], atol=1e-3
     )
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "pth", "pt"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (LFS, "is a git-LFS pointer to the weights: run git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page, not weights"),
+        (b"\n<HTML lang=en>", "is a web page, not weights"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "is a web page, not weights"),
+        (b"", "cannot be read as"),
+        (b"PK\3\4" + b"x" * 100, "cannot be read as"),
+    ],
+)
+def test_what_is_not_a_weight_file_is_named(tmp_path, suffix, content, words):
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"w.{suffix} {words}"):
+        models.read_tensors(path)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_types_that_numpy_does_not_have(tmp_path, kind):
+    header = json.dumps({"w": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    with pytest.raises(ValueError, match=f"tensors of type {kind}, .* save them as F32 or BF16"):
+        models.read_tensors(path)
+
+
+def test_a_flipped_bit_of_an_npz_is_noticed_or_harmless(tmp_path):
+    path, values = tmp_path / "w.npz", np.arange(6, dtype=np.float32)
+    np.savez(path, w=values)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            tensors = models.read_tensors(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert {name: x.tolist() for name, x in tensors.items()} == {"w": values.tolist()}
+    assert refused > 100

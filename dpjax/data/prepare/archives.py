@@ -285,7 +285,5 @@ def _field(table: dict[Any, Any], field: str, name: str) -> np.ndarray:
 
 
 def _strings(table: dict[Any, Any], field: str, name: str) -> tuple[str, ...]:
-    values = table.get(field)
-    if not isinstance(values, list):
-        raise ValueError(f"{name} lacks a list {field!r}.")
+    values = _field(table, field, name).tolist()
     return tuple(value.decode() if isinstance(value, bytes) else str(value) for value in values)

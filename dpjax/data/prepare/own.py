@@ -102,6 +102,9 @@ def read_own(name: str, source: Path, *, skip_broken: bool = False) -> Contents:
     paths = [row for row in rows if isinstance(row.content, Path)]
     if paths and len(paths) < len(rows):
         raise ValueError("some tables have a column file and others text; use one of them.")
+    if len({row.unit is None for row in rows}) > 1:
+        where = next(row.name for row in rows if row.unit is None)
+        raise ValueError(f"{where} has no unit, but others do; all rows must say whose they are.")
     size: Any = (None, None)
     changes: dict[str, tuple[str, ...]] = {}
     if paths:
@@ -197,6 +200,8 @@ def _folder_rows(source: Path, skipped: dict[str, list[str]]) -> Iterator[Row]:
 
 def _tables(source: Path) -> list[Path]:
     if source.is_dir():
+        if any(path.is_dir() for path in _visible(source / "train")):
+            return []  # class folders; a table beside them describes them
         paths = [path for path in _visible(source) if path.suffix.lower() in _TABLES]
         return paths if any(path.stem == "train" for path in paths) else []
     return [source] if source.suffix.lower() in _TABLES and source.is_file() else []
@@ -225,7 +230,7 @@ def _table_rows(path: Path, by_stem: bool, seen: dict[str, str]) -> Iterator[Row
         if "\n" in values["label"]:
             raise ValueError(f"{where}: label {values['label']!r} must be one line.")
         content: Path | str = values[field]
-        key = f"{line:09d}"
+        key = f"{path.stem}/{line:09d}"
         if field == "file":
             key, content = values["file"], path.parent / values["file"]
             first = seen.setdefault(os.path.normpath(content), where)

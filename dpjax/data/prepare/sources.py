@@ -37,14 +37,14 @@ class Expected:
 
     Attributes:
         examples: number of examples per split.
-        per_class: per split, the number of examples of each class; one number stands for all.
+        per_class: per split, the number of examples of every class.
         mean: mean of the training pixels in [0, 1], per channel; not checked if empty.
         std: standard deviation of the same; not checked if empty.
         tolerance: allowed difference of mean and std.
     """
 
     examples: dict[str, int]
-    per_class: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    per_class: dict[str, int] = dataclasses.field(default_factory=dict)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     tolerance: float = 1e-4
@@ -59,10 +59,9 @@ class Expected:
             images, labels = splits[split].images, splits[split].labels["label"]
             if len(images) != count:
                 raise ValueError(f"split {split!r} holds {len(images)} examples, not {count}.")
-            expected = self.per_class.get(split, ())
-            counts = tuple(np.bincount(labels).tolist())
-            if expected and counts != (expected if len(expected) > 1 else expected * len(counts)):
-                raise ValueError(f"split {split!r} holds {counts} of its classes, not {expected}.")
+            counts, each = set(np.bincount(labels).tolist()), self.per_class.get(split)
+            if each is not None and counts != {each}:
+                raise ValueError(f"split {split!r} holds {counts} of its classes, not {each}.")
         for field, value in zip(("mean", "std"), _moments(splits["train"].images), strict=True):
             expected = getattr(self, field)
             if expected and np.abs(value - expected).max() > self.tolerance:
@@ -241,7 +240,7 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
         archives.read_cifar10,
         Expected(
             {"train": 50_000, "test": 10_000},
-            {"train": (5000,), "test": (1000,)},
+            {"train": 5000, "test": 1000},
             mean=(0.49140, 0.48216, 0.44653),
             std=(0.24703, 0.24349, 0.26159),
         ),
@@ -251,7 +250,7 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
         archives.read_cifar100,
         Expected(
             {"train": 50_000, "test": 10_000},
-            {"train": (500,), "test": (100,)},
+            {"train": 500, "test": 100},
             mean=(0.5071, 0.4865, 0.4409),
             std=(0.2673, 0.2564, 0.2762),
             tolerance=1e-3,
@@ -260,7 +259,7 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
     "stl10": ImageArchive(
         "stl10_binary.tar.gz",
         archives.read_stl10,
-        Expected({"train": 5000, "test": 8000}, {"train": (500,), "test": (800,)}),
+        Expected({"train": 5000, "test": 8000}, {"train": 500, "test": 800}),
     ),
     "mnist": ImageArchive(
         _MNIST_FILES,
@@ -272,7 +271,7 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
         archives.read_mnist,
         Expected(
             {"train": 60_000, "test": 10_000},
-            {"train": (6000,), "test": (1000,)},
+            {"train": 6000, "test": 1000},
             mean=(0.2860,),
             std=(0.3530,),
         ),

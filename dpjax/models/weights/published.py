@@ -20,7 +20,7 @@ _AUGREG = "https://storage.googleapis.com/vit_models/augreg/"
 _BIT = "https://storage.googleapis.com/bit_models/"
 _MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
 _DISTILBERT = "https://huggingface.co/distilbert/distilbert-base-uncased/resolve/main/"
-_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
+_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt")
 
 
 @dataclass(frozen=True)

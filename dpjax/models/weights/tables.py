@@ -36,7 +36,7 @@ __all__ = [
 
 Tensors = dict[str, np.ndarray]
 
-_TORCH = (".pth", ".pt", ".bin")
+_TORCH = (".pth", ".pt")
 
 _log = logging.getLogger(__name__)
 
