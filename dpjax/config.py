@@ -29,6 +29,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 from dpjax.files import did_you_mean, nearest
 
 __all__ = [
+    "MAY_CHANGE",
     "ConfigFile",
     "assign",
     "assign_text",
@@ -183,6 +184,28 @@ def default() -> ConfigDict:
     return config
 
 
+# The fields that may differ when a run is resumed, and why. A step that a killed process had begun
+# is executed again with the same noise: if its sum were another one, the difference of the two
+# would be free of noise. So a field is listed only if it changes no sum beyond its rounding.
+MAY_CHANGE = {
+    **dict.fromkeys(
+        ("audit.canaries", "audit.confidence", "audit.count", "audit.runs"),
+        "audits are runs of their own, with seeds of their own",
+    ),
+    **dict.fromkeys(
+        ("checkpoint_every", "eval_every", "keep_best", "keep_checkpoints", "log_every"),
+        "decides what is written, not what is computed",
+    ),
+    "data.data_dir": "the identity holds a digest of the data, wherever they are",
+    # The order in which one sum is added up. (The engine, `dp.method`, is not listed: book-keeping
+    # lowers a factor by the margin of its norm, up to 2e-4, which is no rounding.)
+    **dict.fromkeys(
+        ("microbatch", "physical_batch", "sharding"),
+        "changes the order of additions only, so that a run may move to other devices",
+    ),
+}
+
+
 class ConfigFile(NamedTuple):
     """A config file that was run: its path, the names it defines, and the argument given with it.
 
@@ -229,7 +252,7 @@ def run_file(file: str) -> ConfigFile:
     Raises:
         ValueError: there is no such file, or it raised, naming the file and the line.
     """
-    name, _, argument = file.partition(":")
+    name, _, argument = os.path.expanduser(file).partition(":")
     path = name if os.path.isfile(name) else str(shipped().get(name, ""))
     if not path:
         hint = did_you_mean(Path(name).stem, shipped())

@@ -50,7 +50,17 @@ from dpjax.dp.engines import (
     check_engine,
     clipped_sum,
 )
-from dpjax.dp.ledger import SEED_POLICIES, BudgetExceeded, Ledger, Phase, statement, to_markdown
+from dpjax.dp.ledger import (
+    AUDIT,
+    SEED_POLICIES,
+    BudgetExceeded,
+    Ledger,
+    Phase,
+    noise_draws,
+    publishable,
+    statement,
+    to_markdown,
+)
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
@@ -66,6 +76,7 @@ from dpjax.dp.sampling import (
 from dpjax.dp.temperature import fit_temperature
 
 __all__ = [
+    "AUDIT",
     "METHODS",
     "PADDING",
     "SEED_POLICIES",
@@ -104,9 +115,11 @@ __all__ = [
     "least_squares",
     "linear_head",
     "lower_bound",
+    "noise_draws",
     "num_steps",
     "one_group",
     "per_layer",
+    "publishable",
     "quantile_bound",
     "repeat_and_select",
     "rule",

@@ -7,10 +7,16 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from dpjax.dp import accounting
 from dpjax.dp.mechanism import Mechanism, shared_accountant
+from dpjax.dp.noise import GaussianState
 
-__all__ = ["BudgetExceeded", "Ledger", "Phase", "statement", "to_markdown"]
+__all__ = [
+    "AUDIT", "BudgetExceeded", "Ledger", "Phase", "noise_draws", "publishable", "statement",
+    "to_markdown",
+]  # fmt: skip
 
 SEED_POLICIES = {
     "os_entropy": "OS entropy: drawn once for this run and kept secret with its checkpoints",
@@ -53,7 +59,7 @@ class Ledger:
     Guarantees:
         No ledger exists whose executed steps exceed a phase's planned steps, or whose planned
         composition exceeds the budget. One example is in one part of the data: the cost of a part
-        is that of its phases composed, and the run's is that of the dearest part (parallel
+        is that of its phases composed, and the run's is the highest of them (parallel
         composition: adding or removing an example changes one part, and what reads the others
         sees nothing of it but what was released under the guarantee of its own part). An example
         that replaces another may be of another part, so under "replace_one" there is one part.
@@ -119,7 +125,7 @@ class Ledger:
 
         Args:
             phase: its position in `phases`, from 0.
-            steps: how many, >= 0.
+            steps: how many, >= 1.
 
         Raises:
             BudgetExceeded: the phase has fewer steps left.
@@ -129,8 +135,8 @@ class Ledger:
             raise ValueError(
                 f"phase={phase!r} must be a whole number in 0..{len(self.phases) - 1}."
             )
-        if not _is_count(steps):
-            raise ValueError(f"steps={steps!r} must be a whole number >= 0.")
+        if not _is_count(steps) or not steps:
+            raise ValueError(f"steps={steps!r} must be a whole number >= 1.")
         charged = list(self.phases)
         done = charged[phase].steps_done + steps
         charged[phase] = dataclasses.replace(charged[phase], steps_done=done)
@@ -194,6 +200,22 @@ def _is_count(value: Any) -> bool:
     return whole and value >= 0
 
 
+def noise_draws(state: Any) -> int:
+    """Returns how many times the noise transforms in an optimizer's state have drawn noise.
+
+    Args:
+        state: any tree that holds states of `dp.gaussian`, such as that of an optax chain.
+
+    Raises:
+        ValueError: there is no state of a noise transform in it.
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, GaussianState))
+    counts = [int(leaf.step) for leaf in leaves if isinstance(leaf, GaussianState)]
+    if not counts:
+        raise ValueError("the optimizer state holds no state of a noise transform.")
+    return sum(counts)
+
+
 def statement(
     ledger: Ledger,
     *,
@@ -202,6 +224,7 @@ def statement(
     released: Sequence[str],
     not_charged: Sequence[str],
     unit: str = "one training example",
+    state: Any = None,
 ) -> dict[str, Any]:
     """Returns the privacy statement of a run as JSON-able values.
 
@@ -212,6 +235,8 @@ def statement(
         released: what the guarantee covers.
         not_charged: what used private data outside the budget.
         unit: what neighboring data sets differ in, and the mechanism samples.
+        state: the optimizer's state after the last step, or a list of the last states of all
+            phases. Where given, the ledger must cover every draw of noise that it counts.
 
     Returns:
         The contents of `privacy.json`. `epsilon` is what the released results may claim: of a run
@@ -220,8 +245,13 @@ def statement(
         order.
 
     Raises:
-        ValueError: no step was charged, or an unknown seed policy.
+        ValueError: no step was charged, or fewer than `state` executed; an unknown seed policy.
     """
+    if state is not None and noise_draws(state) > ledger.steps_done:
+        raise ValueError(
+            f"{noise_draws(state)} steps drew noise, but {ledger.steps_done} are charged: charge "
+            "every step before it runs, and keep the ledger that `charge` returns."
+        )
     if not ledger.steps_done:
         raise ValueError(
             f"0 of {ledger.steps_planned} steps are charged: there is nothing to state. `charge` "
@@ -277,9 +307,19 @@ def statement(
     }
 
 
+AUDIT = "the audit's line in this statement"
+"""How the item of `not_charged` begins that says what publishing an audit's result costs."""
+
+
+def publishable(facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns a `statement` without what the guarantee does not cover: the result of an audit."""
+    kept = {name: value for name, value in facts.items() if name != "audit"}
+    return {**kept, "not_charged": [i for i in facts["not_charged"] if not i.startswith(AUDIT)]}
+
+
 _PARTS = (
     "The private data is split into disjoint parts, each example by itself. An example is in one "
-    "part only and pays for what reads that part, so the dearest part counts, and not the sum."
+    "part only and pays for what reads that part, so the most expensive one counts, not the sum."
 )
 _RELATIONS = {
     "add_or_remove_one": "adding or removing {unit}",

@@ -192,6 +192,7 @@ def charged(
     return {
         **statement,
         "epsilon": spent,
+        "epsilon_of_steps_done": spent,  # every run has executed its plan
         "epsilon_budget": facts["epsilon"],
         "epsilon_by_part": {run_part: spent for run_part in statement["epsilon_by_part"]},
         "epsilon_of_one_run": statement["epsilon"],

@@ -42,6 +42,7 @@ from dpjax.models.weights import (
     locate,
     read_tensors,
     save_weights,
+    sha256,
 )
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "resnet8",
     "resnet_v2",
     "save_weights",
+    "sha256",
     "text_encoder",
     "to_timm",
     "tokenizer",

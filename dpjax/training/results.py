@@ -17,7 +17,7 @@ from dpjax.build import Run, Temperature
 from dpjax.data import Dataset
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, save_weights, unflatten
-from dpjax.runtime import Workdir, sharding
+from dpjax.runtime import Workdir, hosts, sharding
 from dpjax.step import TrainState
 from dpjax.training import feed
 
@@ -25,8 +25,8 @@ __all__ = ["finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"
 
 
 def prefix(run: Run) -> str:
-    """Returns the prefix of evaluation metrics: `nonprivate/` if they read the training split."""
-    return "nonprivate/eval/" if run.evaluates_on_private_data else "eval/"
+    """Returns `eval/`, or `nonprivate/eval/` if the evaluations read the training split."""
+    return f"{metrics.PRIVATE}eval/" if run.evaluates_on_private_data else "eval/"
 
 
 def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -> dict[str, float]:
@@ -66,8 +66,14 @@ def finish(
     Returns:
         The content of `eval.json`: metrics of weights.safetensors, `ema/...` of
         weights_ema.safetensors and, if a temperature was fitted, its value and
-        `before_temperature/...`. Only weights.safetensors contains the temperature.
+        `before_temperature/...`. Only weights.safetensors contains the temperature. Metrics are
+        labeled `nonprivate/` if the held-out data overlap the private training split.
+
+    Raises:
+        dp.BudgetExceeded: more noise was drawn than the statement on disk covers.
     """
+    if run.ledger is not None and state is not None:
+        _check_draws(run, workdir, state)
     weights, sums = run.merge(params), evaluate(params)
     results = metrics.summarize(sums)
     if run.temperature is not None:
@@ -77,7 +83,7 @@ def finish(
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
         sums = evaluate(scale_head(params, run.model.head, value))
-        results = {**metrics.summarize(sums), "temperature": value, **before}
+        results = {**metrics.summarize(sums), **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
     if state is not None and state.average is not None:
@@ -85,8 +91,26 @@ def finish(
         results |= _named("ema/", metrics.summarize(evaluate(average)))
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
-    workdir.write("eval.json", {**results, "reliability": metrics.reliability(sums)._asdict()})
-    return results
+    bins = {"reliability": metrics.reliability(sums)._asdict()}
+    released = {} if run.temperature is None else {"temperature": value}  # under the guarantee
+    results, bins = (
+        metrics.labeled(values, run.evaluates_on_private_data) for values in (results, bins)
+    )
+    workdir.write("eval.json", {**results, **released, **bins})
+    return {**results, **released}
+
+
+def _check_draws(run: Run, workdir: Workdir, state: TrainState) -> None:
+    """Compares what the noise transform and the step have counted with plan and statement."""
+    last = run.phases[-1].training
+    planned = sum(phase.steps for phase in run.phases if phase.training == last)
+    drawn, steps = dp.noise_draws(state.opt), int(state.step)
+    charged = hosts.first(workdir.read("privacy.json")["steps_done"] if workdir.writes else None)
+    if drawn != planned or steps > charged:
+        raise dp.BudgetExceeded(
+            f"{drawn} draws of noise in a training of {planned} steps, {steps} steps in all, but "
+            f"the statement covers {charged}."
+        )
 
 
 def overlay(params: Params, changes: Params) -> Params:

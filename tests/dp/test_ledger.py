@@ -3,7 +3,10 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpjax import dp
@@ -59,9 +62,9 @@ def test_no_step_past_the_budget():
 @pytest.mark.parametrize(
     ("phase", "steps", "text"),
     [
-        (0, -1, "steps=-1"), (0, -20, "steps=-20"), (0, 0.5, "steps=0.5"), (0, 2.0, r"steps=2\.0"),
-        (0, True, "steps=True"), (0, float("nan"), "steps=nan"), (-1, 5, "phase=-1"),
-        (1, 5, r"phase=1 must be a whole number in 0\.\.0"), (0.0, 5, r"phase=0\.0"),
+        (0, -1, "steps=-1"), (0, -20, "steps=-20"), (0, 0, "steps=0"), (0, 0.5, "steps=0.5"),
+        (0, 2.0, r"steps=2\.0"), (0, True, "steps=True"), (0, float("nan"), "steps=nan"),
+        (-1, 5, "phase=-1"), (1, 5, r"phase=1 must be a whole number in 0\.\.0"), (0.0, 5, r"phase=0\.0"),
     ],
 )  # fmt: skip
 def test_only_whole_steps_of_a_phase_can_be_charged(phase, steps, text):
@@ -83,6 +86,25 @@ def test_a_ledger_that_nobody_charged_has_no_statement():
         book.charge(0)  # the mistake: the new ledger is dropped
     with pytest.raises(ValueError, match=r"0 of 40 steps.*ledger = ledger\.charge"):
         statement(book)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx, optax.adam(1e-3))])
+def test_a_statement_covers_every_draw_of_noise(wrap):
+    """The mistake: the first charged ledger is kept, and later ones are dropped."""
+    tx = wrap(MECHANISM.transform(key=jax.random.key(0)))
+    params = {"w": jnp.zeros(3)}
+    state, book = tx.init(params), ledger().charge(0)
+    for _ in range(3):
+        book.charge(0)
+        _, state = tx.update(dp.ClippedSum(params, jnp.float32(1.0)), state, params)
+    assert dp.noise_draws(state) == 3
+    assert dp.noise_draws([state, state]) == 6
+    with pytest.raises(ValueError, match="3 steps drew noise, but 1 are charged"):
+        statement(book, state=state)
+    assert statement(book.charge(0, 2), state=state)["steps_done"] == 3
+    assert statement(book.charge(0, 9), state=state)["steps_done"] == 10  # charged, not yet run
+    with pytest.raises(ValueError, match="no state of a noise transform"):
+        statement(book, state=optax.adam(1e-3).init(params))
 
 
 def test_a_plan_beyond_the_budget_cannot_be_made():

@@ -68,9 +68,9 @@ def test_evaluations_on_private_data_are_named_so(tmp_path):
     results = loop.train(build.build(config), Workdir(tmp_path))
     rows = list(read_jsonl(tmp_path / "metrics.jsonl"))
     last = [r for r in rows if "nonprivate/eval/nll" in r][-1]
-    assert last["nonprivate/eval/accuracy"] == results["accuracy"]
+    assert last["nonprivate/eval/accuracy"] == results["nonprivate/accuracy"]
     assert not [name for row in rows for name in row if name.startswith("eval/")]
-    assert Workdir(tmp_path).losses()[last["step"]] == results["nll"]
+    assert Workdir(tmp_path).losses()[last["step"]] == results["nonprivate/nll"]
     assert (tmp_path / "learning_curve.png") in report.figures(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Weight files: finding and reading them, and mapping their tensors to this package's names."""
 
-from dpjax.models.weights.published import WEIGHTS, locate
+from dpjax.models.weights.published import WEIGHTS, locate, sha256
 from dpjax.models.weights.resample import resample_grid
 from dpjax.models.weights.tables import (
     Source,
@@ -24,5 +24,6 @@ __all__ = [
     "read_tensors",
     "resample_grid",
     "save_weights",
+    "sha256",
     "translate",
 ]
