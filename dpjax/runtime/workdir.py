@@ -131,7 +131,7 @@ class Workdir:
             problem = None
             if self.writes:
                 self.path.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(open(self.path / _LOCK, "a+"))
+                file = held.enter_context(open(self.path / _LOCK, "a+", opener=_owner_only))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     file.truncate(0)

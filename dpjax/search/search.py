@@ -227,7 +227,8 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
         "sweep": digest([base.to_dict(), job.found]),
     }  # fmt: skip
     if directory.exists(_SECRET):
-        changed = differences({**directory.read(_SECRET), **terms}, directory.read(_SECRET), "")
+        known = directory.read(_SECRET)
+        changed = differences(known, {**known, **terms}, "")
         if changed:
             raise OtherRun(
                 f"workdir={str(job.workdir)!r} contains a charged search of other terms "

@@ -64,7 +64,8 @@ def test_no_step_past_the_budget():
     [
         (0, -1, "steps=-1"), (0, -20, "steps=-20"), (0, 0, "steps=0"), (0, 0.5, "steps=0.5"),
         (0, 2.0, r"steps=2\.0"), (0, True, "steps=True"), (0, float("nan"), "steps=nan"),
-        (-1, 5, "phase=-1"), (1, 5, r"phase=1 must be a whole number in 0\.\.0"), (0.0, 5, r"phase=0\.0"),
+        (-1, 5, "phase=-1"), (1, 5, r"phase=1 must be a whole number in 0\.\.0"),
+        (0.0, 5, r"phase=0\.0"),
     ],
 )  # fmt: skip
 def test_only_whole_steps_of_a_phase_can_be_charged(phase, steps, text):

@@ -200,7 +200,9 @@ def test_mistakes(net, params, dataset, tmp_path):
     with pytest.raises(ValueError, match="finite"):
         compute(net, broken, dataset, tmp_path)
     blind = lambda x: jnp.where(jnp.all(x == 255), jnp.inf, x / 255)  # noqa: E731
-    white = data.from_arrays("white", np.full((9, 8, 8, 3), 255, np.uint8), np.zeros(9, int), class_names="ab")
+    white = data.from_arrays(
+        "white", np.full((9, 8, 8, 3), 255, np.uint8), np.zeros(9, int), class_names="ab"
+    )
     with pytest.raises(ValueError, match="no example of 'white' has finite features"):
         compute(net, params, white, tmp_path, prepare=blind)
     assert not list(tmp_path.iterdir())
