@@ -94,7 +94,7 @@ def compute_features(
     two = jax.ShapeDtypeStruct((2, *dataset.shape), dataset.source.dtype)
     key = _key(function, body, two, dataset, dtype)
     shape = (len(dataset), jax.eval_shape(function, body, two).shape[1])
-    shards = _Shards(key and _folder(cache_dir, dataset, key), shape, dtype)
+    shards = _Shards(None if key is None else _folder(cache_dir, dataset, key), shape, dtype)
     values = np.zeros(shape, np.float32)
     missing = []
     for number in range(len(shards)):

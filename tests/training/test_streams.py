@@ -125,7 +125,7 @@ def streams(run, path, patch, private_seed=PRIVATE_SEED):
     keys += [(str(use), words(key)) for use, key in trainings.items()]
     keys.append(
         ("noise", words(seeds.noise_key(private_seed)))
-    )  # the parent of all trainings' keys
+    )  # parent of the trainings'
     keys.append(("temperature's parent", words(given[0])))
     keys += [(name, words(seeds.public_key(run.config.seed, name)))
              for name in ("init", "augment", "audit")]  # fmt: skip
