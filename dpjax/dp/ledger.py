@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from scipy.special import log_ndtr, ndtr
 
 from dpjax.dp import accounting
 from dpjax.dp.mechanism import Mechanism, shared_accountant
@@ -159,7 +163,7 @@ class Ledger:
 
     def planned_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) of all planned steps, for an example of each part of the data."""
-        return self._cost_by_part([p.mechanism.steps for p in self.phases])
+        return self._planned(self.delta)
 
     def guaranteed_by_part(self) -> dict[str, float]:
         """Returns what a run may claim that ended here, for an example of each part of the data.
@@ -174,10 +178,35 @@ class Ledger:
 
     def spent_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) for an example of each part of the data."""
-        return self._cost_by_part([p.steps_done for p in self.phases])
+        return self._cost_by_part([p.steps_done for p in self.phases], self.delta)
 
-    def _cost_by_part(self, steps: Sequence[int]) -> dict[str, float]:
-        """Epsilon of so many steps of each phase, by part."""
+    def membership(self) -> dict[str, float]:
+        """Returns what the plan allows an adversary who guesses whether one example took part.
+
+        Every pair (epsilon, delta) of the accountant bounds the trade-off between the two errors of
+        such a guess (Dong, Roth, Su 2019, arXiv 1905.02383, proposition 2.5); here a pair for each
+        of several deltas, from the budget's up to 0.1.
+
+        Returns:
+            "tpr_at_fpr_0.001": an upper bound on the rate of right guesses "it did" where at most
+            0.001 of those about an absent example are wrong. "gdp_mu": the smallest mu for which
+            the plan is mu-GDP as far as these pairs show.
+        """
+        deltas = np.geomspace(min(self.delta, 0.01), 0.1, 5)
+        pairs = [(max(self._planned(float(d)).values()), float(d)) for d in deltas]
+        fpr = 0.001
+        tpr = min(
+            min(math.exp(min(e, 50.0)) * fpr + d, 1 - math.exp(-e) * (1 - d - fpr))
+            for e, d in pairs
+        )
+        return {"gdp_mu": max(itertools.starmap(_gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
+
+    def _planned(self, delta: float) -> dict[str, float]:
+        """Epsilon of all planned steps at a delta, by part."""
+        return self._cost_by_part([p.mechanism.steps for p in self.phases], delta)
+
+    def _cost_by_part(self, steps: Sequence[int], delta: float) -> dict[str, float]:
+        """Epsilon of so many steps of each phase at a delta, by part."""
         # Steps of equal law are counted together: composed apart, they would only add rounding.
         parts: dict[str, dict[Mechanism, int]] = {}
         for phase, number in zip(self.phases, steps, strict=True):
@@ -187,12 +216,27 @@ class Ledger:
         return {
             part: accounting.epsilon(
                 [law.event(number) for law, number in laws.items() if number],
-                self.delta,
+                delta,
                 accountant=self.accountant,
                 relation=self.relation,
             )
             for part, laws in parts.items()
         }
+
+
+def _gdp_mu(epsilon: float, delta: float) -> float:
+    """The mu > 0 at which the Gaussian mechanism of sensitivity mu is exactly (epsilon, delta)."""
+
+    def delta_of(log_mu: float) -> float:  # arXiv 1905.02383, corollary 2.13
+        mu = math.exp(log_mu)
+        tail = log_ndtr(-epsilon / mu - mu / 2)
+        return float(ndtr(-epsilon / mu + mu / 2) - math.exp(min(epsilon + tail, 0.0)))
+
+    low, high = -20.0, 5.0  # delta_of rises
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if delta_of(middle) < delta else (low, middle)
+    return math.exp(high)
 
 
 def _is_count(value: Any) -> bool:
@@ -272,6 +316,7 @@ def statement(
         "delta": ledger.delta,
         "epsilon_budget": ledger.epsilon,
         "epsilon_by_part": by_part,
+        "membership": ledger.membership(),
         "unit_of_privacy": unit,
         "neighboring_relation": ledger.relation,
         "sampler": each("sampler"),
@@ -368,6 +413,13 @@ def to_markdown(facts: dict[str, Any]) -> str:
         "clipping": facts["clipping"],
         "noise": facts["noise"],
     }
+    if "membership" in facts:
+        known = facts["membership"]
+        rows["who guesses whether one took part"] = (
+            f"is right about {100 * known['tpr_at_fpr_0.001']:.2g} % of members at most, if wrong "
+            f"about 0.1 % of others (mu = {known['gdp_mu']:.3g} in Gaussian DP, as far as the "
+            "accountant shows)"
+        )
     if facts["gradient_noise_multiplier"] == facts["noise_multiplier"]:
         del rows["of it, for gradients"]
     if "audit" in facts:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from dpjax import dp
 from dpjax.dp import accounting
@@ -204,6 +205,35 @@ def test_a_replaced_example_may_change_two_parts():
     with pytest.raises(ValueError, match=r"parts=\['a', 'b'\] must be one part"):
         dp.Ledger(tuple(phases), epsilon=2.0, delta=1e-4)
     assert dp.Ledger((phases[0],), epsilon=2.0, delta=1e-4).charge(0, 40).spent() <= 2.0
+
+
+@pytest.mark.parametrize("steps", [1, 25])
+def test_what_a_guess_may_know_is_that_of_the_gaussian_mechanism(steps):
+    """Full batches are exactly Gaussian: mu = sqrt(T) / sigma, and the trade-off has a formula."""
+    mechanism = dp.calibrated(
+        epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=1000, steps=steps
+    )
+    known = ledger(mechanism).membership()
+    mu = steps**0.5 / mechanism.noise_multiplier
+    assert known["gdp_mu"] == pytest.approx(mu, rel=3e-3)
+    assert known["gdp_mu"] >= mu * (1 - 1e-6)
+    exact = stats.norm.cdf(stats.norm.ppf(0.001) + mu)
+    assert exact <= known["tpr_at_fpr_0.001"] < 2 * exact
+    text = dp.to_markdown(statement(ledger(mechanism).charge(0)))
+    assert f"{100 * known['tpr_at_fpr_0.001']:.2g} % of members at most" in text
+    assert f"mu = {known['gdp_mu']:.3g}" in text
+
+
+def test_more_budget_lets_a_guess_know_more():
+    known = [
+        ledger(dataclasses.replace(MECHANISM, noise_multiplier=s), epsilon=50.0).membership()
+        for s in (4.0, 1.0, 0.6)
+    ]
+    for name in known[0]:
+        values = [each[name] for each in known]
+        assert values == sorted(values)
+        assert 0 < values[0] < values[-1]
+    assert known[-1]["tpr_at_fpr_0.001"] <= 1
 
 
 def test_one_part_composes_and_no_part_may_pass_the_budget():

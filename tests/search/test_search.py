@@ -141,6 +141,8 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
     assert mine["epsilon"] < spend + 1e-9 < 2.9 < paid["epsilon"] <= 3.0
     assert paid["epsilon_by_part"] == {"train": paid["epsilon"]}
     assert paid["epsilon_of_steps_done"] == paid["epsilon"]
+    assert "membership" in mine
+    assert "membership" not in paid  # one run's
     assert paid["epsilon_of_one_run"] == mine["epsilon"]
     assert not any(item.startswith("the choice") for item in paid["not_charged"])
     assert "8 on average" in paid["released"][-1]
