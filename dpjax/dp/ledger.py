@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import numbers
@@ -163,7 +164,7 @@ class Ledger:
 
     def planned_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) of all planned steps, for an example of each part of the data."""
-        return self._planned(self.delta)
+        return self._cost_by_part([p.mechanism.steps for p in self.phases])
 
     def guaranteed_by_part(self) -> dict[str, float]:
         """Returns what a run may claim that ended here, for an example of each part of the data.
@@ -178,7 +179,7 @@ class Ledger:
 
     def spent_by_part(self) -> dict[str, float]:
         """Returns epsilon (nats) for an example of each part of the data."""
-        return self._cost_by_part([p.steps_done for p in self.phases], self.delta)
+        return self._cost_by_part([p.steps_done for p in self.phases])
 
     def membership(self) -> dict[str, float]:
         """Returns what the plan allows an adversary who guesses whether one example took part.
@@ -192,36 +193,48 @@ class Ledger:
             0.001 of those about an absent example are wrong. "gdp_mu": the smallest mu for which
             the plan is mu-GDP as far as these pairs show.
         """
-        deltas = np.geomspace(min(self.delta, 0.01), 0.1, 5)
-        pairs = [(max(self._planned(float(d)).values()), float(d)) for d in deltas]
-        fpr = 0.001
-        tpr = min(
-            min(math.exp(min(e, 50.0)) * fpr + d, 1 - math.exp(-e) * (1 - d - fpr))
-            for e, d in pairs
+        # Charging changes nothing of the plan: one computation for all statements of a run.
+        return dict(_membership(tuple((p.mechanism, p.part) for p in self.phases), self.delta))
+
+    def _cost_by_part(self, steps: Sequence[int]) -> dict[str, float]:
+        """Epsilon of so many steps of each phase, by part."""
+        mechanisms = [p.mechanism for p in self.phases]
+        return _cost_by_part(mechanisms, [p.part for p in self.phases], steps, self.delta)
+
+
+def _cost_by_part(
+    mechanisms: Sequence[Mechanism], parts: Sequence[str], steps: Sequence[int], delta: float
+) -> dict[str, float]:
+    """Epsilon of so many steps of each mechanism, by the part of the data that it reads."""
+    # Steps of equal law are counted together: composed apart, they would only add rounding.
+    by_part: dict[str, dict[Mechanism, int]] = {}
+    for mechanism, part, number in zip(mechanisms, parts, steps, strict=True):
+        law = dataclasses.replace(mechanism, steps=1)
+        laws = by_part.setdefault(part, {})
+        laws[law] = laws.get(law, 0) + number
+    return {
+        part: accounting.epsilon(
+            [law.event(number) for law, number in laws.items() if number],
+            delta,
+            accountant=shared_accountant(mechanisms),
+            relation=mechanisms[0].relation,
         )
-        return {"gdp_mu": max(itertools.starmap(_gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
+        for part, laws in by_part.items()
+    }
 
-    def _planned(self, delta: float) -> dict[str, float]:
-        """Epsilon of all planned steps at a delta, by part."""
-        return self._cost_by_part([p.mechanism.steps for p in self.phases], delta)
 
-    def _cost_by_part(self, steps: Sequence[int], delta: float) -> dict[str, float]:
-        """Epsilon of so many steps of each phase at a delta, by part."""
-        # Steps of equal law are counted together: composed apart, they would only add rounding.
-        parts: dict[str, dict[Mechanism, int]] = {}
-        for phase, number in zip(self.phases, steps, strict=True):
-            law = dataclasses.replace(phase.mechanism, steps=1)
-            laws = parts.setdefault(phase.part, {})
-            laws[law] = laws.get(law, 0) + number
-        return {
-            part: accounting.epsilon(
-                [law.event(number) for law, number in laws.items() if number],
-                delta,
-                accountant=self.accountant,
-                relation=self.relation,
-            )
-            for part, laws in parts.items()
-        }
+@functools.lru_cache(maxsize=16)
+def _membership(plan: tuple[tuple[Mechanism, str], ...], delta: float) -> dict[str, float]:
+    mechanisms, parts = zip(*plan)
+    steps = [mechanism.steps for mechanism in mechanisms]
+    pairs = []
+    for d in map(float, np.geomspace(min(delta, 0.01), 0.1, 5)):
+        pairs.append((max(_cost_by_part(mechanisms, parts, steps, d).values()), d))
+    fpr = 0.001
+    tpr = min(
+        min(math.exp(min(e, 50.0)) * fpr + d, 1 - math.exp(-e) * (1 - d - fpr)) for e, d in pairs
+    )
+    return {"gdp_mu": max(itertools.starmap(_gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
 
 
 def _gdp_mu(epsilon: float, delta: float) -> float:
