@@ -7,7 +7,7 @@ prediction is its largest softmax probability; bins have equal width and are ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "PRIVATE", "EvalSums", "Reliability", "eval_sums", "labeled", "lookup", "reliability",
-    "summarize",
+    "PRIVATE", "EvalSums", "Reliability", "diagrams", "eval_sums", "labeled", "lookup",
+    "reliability", "summarize",
 ]  # fmt: skip
+
+_CONFUSION_CLASSES = 50  # with more, a confusion matrix is neither readable nor small
 
 PRIVATE = "nonprivate/"
 """Prefix of the name of every number that reads private data outside of the guarantee."""
@@ -53,6 +55,7 @@ class EvalSums(NamedTuple):
     bin_count: jax.Array  # [bins] by confidence
     bin_correct: jax.Array  # [bins]
     bin_confidence: jax.Array  # [bins]
+    confusion: jax.Array  # [classes, classes] by label and prediction; [0, 0] for > 50 classes
 
     def __add__(self, other: Any) -> EvalSums:
         """Elementwise; without this, tuples would concatenate."""
@@ -109,7 +112,10 @@ def eval_sums(
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
     # A NaN confidence goes to bin 0, whose sum becomes NaN; casting NaN to int is undefined.
     index = jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)
-    in_class = mask[:, None] & (labels[:, None] == jnp.arange(num_classes)[None, :])
+    classes = jnp.arange(num_classes)[None, :]
+    in_class = mask[:, None] & (labels[:, None] == classes)
+    predicted = (jnp.argmax(log_probs, axis=-1)[:, None] == classes).astype(jnp.float32)
+    shown = num_classes if num_classes <= _CONFUSION_CLASSES else 0
     in_bin = mask[:, None] & (index[:, None] == jnp.arange(bins)[None, :])
     return EvalSums(
         count=jnp.sum(mask, dtype=jnp.float32),
@@ -120,13 +126,19 @@ def eval_sums(
         bin_count=jnp.sum(in_bin, axis=0, dtype=jnp.float32),
         bin_correct=_sum(in_bin, correct[:, None]),
         bin_confidence=_sum(in_bin, confidence[:, None]),
+        confusion=in_class[:, :shown].astype(jnp.float32).T @ predicted[:, :shown],
     )
 
 
-def summarize(sums: EvalSums) -> dict[str, float]:
-    """Returns flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/0, /1, ...
+def summarize(sums: EvalSums, class_names: Sequence[str] = ()) -> dict[str, float]:
+    """Returns flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/NAME, ...
 
     Classes without examples have no entry. `mce` is the largest gap over non-empty bins.
+
+    Args:
+        sums: over all examples.
+        class_names: of every class; a name that several classes have is replaced by their numbers,
+            and so is a missing one.
 
     Raises:
         ValueError: no example was counted.
@@ -137,9 +149,14 @@ def summarize(sums: EvalSums) -> dict[str, float]:
     sums = jax.device_get(sums)
     diagram = reliability(sums)
     gaps = np.abs(diagram.accuracy - diagram.confidence)
+    numbers = [str(label) for label in range(len(sums.class_count))]
+    names = [
+        name if class_names.count(name) == 1 else number
+        for name, number in zip(class_names or numbers, numbers, strict=True)
+    ]
     per_class = {
-        f"class_accuracy/{label}": float(correct) / float(count)
-        for label, (correct, count) in enumerate(zip(sums.class_correct, sums.class_count))
+        f"class_accuracy/{name}": float(correct) / float(count)
+        for name, correct, count in zip(names, sums.class_correct, sums.class_count)
         if count > 0
     }
     return {
@@ -160,6 +177,20 @@ def reliability(sums: EvalSums) -> Reliability:
     divisor = np.maximum(count, 1.0)  # an empty bin gives 0, not 0 / 0
     edges = np.linspace(0.0, 1.0, len(count) + 1)
     return Reliability(edges, count, confidence / divisor, correct / divisor)
+
+
+def diagrams(sums: EvalSums, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns what `eval.json` holds besides numbers.
+
+    Returns:
+        "class_names"; "reliability", the fields of `Reliability`; and, for up to 50 classes,
+        "confusion", whole numbers [classes, classes] by label and prediction.
+    """
+    confusion = np.asarray(sums.confusion).astype(int).tolist()
+    shown = {"confusion": confusion} if confusion else {}
+    return {
+        "class_names": list(class_names), "reliability": reliability(sums)._asdict(), **shown,
+    }  # fmt: skip
 
 
 def _sum(keep: jax.Array, value: jax.Array) -> jax.Array:

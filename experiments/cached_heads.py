@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpjax import build, dp, heads, metrics, models
-from dpjax.build import describe
+from dpjax.build import describe, predictor
 from dpjax.config import default, differences
 from dpjax.models import InputSpec
 from dpjax.runtime import Workdir
@@ -176,7 +176,8 @@ def _write(
         workdir.path.with_suffix(".failed").write_text("exit 3: parameters are not finite")
         return
     sums = _sums(leaves, jnp.asarray(test.values), jnp.asarray(test.labels))
-    found = metrics.summarize(sums)
+    names = run.train.class_names
+    found = metrics.summarize(sums, names)
     workdir.drop_metrics_after(0)
     steps = _steps(run)
     for step in range(1, steps + 1):
@@ -189,7 +190,8 @@ def _write(
     models.save_weights(head, workdir.path / "weights.safetensors")
     if measure is not None:
         workdir.write("measured.json", measure(run, run.params, {**run.params, **head}))
-    workdir.write("eval.json", {**found, "reliability": metrics.reliability(sums)._asdict()})
+    workdir.write("model.json", predictor.description(run))
+    workdir.write("eval.json", {**found, **metrics.diagrams(sums, names)})
 
 
 _LOGGED = (("loss", "loss"), ("clipped", "clipped_fraction"), ("count", "batch_size"))

@@ -30,7 +30,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dpjax import build, config, dp, models
+from dpjax import build, dp, models
 from dpjax.runtime import Workdir, compilation, hosts
 from dpjax.search import sweep
 from dpjax.training import loop
@@ -55,7 +55,7 @@ def plan(
     Raises:
         ValueError: a mistake in the study, or the directory contains another study.
     """
-    base = config.load(file)
+    base = build.fields.load(file)
     base.data.data_dir = data_dir or base.data.data_dir
     base.model.weights = weights or base.model.weights
     found = sweep.points(file, base)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str], *, stop: Callable[[int], bool] = lambda step: Fals
     compilation.keep_on_disk()
     try:
         jobs = plan(flags.config, flags.workdir, data_dir=flags.data_dir, weights=flags.weights)
-        source = config.run_file(flags.config)
+        source = build.fields.run_file(flags.config)
         _theory(source.names.get("theory"), source.argument, flags.workdir)
         failed = _run_all(jobs, source.names.get("measure"), stop)
         for path in source.names["report"](flags.workdir):

@@ -82,6 +82,29 @@ def test_against_scikit_learn():
     assert ours["mce"] == pytest.approx(np.abs(accuracy - confidence).max(), abs=1e-6)
 
 
+def test_the_confusion_matrix_counts_labels_by_predictions():
+    logits, labels, mask = draw(7)
+    want = np.zeros((CLASSES, CLASSES), int)
+    for label, guess in zip(labels[mask], logits[mask].argmax(1)):
+        want[label, guess] += 1
+    found = metrics.diagrams(sums_of(logits, labels, mask), "abcde")
+    assert found["confusion"] == want.tolist()
+    assert found["class_names"] == list("abcde")
+    many = metrics.eval_sums(jnp.zeros((2, 51)), jnp.zeros(2, int), jnp.ones(2, bool), 51)
+    assert "confusion" not in metrics.diagrams(many, [str(k) for k in range(51)])
+
+
+def test_classes_are_called_by_their_names():
+    logits, labels, mask = draw(8)
+    sums = sums_of(logits, labels, mask)
+    numbered, named = (metrics.summarize(sums, names) for names in ((), ("a", "b", "c", "b", "d")))
+    assert [name for name in named if "class" in name] == [
+        f"class_accuracy/{name}"
+        for name in ("a", "1", "c", "3", "d")  # two classes are called b
+    ]
+    assert list(named.values()) == list(numbered.values())
+
+
 def test_chunks_add_to_the_whole():
     logits, labels, mask = draw(1)
     whole = sums_of(logits, labels, mask)
@@ -111,7 +134,7 @@ def test_shapes_types_and_low_precision_logits():
     logits, labels, mask = draw(4)
     sums = sums_of(jnp.asarray(logits, jnp.bfloat16), labels, mask, bins=9)
     assert {value.dtype for value in sums} == {jnp.dtype(jnp.float32)}
-    assert [v.shape for v in sums] == [(), (), (), (5,), (5,), (9,), (9,), (9,)]
+    assert [v.shape for v in sums] == [(), (), (), (5,), (5,), (9,), (9,), (9,), (5, 5)]
     rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16).astype(jnp.float32))
     assert metrics.summarize(sums) == pytest.approx(loop(rounded, labels, mask, 9), rel=1e-4)
 

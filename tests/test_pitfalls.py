@@ -182,7 +182,7 @@ PITFALLS = {
     "a statement of fewer steps than drew noise, or of other weights": (
         [
             "test_ledger.py::test_a_ledger_that_nobody_charged_has_no_statement",
-            "test_export.py::test_no_statement_stays_beside_other_weights",
+            "test_export.py::test_private_weights_without_a_statement_are_not_exported",
             "test_search.py::test_a_draw_pays_for_the_search_it_was_made_for",
         ],
         [

@@ -1,6 +1,17 @@
 """A config becomes a run: one module for each of its sections, and `build` for the whole."""
 
-from dpjax.build import data, describe, loss, model, optimizer, planner, privacy, schedules
+from dpjax.build import (
+    data,
+    describe,
+    fields,
+    loss,
+    model,
+    optimizer,
+    planner,
+    predictor,
+    privacy,
+    schedules,
+)
 from dpjax.build.build import build
 from dpjax.build.run import Phase, Run, Temperature
 
@@ -11,10 +22,12 @@ __all__ = [
     "build",
     "data",
     "describe",
+    "fields",
     "loss",
     "model",
     "optimizer",
     "planner",
+    "predictor",
     "privacy",
     "schedules",
 ]

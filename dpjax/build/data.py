@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,6 +18,11 @@ def check(config: ConfigDict) -> None:
     """Refuses a function of the user's that does not exist, and records of no unit."""
     if ":" in config.name:
         resolve("data.name", config.name, {})
+        if config.label_key is not None:
+            raise ValueError(
+                f"data.label_key={config.label_key!r} must be None for a function of your own, "
+                "which returns the labels itself."
+            )
     limit = config.unit_records
     if limit < 1 or (config.unit is None and limit != 1):
         raise ValueError(
@@ -32,7 +38,11 @@ def check(config: ConfigDict) -> None:
 def opened(
     config: ConfigDict, spec: models.InputSpec | models.TextSpec
 ) -> tuple[data.Dataset | data.Units, data.Dataset]:
-    """Opens the training data and the data to evaluate on, for the input of a model."""
+    """Opens the training data and the data to evaluate on, for the input of a model.
+
+    Raises:
+        ValueError: data that cannot be opened, or that does not fit together.
+    """
     own = config.data.name
     if ":" in own:
         function = resolve("data.name", own, {})
@@ -41,16 +51,21 @@ def opened(
         )
     elif isinstance(spec, models.InputSpec):
         size, resample = config.data.host_image_size, config.data.resample
-        image = data.ImageSpec(image_size=size, resample=resample)
+        label_key = config.data.label_key
+        image = data.ImageSpec(image_size=size, resample=resample, label_key=label_key)
         reader = functools.partial(data.load, spec=image)
     else:
         tokenize = models.tokenizer(models.locate(config.data.tokenizer), spec)
-        reader = functools.partial(data.load_text, tokenize=tokenize)
+        reader = functools.partial(
+            data.load_text, tokenize=tokenize, label_key=config.data.label_key
+        )
 
-    def load(split: str) -> data.Dataset:
-        return reader(config.data.name, split=split, data_dir=config.data.data_dir)
+    def load(split: str, **whose: str | None) -> data.Dataset:
+        return reader(config.data.name, split=split, data_dir=config.data.data_dir, **whose)
 
-    train: data.Dataset | data.Units = in_units(config, load(config.data.train_split))
+    # A function of the user's returns the units with the data.
+    whose = {} if ":" in own else {"unit": config.data.unit}
+    train: data.Dataset | data.Units = in_units(config, load(config.data.train_split, **whose))
     field = "data.holdout"
     try:
         if config.data.holdout is not None:
@@ -63,7 +78,7 @@ def opened(
         raise ValueError(f"{field}: {error}") from error
     if config.data.holdout is None:
         held = load(config.data.test_split)
-    return train, held
+    return _fitting(train, held)
 
 
 def in_units(config: ConfigDict, train: data.Dataset) -> data.Dataset | data.Units:
@@ -80,9 +95,28 @@ def in_units(config: ConfigDict, train: data.Dataset) -> data.Dataset | data.Uni
 def given(
     config: ConfigDict, datasets: tuple[data.Dataset, data.Dataset]
 ) -> tuple[data.Dataset | data.Units, data.Dataset]:
-    """Checks that the config asks for no part of data that it did not open."""
-    for field in ("holdout", "subset"):
+    """Checks that the config asks for no part of data that it did not open, and that they fit."""
+    for field in ("holdout", "subset", "label_key"):
         if config.data[field] is not None:
             raise ValueError(f"data.{field}={config.data[field]} must be None for given datasets.")
-    train, test = datasets
-    return in_units(config, train), test
+    train, held = _fitting(*datasets)
+    return in_units(config, train), held
+
+
+def _fitting(train: Any, held: data.Dataset) -> tuple[Any, data.Dataset]:
+    """Refuses data to evaluate on whose inputs or classes are not those of the training data."""
+    names = (f"held-out data {held.name!r} split {held.split!r}", f"training data {train.name!r}")
+    if held.shape != train.shape or held.source.dtype != train.source.dtype:
+        raise ValueError(
+            f"the {names[0]} has inputs {held.source.dtype} {list(held.shape)}, but the {names[1]} "
+            f"{train.source.dtype} {list(train.shape)}; they must be the same."
+        )
+    for label, name in enumerate(held.class_names):
+        here = train.class_names[label] if label < train.num_classes else None
+        if here != name:
+            where = f"{here!r} in" if here is not None else "no class of"
+            raise ValueError(
+                f"label {label} of the {names[0]} is {name!r}, but {where} the {names[1]}, which "
+                f"has {train.num_classes} classes; labels must mean the same in both."
+            )
+    return train, held

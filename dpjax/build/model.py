@@ -13,7 +13,16 @@ from dpjax.dp import seeds
 from dpjax.files import choose, resolve, returned
 from dpjax.models import Model, Params, finetune
 
-__all__ = ["finetuning_set", "initial", "model", "model_title", "size", "tuned", "weights_file"]
+__all__ = [
+    "families",
+    "finetuning_set",
+    "initial",
+    "model",
+    "model_title",
+    "size",
+    "tuned",
+    "weights_file",
+]
 
 _MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
     "vit": (models.vision_transformer, models.SIZES),
@@ -23,6 +32,11 @@ _MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
     "resnet8": (models.resnet8, None),
     "text_encoder": (models.text_encoder, models.TEXT_SIZES),
 }
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Returns the sizes of every family of ours; a family of one size has none."""
+    return {name: tuple(sizes or ()) for name, (_, sizes) in _MODELS.items()}
 
 
 def model_title(config: ConfigDict) -> str:

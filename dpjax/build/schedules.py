@@ -185,6 +185,12 @@ def phases(
     if not 0 < rate < math.inf:
         raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
     probing = [stage for stage in cut if stage.begin < config.lp.fraction]
+    fraction, steps = config.lp.fraction, sum(stage.steps for stage in cut)
+    if (fraction > 0 and not probing) or (fraction < 1 and len(probing) == len(cut)):
+        raise ValueError(
+            f"lp.fraction={fraction} of {steps} steps leaves none to "
+            f"{'the head' if not probing else 'finetune'}: take more steps, or another fraction."
+        )
     in_head = finetune.head()(tuning.model).trainable
     keep = config.lp.keep_optimizer
     planned = [

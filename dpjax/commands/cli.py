@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from dpjax import __version__
-from dpjax.config import assign_text, load, without_infinite_budget
+from dpjax.config import without_infinite_budget
 from dpjax.files import did_you_mean, local_path
 
 __all__ = ["Mistake", "Parser", "config", "main", "mistakes", "parser", "path"]
@@ -102,10 +102,12 @@ def path(text: str) -> Path:
 
 def config(args: argparse.Namespace) -> ConfigDict:
     """Returns the config that `--config` names, with the fields that the command line sets."""
-    loaded = load(args.config)
+    from dpjax.build import fields  # takes seconds to import
+
+    loaded = fields.load(args.config)
     for text in args.overrides:
         path, _, value = text.removeprefix("--config.").partition("=")
-        assign_text(loaded, path, value)
+        fields.assign_text(loaded, path, value)
     return without_infinite_budget(loaded)
 
 

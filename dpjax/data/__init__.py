@@ -3,7 +3,7 @@
 from dpjax.data import prepare
 from dpjax.data.dataset import Dataset, Source, distinct_rows, from_arrays, splits_overlap
 from dpjax.data.directory import open_directory
-from dpjax.data.images import ImageSpec
+from dpjax.data.images import ImageSpec, fit
 from dpjax.data.load import load, load_text
 from dpjax.data.prefetch import Prefetcher, chunks
 from dpjax.data.prepare import prepare as prepare_archive
@@ -20,6 +20,7 @@ __all__ = [
     "chain",
     "chunks",
     "distinct_rows",
+    "fit",
     "from_arrays",
     "holdout",
     "load",

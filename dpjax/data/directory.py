@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
@@ -15,16 +15,27 @@ from array_record.python import array_record_module
 from dpjax.files import cache_dir, did_you_mean, local_path
 
 __all__ = [
-    "check_split",
+    "Piece",
+    "check_shards",
     "data_dir_or_default",
     "find_directory",
     "find_feature",
     "open_directory",
+    "split_name",
+    "split_pieces",
 ]
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _SPLIT = re.compile(r"\s*(?P<name>[\w-]+)\s*(\[.*\])?\s*")
+
+
+class Piece(NamedTuple):
+    """Consecutive records of a named split: positions [start, stop)."""
+
+    split: str
+    start: int
+    stop: int
 
 
 def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
@@ -85,7 +96,7 @@ def find_directory(name: str, data_dir: Path) -> Path | None:
 
 
 def open_directory(directory: Path) -> Any:
-    """Opens a prepared directory as a TFDS builder, after checking that it is complete.
+    """Opens a prepared directory as a TFDS builder.
 
     Args:
         directory: data_dir/name[/config]/version.
@@ -94,7 +105,7 @@ def open_directory(directory: Path) -> Any:
         A read-only TFDS builder with random access.
 
     Raises:
-        ValueError: a file is missing or truncated, or its format has no random access.
+        ValueError: a file is missing, or its format has no random access.
     """
     for required in ("dataset_info.json", "features.json"):
         if not (directory / required).is_file():
@@ -104,8 +115,7 @@ def open_directory(directory: Path) -> Any:
         splits = dict(builder.info.splits)
     except Exception as error:  # a truncated JSON file raises many types
         raise ValueError(_half_written(directory, f"its description: {error}")) from error
-    file_format = builder.info.file_format
-    file_format = getattr(file_format, "value", file_format)
+    file_format = _file_format(builder)
     if file_format not in ("array_record", "parquet"):
         raise ValueError(
             f"file_format={file_format!r} of {directory} has no random access; prepare the data "
@@ -113,22 +123,44 @@ def open_directory(directory: Path) -> Any:
         )
     if not splits:
         raise ValueError(_half_written(directory, "it has no splits"))
-    for split in splits.values():
-        for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
-            _check_shard(directory, Path(path), length, file_format)
+    for path in (Path(path) for split in splits.values() for path in split.filepaths):
+        if not path.is_file():
+            raise ValueError(_half_written(directory, f"{path.name} is missing"))
     return builder
 
 
-def check_split(builder: Any, split: str) -> None:
-    """Rejects a split expression that names an unknown split, is empty or overlaps itself.
+def check_shards(builder: Any, split: str) -> None:
+    """Checks that every file of a named split opens and holds as many records as it should.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    info, directory = builder.info.splits[split], Path(builder.data_path)
+    for path, length in zip(map(Path, info.filepaths), info.shard_lengths, strict=True):
+        if _file_format(builder) != "array_record":
+            continue
+        try:
+            with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
+                records = reader.num_records()
+        except Exception as error:
+            what = f"{path.name} is damaged: {error}"
+            raise ValueError(_half_written(directory, what)) from error
+        if records != length:
+            what = f"{path.name} holds {records} of {length} examples"
+            raise ValueError(_half_written(directory, what))
+
+
+def split_pieces(builder: Any, split: str) -> list[Piece]:
+    """Resolves a split expression to pieces of named splits, in the order of its records.
 
     Args:
         builder: an opened TFDS builder.
         split: TFDS slicing syntax, e.g. "train", "train[:80%]", "train+validation".
 
     Raises:
-        ValueError: one of these is the case. An overlap is rejected because an example that is read
-            twice would be clipped twice and could contribute twice the bound.
+        ValueError: it names an unknown split, is empty or overlaps itself. An overlap is rejected
+            because an example that is read twice would be clipped twice and could contribute twice
+            the bound.
     """
     known = sorted(builder.info.splits)
     for part in split.split("+"):
@@ -138,22 +170,27 @@ def check_split(builder: Any, split: str) -> None:
             raise ValueError(
                 f"split={split!r}: {wrong!r} must be one of {known}.{did_you_mean(wrong, known)}"
             )
-    split = "".join(split.split())
     try:
-        pieces = builder.info.splits[split].file_instructions
+        instructions = builder.info.splits["".join(split.split())].file_instructions
     except Exception as error:
         raise ValueError(f"split={split!r} cannot be read as a slice: {error}") from error
     # TFDS has resolved the expression to (file, first record, number of records).
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for piece in pieces:
-        spans.setdefault(str(piece.filename), []).append((piece.skip, piece.skip + piece.take))
-    for intervals in spans.values():
-        intervals.sort()
-        for (_, end), (start, _) in itertools.pairwise(intervals):
-            if start < end:
-                raise ValueError(f"split={split!r} must not contain an example twice.")
-    if sum(end - start for intervals in spans.values() for start, end in intervals) == 0:
+    offsets = {}
+    for name, info in builder.info.splits.items():
+        starts = [0, *itertools.accumulate(info.shard_lengths)]
+        for path, start in zip(info.filepaths, starts, strict=False):
+            offsets[Path(path).name] = (name, start)
+    pieces = []
+    for one in instructions:
+        name, start = offsets[Path(one.filename).name]
+        if one.take:
+            pieces.append(Piece(name, start + one.skip, start + one.skip + one.take))
+    for one, other in itertools.pairwise(sorted(pieces)):
+        if one.split == other.split and other.start < one.stop:
+            raise ValueError(f"split={split!r} must not contain an example twice.")
+    if not pieces:
         raise ValueError(f"split={split!r} has no examples.")
+    return pieces
 
 
 def find_feature(builder: Any, kind: type, key: str | None, field: str) -> str:
@@ -188,20 +225,9 @@ def find_feature(builder: Any, kind: type, key: str | None, field: str) -> str:
     return candidates[0]
 
 
-def _check_shard(directory: Path, path: Path, length: int, file_format: str) -> None:
-    if not path.is_file():
-        raise ValueError(_half_written(directory, f"{path.name} is missing"))
-    if file_format != "array_record":
-        return
-    try:
-        with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
-            records = reader.num_records()
-    except Exception as error:
-        raise ValueError(_half_written(directory, f"{path.name} is damaged: {error}")) from error
-    if records != length:
-        raise ValueError(
-            _half_written(directory, f"{path.name} holds {records} of {length} examples")
-        )
+def _file_format(builder: Any) -> str:
+    file_format = builder.info.file_format
+    return str(getattr(file_format, "value", file_format))
 
 
 def _half_written(directory: Path, what: str) -> str:

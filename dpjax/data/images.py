@@ -6,9 +6,9 @@ import dataclasses
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-__all__ = ["ImageSpec", "decode", "encode_png", "output_shape"]
+__all__ = ["ImageSpec", "decode", "encode_png", "fit", "output_shape"]
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -83,13 +83,15 @@ def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, 
     return height, width, channels
 
 
-def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndarray:
-    """Decodes one image.
+def decode(
+    data: bytes, shape: tuple[int | None, int | None, int], spec: ImageSpec | None = None
+) -> np.ndarray:
+    """Decodes one image, turned upright as its EXIF orientation says.
 
     Args:
-        data: an encoded image (PNG, JPEG, ...).
-        shape: [H, W, C] from `output_shape`.
-        spec: how the image is resized.
+        data: an encoded image (PNG, JPEG, ...); of several frames, the first is taken.
+        shape: [H, W, C] from `output_shape`; a side that is None may have any length.
+        spec: how the image is resized; None keeps its size.
 
     Returns:
         uint8 [H, W, C].
@@ -97,18 +99,27 @@ def decode(data: bytes, shape: tuple[int, int, int], spec: ImageSpec) -> np.ndar
     Raises:
         ValueError: the bytes are not a complete image, or its mode or size does not fit.
     """
-    height, width, channels = shape
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            image = _to_mode(opened, channels)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
     except Exception as error:  # Pillow raises a dozen unrelated types on bad bytes
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if spec.image_size is not None and image.size != (width, height):
-        image = _resized(image, spec)
-    if image.size != (width, height):
+    return fit(image, shape, spec)
+
+
+def fit(
+    image: Image.Image,
+    shape: tuple[int | None, int | None, int],
+    spec: ImageSpec | None = None,
+) -> np.ndarray:
+    """Brings one opened image upright and to the shape of a data set; as `decode`."""
+    height, width, channels = shape
+    image = _to_mode(ImageOps.exif_transpose(image), channels)
+    if spec is not None and spec.image_size is not None and image.size != (width, height):
+        image = _resized(image, spec.image_size, spec)
+    if image.width != (width or image.width) or image.height != (height or image.height):
         raise ValueError(f"it is {image.height}x{image.width}, not {height}x{width} as declared")
-    return np.asarray(image, np.uint8).reshape(shape)
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -133,10 +144,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     raise ValueError(f"mode {image.mode} cannot be read as {channels} channels of 8 bits")
 
 
-def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    size = spec.image_size
-    if size is None:
-        return image
+def _resized(image: Image.Image, size: int, spec: ImageSpec) -> Image.Image:
     box = None
     if spec.resize == "crop":
         # One resampling of the centered square equals scaling the shorter side, then cropping.

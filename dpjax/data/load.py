@@ -19,7 +19,7 @@ from dpjax.data.directory import (
 )
 from dpjax.data.images import ImageSpec
 from dpjax.data.prepare import EMBEDDED, SOURCES, prepare_builder
-from dpjax.data.records import images_dataset, text_dataset
+from dpjax.data.records import images_dataset, text_dataset, with_units
 from dpjax.files import did_you_mean
 
 __all__ = ["load", "load_text"]
@@ -33,6 +33,7 @@ def load(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     spec: ImageSpec | None = None,
+    unit: str | None = None,
     memory_limit: int = _MEMORY_LIMIT,
     download: bool = False,
 ) -> Dataset:
@@ -45,18 +46,25 @@ def load(
         split: TFDS slicing syntax: "train", "train[:80%]", "train+validation".
         data_dir: directory of the TFDS data sets; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
         spec: size, channels and features; by default as stored.
-        memory_limit: a split whose decoded pixels take at most this many bytes is held in memory.
+        unit: the column that says whose data an example is; None leaves that open.
+        memory_limit: bytes; the images of a split whose pixels take at most this stay in memory
+            once they are read.
         download: lets TFDS download and prepare a missing data set, for which most TFDS builders
             need TensorFlow. If False, the network is never used.
 
     Returns:
-        The data set, with splits, features, channels, label range and images checked.
+        The data set, with splits, features, channels and label range checked. Labels and content
+        hashes come from an index, which is computed once by reading and decoding every record;
+        images are read when they are needed.
 
     Raises:
         ValueError: the message names the argument and its value.
     """
     builder = _open(name, data_dir, download)
-    return images_dataset(builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit)
+    dataset = images_dataset(
+        builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit
+    )
+    return with_units(builder, dataset, unit)
 
 
 def load_text(
@@ -65,6 +73,8 @@ def load_text(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     tokenize: Callable[[list[str]], np.ndarray],
+    label_key: str | None = None,
+    unit: str | None = None,
 ) -> Dataset:
     """Opens a text-classification data set and tokenizes it.
 
@@ -73,7 +83,10 @@ def load_text(
         split: TFDS slicing syntax.
         data_dir: as for `load`.
         tokenize: maps texts [n] to int32 tokens [n, L]; its padding token should be 0, because
-            padding examples are zeros.
+            padding examples are zeros. If it has an attribute `digest`, a string that names what it
+            computes, the tokens are kept on disk.
+        label_key: the label feature; None finds it.
+        unit: as for `load`.
 
     Returns:
         The data set; inputs are int32 [L].
@@ -81,7 +94,9 @@ def load_text(
     Raises:
         ValueError: as for `load`, or `tokenize` returns another dtype or shape.
     """
-    return text_dataset(_open(name, data_dir, False), name, split, tokenize=tokenize)
+    builder = _open(name, data_dir, False)
+    dataset = text_dataset(builder, name, split, tokenize=tokenize, label_key=label_key)
+    return with_units(builder, dataset, unit)
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) -> Any:
@@ -99,10 +114,11 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) ->
 
 def _check_name(name: str, root: Path) -> None:
     base = split_name(name)[0]
-    prepared = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    folders = root.iterdir() if root.is_dir() else []
+    prepared = [path.name for path in folders if path.is_dir() and path.name.isidentifier()]
     known = {*EMBEDDED, *SOURCES, *tfds.list_builders(with_community_datasets=False)}
     if base not in known and base not in prepared:
-        local = sorted({*EMBEDDED, *SOURCES, *(item for item in prepared if item.isidentifier())})
+        local = sorted({*EMBEDDED, *SOURCES, *prepared})
         # TFDS registers hundreds of names; one that is available here is the likelier intention.
         hint = did_you_mean(base, local, cutoff=0.75) or did_you_mean(base, {*known, *local})
         raise ValueError(f"dataset={name!r} is unknown.{hint} Known without TFDS: {local}.")

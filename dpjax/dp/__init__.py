@@ -3,21 +3,23 @@
 Needs jax, numpy, optax and dp_accounting alone. Clip with `clipped_sum`, noise with `gaussian`
 or a ready optimizer, and take the numbers from a `Mechanism`:
 
->>> import functools, operator, jax, jax.numpy as jnp, optax
+>>> import jax, jax.numpy as jnp, optax
 >>> from dpjax import dp
 >>> mechanism = dp.calibrated(
 ...     epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=100, epochs=5)
+>>> ledger = dp.Ledger((dp.Phase("train", mechanism),), epsilon=2.0, delta=1e-4)
+>>> steps = dp.Steps(ledger, jnp.ones((1000, 2)), private_seed=0, chunk_size=64)
 >>> loss = lambda params, example: jnp.sum((params - example) ** 2)
 >>> grad = jax.jit(dp.clipped_sum(loss, dp.flat(1.0)))
->>> data, params = jnp.ones((1000, 2)), jnp.zeros(2)
+>>> params = jnp.zeros(2)
 >>> tx = optax.chain(mechanism.transform(key=jax.random.key(0)), optax.adam(1e-3))
 >>> state = tx.init(params)
->>> for step in range(2):  # mechanism.steps
-...     chunks = dp.chunks(mechanism.indices(seed=0, step=step), 64)
-...     parts = [grad(params, data[chunk], jnp.asarray(chunk >= 0))[0] for chunk in chunks]
-...     clipped = functools.reduce(operator.add, parts)
+>>> for step, parts in steps:  # charged, one by one
+...     clipped = sum(grad(params, batch, mask)[0] for batch, mask in parts)
 ...     updates, state = tx.update(clipped, state, params)
 ...     params = optax.apply_updates(params, updates)
+>>> steps.ledger.steps_done
+50
 """
 
 from dpjax.dp import (
@@ -30,6 +32,7 @@ from dpjax.dp import (
     seeds,
 )
 from dpjax.dp.adaptive import QuantileBound, quantile_bound
+from dpjax.dp.batches import Steps, take
 from dpjax.dp.clipping import (
     ClippedSum,
     ClipRule,
@@ -93,6 +96,7 @@ __all__ = [
     "Poisson",
     "QuantileBound",
     "Sampler",
+    "Steps",
     "TruncatedPoisson",
     "accounting",
     "adam",
@@ -128,5 +132,6 @@ __all__ = [
     "seeds",
     "sgd",
     "statement",
+    "take",
     "to_markdown",
 ]

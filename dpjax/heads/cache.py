@@ -15,8 +15,6 @@ import hashlib
 import os
 import re
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -274,8 +272,7 @@ class _Shards:
                 raise ValueError(f"{part.dtype} {part.shape} instead of {self._dtype} {want}")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zlib.error,
-                zipfile.BadZipFile, NotImplementedError) as error:  # fmt: skip
+        except Exception as error:  # one flipped bit of a zip file raises almost anything
             sys.stderr.write(f"{path} is damaged ({error}) and is computed again.\n")
             return None
         return part

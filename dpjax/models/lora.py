@@ -22,7 +22,8 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
     """Adds `x -> x A B` to every dense layer whose path matches.
 
     A is `[in, rank]`, normal with variance 1/in, and B is `[rank, out]`, zero, so that the model
-    starts unchanged. The scale alpha/rank is 1.
+    starts unchanged. The scale alpha/rank is 1. A model that has adapters already gets further ones
+    on other layers, of another rank if you like.
 
     Args:
         model: the model; its parameters keep their paths, so published weights still load.
@@ -33,7 +34,7 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
         A model whose parameters have the adapters under `KEY`.
 
     Raises:
-        ValueError: rank < 1, or no dense layer matches.
+        ValueError: rank < 1, no dense layer matches, or one that matches has an adapter.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
@@ -53,25 +54,37 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
             f"{', '.join(list(shapes)[:4])}."
         )
 
+    shape: Any = jax.eval_shape(model.init, jax.random.key(0))
+    before = set(flatten(shape.get(KEY, {})))
+    twice = [path for path in targeted if f"{path}/a" in before]
+    if twice:
+        raise ValueError(f"targets={targets!r} matches {twice[0]}, which has an adapter already.")
+
+    def inner(params: Params) -> Params:
+        """The parameters of `model`: without the adapters that are added here."""
+        rest = {path: leaf for path, leaf in flatten(params[KEY]).items() if path in before}
+        return {**_without(params), **({KEY: unflatten(rest)} if rest else {})}
+
     def init(key: jax.Array) -> Params:
         base, own = jax.random.split(key)
-        adapters = {}
+        start = model.init(base)
+        adapters = flatten(start.get(KEY, {}))
         for number, (path, (inputs, outputs)) in enumerate(targeted.items()):
             a = jax.random.normal(jax.random.fold_in(own, number), (inputs, rank))
             adapters[f"{path}/a"] = a / jnp.sqrt(inputs)
             adapters[f"{path}/b"] = jnp.zeros((rank, outputs))
-        return {**model.init(base), KEY: unflatten(adapters)}
+        return {**start, KEY: unflatten(adapters)}
 
     def adapted(function: Callable[..., jax.Array]) -> Callable[[Params, jax.Array], jax.Array]:
         def call(params: Params, inputs: jax.Array) -> jax.Array:
-            base, adapters = _without(params), flatten(params[KEY])
+            adapters = {k: v for k, v in flatten(params[KEY]).items() if k not in before}
             with nn.intercept_methods(_interceptor(adapters)):
-                return function(base, inputs)
+                return function(inner(params), inputs)
 
         return call
 
     def load(params: Params, path: str, *, head: bool = False) -> Params:
-        return {**model.load(_without(params), path, head=head), KEY: params[KEY]}
+        return {**model.load(inner(params), path, head=head), KEY: params[KEY]}
 
     return model._replace(
         init=init, apply=adapted(model.apply), features=adapted(model.features), load=load
@@ -79,9 +92,9 @@ def adapt(model: Model, *, rank: int, targets: str) -> Model:
 
 
 def merge(params: Params) -> Params:
-    """Returns plain weights: adds every A B to its layer's kernel and drops the adapters."""
+    """Returns plain weights: adds every A B to its layer's kernel and drops all adapters."""
     flat = flatten(_without(params))
-    adapters = flatten(params[KEY])
+    adapters = flatten(params.get(KEY, {}))
     for name in adapters:
         if name.endswith("/a"):
             path = name.removesuffix("/a")

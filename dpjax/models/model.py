@@ -121,6 +121,8 @@ class Model(NamedTuple):
         features: `features(params, inputs)`, float32 `[batch, width]` or `[width]`: the input of
             the head. `apply` equals `dense_head(params[head], features(...))`. It never reads
             `params[head]`.
+        module: the Flax module of the features, for code that wants it; its parameters are those of
+            the model without the head.
     """
 
     init: Callable[[jax.Array], Params]
@@ -129,6 +131,7 @@ class Model(NamedTuple):
     head: str
     input: InputSpec | TextSpec
     features: Callable[[Params, jax.Array], jax.Array]
+    module: nn.Module | None = None
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,4 +240,4 @@ def from_linen(
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
         return dense_head(params["head"], features(params, inputs))
 
-    return Model(init, apply, load, "head", spec, features)
+    return Model(init, apply, load, "head", spec, features, backbone)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,8 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
 
     Returns:
         A function from texts to int32 ids `[texts, max_length]`, truncated or padded with `pad_id`.
+        Its attribute `digest` changes with the file, the library and the shape of the ids, so that
+        ids can be kept on disk.
 
     Raises:
         ImportError: the `tokenizers` library is not installed.
@@ -55,4 +59,7 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
         ids = [encoding.ids for encoding in library.encode_batch(list(texts))]
         return np.asarray(ids, np.int32).reshape(-1, spec.max_length)
 
+    content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    facts = (tokenizers.__version__, spec.max_length, spec.pad_id, content)
+    tokenize.digest = " ".join(map(str, facts))  # type: ignore[attr-defined]
     return tokenize

@@ -13,7 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpjax.config import assign, run_file, without_infinite_budget
+from dpjax.build import fields
+from dpjax.config import without_infinite_budget
 from dpjax.metrics import PRIVATE, lookup
 
 __all__ = [
@@ -33,14 +34,14 @@ def points(file: str, config: ConfigDict) -> list[Row]:
     All points are first applied to a copy of the config, so that a typo fails before anything runs.
 
     Args:
-        file: the config file, "FILE" or "FILE:ARGUMENT", see `config.run_file`.
+        file: the config file, "FILE" or "FILE:ARGUMENT", see `build.fields.run_file`.
         config: the config that the points override; it is not changed.
 
     Raises:
         ValueError: the file has no `sweep()`, or a point names an unknown field or sets a field to
             a value of another type.
     """
-    source = run_file(file)
+    source = fields.run_file(file)
     rows = [dict(point) for point in source.call("sweep")]
     for index, overrides in enumerate(rows):
         try:
@@ -64,9 +65,9 @@ def point(rows: Sequence[Row], index: int) -> Row:
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Sets flat overrides in a config; raises ValueError as `config.assign` does."""
+    """Sets flat overrides in a config; raises ValueError as `build.fields.assign` does."""
     for name, value in overrides.items():
-        assign(config, name, value)
+        fields.assign(config, name, value)
 
 
 def point_config(file: str, config: ConfigDict, index: int) -> ConfigDict:

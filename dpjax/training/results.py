@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpjax import dp, metrics
-from dpjax.build import Run, Temperature
+from dpjax.build import Run, Temperature, predictor
 from dpjax.data import Dataset
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, save_weights, unflatten
@@ -37,7 +37,7 @@ def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -
 
     def measure(begin: str, trainable: Params) -> dict[str, float]:
         params = finetune.join(run.layout.gather(trainable), frozen)
-        return _named(begin, metrics.summarize(evaluate(params)))
+        return _named(begin, metrics.summarize(evaluate(params), run.train.class_names))
 
     begin = prefix(run)
     average = {} if state.average is None else measure(f"{begin}ema/", state.average)
@@ -72,10 +72,11 @@ def finish(
     Raises:
         dp.BudgetExceeded: more noise was drawn than the statement on disk covers.
     """
+    names = run.train.class_names
     if run.ledger is not None and state is not None:
         _check_draws(run, workdir, state)
     weights, sums = run.merge(params), evaluate(params)
-    results = metrics.summarize(sums)
+    results = metrics.summarize(sums, names)
     if run.temperature is not None:
         value = fit_temperature(
             run, run.temperature, params, private_seed=private_seed, size=evaluate.size
@@ -83,21 +84,24 @@ def finish(
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
         sums = evaluate(scale_head(params, run.model.head, value))
-        results = {**metrics.summarize(sums), **before}
+        results = {**metrics.summarize(sums, names), **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
     if state is not None and state.average is not None:
         average = overlay(params, run.layout.gather(state.average))
-        results |= _named("ema/", metrics.summarize(evaluate(average)))
+        results |= _named("ema/", metrics.summarize(evaluate(average), names))
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
-    bins = {"reliability": metrics.reliability(sums)._asdict()}
-    released = {} if run.temperature is None else {"temperature": value}  # under the guarantee
-    results, bins = (
-        metrics.labeled(values, run.evaluates_on_private_data) for values in (results, bins)
+    shown = metrics.diagrams(sums, names)
+    public = {"class_names": shown.pop("class_names")}
+    if run.temperature is not None:
+        public["temperature"] = value  # under the guarantee
+    results, shown = (
+        metrics.labeled(values, run.evaluates_on_private_data) for values in (results, shown)
     )
-    workdir.write("eval.json", {**results, **released, **bins})
-    return {**results, **released}
+    workdir.write("model.json", predictor.description(run))
+    workdir.write("eval.json", {**results, **public, **shown})
+    return {**results, **({"temperature": value} if run.temperature is not None else {})}
 
 
 def _check_draws(run: Run, workdir: Workdir, state: TrainState) -> None:

@@ -35,7 +35,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dpjax import build, data, dp, files, heads, models
-from dpjax import config as configs
 from dpjax.heads import FeatureSet
 from experiments.head_grid.blocks import (
     DELTA,
@@ -270,7 +269,7 @@ def _run(flags: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in flags.seeds.split(",")]
     workdir: Path = flags.workdir
     if stages != ["report"]:
-        config = configs.load(flags.config)
+        config = build.fields.load(flags.config)
         config.data.data_dir = flags.data_dir or config.data.data_dir
         config.model.weights = flags.weights or config.model.weights
         dataset, found = load_features(config, config.data.train_split, mirror=flags.mirror)

@@ -1,14 +1,16 @@
 """Every config of the repository builds: shapes traced, budget calibrated, without its data."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
-from test_config import CONFIGS
 
 from dpjax import build, dp, models
-from dpjax import config as config_lib
+from dpjax.build import fields
 from dpjax.models import finetune
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 # Training examples, classes and the shape of a stored input.
 DATA = {
     "quickstart": (4_000, 10, (28, 28, 1)),
@@ -29,7 +31,7 @@ def test_no_config_is_forgotten():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config_builds(path):
-    config = config_lib.load(str(path))
+    config = fields.load(str(path))
     num_examples, classes, shape = DATA[path.stem]
     tuning = build.model.finetuning_set(config.finetune)(build.model.model(config.model, classes))
     params = jax.eval_shape(tuning.model.init, jax.random.key(0))

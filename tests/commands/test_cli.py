@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from dpjax import config
+from dpjax.build import fields
 from dpjax.commands import cli
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("audit", "export", "plan", "prepare", "report", "search", "sweep", "train")
+VERBS = (
+    "audit", "export", "models", "plan", "predict", "prepare", "report", "search", "sweep", "train",
+)  # fmt: skip
 PLAN = ["plan", "--num_examples=500", "--epochs=2", "--epsilon=1", "--delta=1e-5"]
 CONFIG = """
 from dpjax.config import default
@@ -34,7 +37,7 @@ def program(*argv, **options):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
-    assert f"\n    dpjax {verb} " in capsys.readouterr().out
+    assert f"\n    dpjax {verb}" in capsys.readouterr().out
 
 
 def test_the_overview_names_every_verb(capsys):
@@ -172,7 +175,7 @@ def test_what_is_shipped_is_what_the_repository_has():
     folders = {".".join(path.parent.relative_to(ROOT).parts)
                for path in (ROOT / "dpjax").rglob("__init__.py")}  # fmt: skip
     assert set(tools["packages"]) == folders | {"dpjax.configs"}
-    assert set(config.shipped()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert set(fields.shipped()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
 
 
 def test_the_old_way_to_train_is_the_same_command():

@@ -1,6 +1,5 @@
-"""Exported weights load back, and carry their statement."""
+"""What is exported is plain, complete, and never half-written over something else."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, files, models
+from dpjax import build, models
 from dpjax.audit import attack
 from dpjax.commands import cli, export
 from dpjax.runtime import Workdir
@@ -21,32 +20,40 @@ from dpjax.training import loop
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "w"
-    loop.train(build.build(tiny_config(finetune="lora:2", epochs=0.4)), Workdir(path))
+    options = {"width": 16, "depth": 1, "heads": 2, "mlp": 16, "image_size": 14, "pooling": "gap"}
+    config = tiny_config(finetune="lora:2", epochs=0.4, model__options=options)
+    loop.train(build.build(config), Workdir(path))
     return path
 
 
 def test_adapters_are_merged_and_the_statement_is_beside(workdir, tmp_path):
-    files = export.export(workdir, tmp_path / "m.safetensors")
-    assert {f.name for f in files} == {
-        "m.safetensors", "m.privacy.json", "m.privacy.md",
+    files = export.export(workdir, tmp_path / "m")
+    names = {file.name for file in files}
+    assert names == {
+        "README.md", "model.json", "privacy.json", "privacy.md", "weights.safetensors",
     }  # fmt: skip
-    net = build.build(tiny_config()).model
-    params = net.load(net.init(jax.random.key(1)), str(tmp_path / "m.safetensors"), head=True)
-    assert "lora" not in models.read_tensors(tmp_path / "m.safetensors")
-    images = jax.random.normal(jax.random.key(2), (3, *net.input.example().shape))
-    assert np.isfinite(net.apply(params, images)).all()
+    ours = models.read_tensors(tmp_path / "m" / "weights.safetensors")
+    want = models.read_tensors(workdir / "weights.safetensors")
+    assert not [name for name in ours if "lora" in name]
+    assert ours.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(ours[name], value)
 
 
 def test_timm_layout_loads_back(workdir, tmp_path):
-    export.export(workdir, tmp_path / "t.safetensors", layout="timm")
-    export.export(workdir, tmp_path / "m.safetensors")
+    export.export(workdir, tmp_path / "t", layout="timm")
+    export.export(workdir, tmp_path / "m")
     net = build.build(tiny_config()).model
+    net = models.vision_transformer(
+        models.ViTConfig(16, 1, 2, 16, image_size=14, pooling="gap"), 10
+    )
     start = net.init(jax.random.key(1))
     ours, theirs = (
-        net.load(start, str(tmp_path / f"{name}.safetensors"), head=True) for name in "mt"
+        net.load(start, str(tmp_path / name), head=True)
+        for name in ("m/weights.safetensors", "t/model.safetensors")
     )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert "blocks.0.attn.qkv.weight" in models.read_tensors(tmp_path / "t.safetensors")
+    assert "blocks.0.attn.qkv.weight" in models.read_tensors(tmp_path / "t/model.safetensors")
 
 
 @pytest.fixture
@@ -67,51 +74,59 @@ def test_the_result_of_an_audit_stays_behind(copied, tmp_path):
     attack.attach(SimpleNamespace(config=tiny_config(audit__count=9)), run)
     assert "audit" in (copied / "privacy.md").read_text()
     assert (copied / "privacy.md").stat().st_mode & 0o077 == 0
-    export.export(copied, tmp_path / "m.safetensors")
-    assert json.loads((tmp_path / "m.privacy.json").read_text()) == before
-    assert "audit" not in (tmp_path / "m.privacy.md").read_text()
+    export.export(copied, tmp_path / "m")
+    assert json.loads((tmp_path / "m/privacy.json").read_text()) == before
+    assert not [p.name for p in (tmp_path / "m").glob("*.*") if b"audit" in p.read_bytes()]
     run.write("audit.json", {**report, "bound": 3.0})
     with pytest.raises(ValueError, match="its audit refutes the claim"):
-        export.export(copied, tmp_path / "other.safetensors")
-    assert not list(tmp_path.glob("other*"))
+        export.export(copied, tmp_path / "other")
+    assert not list(tmp_path.glob("*other*"))
 
 
-def test_no_statement_stays_beside_other_weights(workdir, copied, tmp_path):
-    target = tmp_path / "m.safetensors"
-    export.export(workdir, target)
+def test_private_weights_without_a_statement_are_not_exported(copied, tmp_path):
     (copied / "privacy.json").unlink()
-    with pytest.raises(ValueError, match=r"has no privacy\.json"):  # of a private run
-        export.export(copied, target)
-    assert (tmp_path / "m.privacy.json").exists()  # nothing was touched
+    with pytest.raises(ValueError, match=r"has no privacy\.json"):
+        export.export(copied, tmp_path / "m")
     config = Workdir(copied).read("config.json")
     Workdir(copied).write("config.json", {**config, "dp": None})
-    assert export.export(copied, target) == [target]
-    assert not list(tmp_path.glob("m.privacy.*"))
+    export.export(copied, tmp_path / "m")
+    assert not list((tmp_path / "m").glob("privacy.*"))
 
 
-@pytest.mark.parametrize("at", ["m.safetensors", "m.privacy.json", "m.privacy.md"])
-def test_an_export_that_is_cut_leaves_no_file_half_written(at, workdir, tmp_path, monkeypatch):
-    export.export(workdir, tmp_path / "m.safetensors")
-    whole = {p.name: p.read_bytes() for p in tmp_path.glob("m.*")}
-
-    @contextlib.contextmanager
-    def cut(path, **options):
-        with files.replacing(path, **options) as temporary:
-            yield temporary
-            if path.name == at:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "replacing", cut)
-    with pytest.raises(KeyboardInterrupt):
-        export.export(workdir, tmp_path / "m.safetensors")
-    left = {p.name: p.read_bytes() for p in tmp_path.glob("*m.*")}
-    assert left.items() <= whole.items()
-    assert at == "m.safetensors" or at not in left
+def test_metrics_of_private_data_are_not_in_the_card(copied, tmp_path):
+    run = Workdir(copied)
+    export.export(copied, tmp_path / "public")
+    assert "accuracy" in (tmp_path / "public/README.md").read_text().partition("Held out")[2]
+    labeled = {f"nonprivate/{name}": value for name, value in run.read("eval.json").items()}
+    run.write("eval.json", labeled)
+    export.export(copied, tmp_path / "m")
+    assert "Held out" not in (tmp_path / "m/README.md").read_text()
 
 
-def test_mistakes(workdir, tmp_path):
-    with pytest.raises(ValueError, match="must end in"):
-        export.export(workdir, tmp_path / "m.bin")
-    with pytest.raises(ValueError, match="has no config"):
-        export.export(tmp_path, tmp_path / "m.safetensors")
-    assert cli.main(["export", str(tmp_path), str(tmp_path / "m.safetensors")]) == 2
+def test_mistakes(workdir, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for source, target, more, text in (
+        (workdir, "full", [], "exists: name a new folder"),
+        (tmp_path / "full", "new", [], "has no config.json: has the run finished?"),
+        (workdir, "new", ["--format=transformers"], "needs pooling='cls', got 'gap'"),
+        (workdir, "new", ["--format=torch"], "must be one of"),
+    ):
+        assert cli.main(["export", str(source), str(tmp_path / target), *more]) == 2
+        assert text in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.peers
+def test_other_libraries_load_the_folder(workdir, tmp_path):
+    torch, timm = (pytest.importorskip(name) for name in ("torch", "timm"))
+    import dpjax
+
+    export.export(workdir, tmp_path / "t", layout="timm")
+    loaded = dpjax.load(tmp_path / "t")
+    net = timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True).eval()
+    images = np.random.default_rng(0).normal(size=(3, 14, 14, 1)).astype(np.float32)
+    with torch.no_grad():
+        theirs = net(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(loaded.model.apply(loaded.params, images), theirs, atol=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpjax import data
-from dpjax.data.prepare import atomic, builders
+from dpjax.data.prepare import builders, write
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_failing_generator_leaves_nothing(tmp_path, monkeypatch):
 
 def test_it_is_prepared_once(data_dir, monkeypatch):
     data.load("digits", data_dir=data_dir)
-    monkeypatch.setattr(atomic, "_generate", lambda builder: pytest.fail("prepared again"))
+    monkeypatch.setattr(write, "_generate", lambda builder: pytest.fail("prepared again"))
     data.load("digits", data_dir=data_dir)
 
 
@@ -114,9 +114,9 @@ def test_three_processes_prepare_at_once(tmp_path):
     script = """
         import json, sys
         from dpjax import data
-        from dpjax.data.prepare import atomic
-        made, generate = [], atomic._generate
-        atomic._generate = lambda builder: (made.append(1), generate(builder))
+        from dpjax.data.prepare import write
+        made, generate = [], write._generate
+        write._generate = lambda builder: (made.append(1), generate(builder))
         digest = data.load("digits", data_dir=sys.argv[1]).digest
         print(json.dumps({"made": len(made), "digest": digest}))
     """

@@ -64,11 +64,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     source = newsgroups(tmp_path / "a.tgz")
     flags = ["newsgroups20", f"--source={source}", f"--data_dir={tmp_path}"]
     assert cli.main(["prepare", *flags]) == 2
-    assert "holds {'train': 18, 'test': 6} posts, not" in capsys.readouterr().err
+    assert "holds {'train': 18, 'test': 6} texts of 3 classes, not" in capsys.readouterr().err
     monkeypatch.setitem(
         SOURCES,
         "newsgroups20",
-        type(SOURCES["newsgroups20"])("", SOURCES["newsgroups20"].build, None),
+        type(SOURCES["newsgroups20"])("", SOURCES["newsgroups20"].read, None),
     )
     assert cli.main(["prepare", *flags]) == 0
     assert "{'train': 18, 'test': 6}" in capsys.readouterr().out

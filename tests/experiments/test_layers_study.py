@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpjax import config, dp
+from dpjax import dp
+from dpjax.build import fields
 from dpjax.commands import cli
 from dpjax.dp import repeat_and_select
 from dpjax.search import proposals, sweep
@@ -86,7 +87,7 @@ def test_the_best_rate_of_each_set_is_shown_and_losses_are_paired(finished):
 
 @pytest.mark.parametrize("size", [*study.SIZES, "charged"])
 def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
-    base = config.load(f"{FILE}:{size}")
+    base = fields.load(f"{FILE}:{size}")
     found = sweep.points(f"{FILE}:{size}", base)
     assert {name for point in found for name in point} - {"private_seed"} == {
         "finetune", "optimizer.learning_rate",

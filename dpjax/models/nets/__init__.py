@@ -4,7 +4,7 @@ from dpjax.models.nets.bit import RESNETS, ResNetConfig, resnet_v2
 from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
 from dpjax.models.nets.resnet8 import resnet8
 from dpjax.models.nets.text import TEXT_SIZES, TextConfig, text_encoder
-from dpjax.models.nets.vit import SIZES, ViTConfig, to_timm, vision_transformer
+from dpjax.models.nets.vit import SIZES, ViTConfig, layout_config, to_layout, vision_transformer
 from dpjax.models.nets.wrn import WRN_16_4, WideResNetConfig, wide_resnet
 
 __all__ = [
@@ -20,10 +20,11 @@ __all__ = [
     "ViTConfig",
     "WideResNetConfig",
     "efficientnet_lite",
+    "layout_config",
     "resnet8",
     "resnet_v2",
     "text_encoder",
-    "to_timm",
+    "to_layout",
     "vision_transformer",
     "wide_resnet",
 ]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from dpjax.models.model import InputSpec, Model, Params, compute_dtype, flatten,
 from dpjax.models.nets.blocks import Attention, Mlp
 from dpjax.models.weights import Source, Tensors, read_tensors, resample_grid, translate
 
-__all__ = ["SIZES", "ViTConfig", "to_timm", "vision_transformer"]
+__all__ = ["SIZES", "ViTConfig", "layout_config", "to_layout", "vision_transformer"]
 
 
 @dataclass(frozen=True)
@@ -380,19 +381,29 @@ def _load(cfg: ViTConfig, params: Params, path: str, *, head: bool = False) -> P
     )
 
 
-def to_timm(params: Mapping[str, object], cfg: ViTConfig) -> Tensors:
-    """Returns the weights under timm's names, for export.
+def to_layout(params: Mapping[str, object], cfg: ViTConfig, layout: str) -> Tensors:
+    """Returns the weights under the names of another library, for export.
 
     Args:
         params: parameters of a ViT.
         cfg: its shape.
+        layout: "timm" or "transformers".
 
     Returns:
-        Tensors that timm's `VisionTransformer` of this shape loads with `strict=True`.
+        Tensors that timm's `VisionTransformer`, or transformers' `ViTForImageClassification`, of
+        this shape loads with no tensor missing or left over.
+
+    Raises:
+        ValueError: transformers has no such model: it reads out a class token.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-    norm = "norm" if cfg.pooling == "cls" else "fc_norm"
-    table = _timm(cfg, len(flat["head/bias"]), norm)
+    classes = len(flat["head/bias"])
+    if layout == "timm":
+        table = _timm(cfg, classes, "norm" if cfg.pooling == "cls" else "fc_norm")
+    elif cfg.pooling == "cls":
+        table = _hugging_face(cfg, classes, "vit.")
+    else:
+        raise ValueError(f"format='transformers' needs pooling='cls', got {cfg.pooling!r}.")
     out: Tensors = {}
     for path, source in table.items():
         value, name = flat[path], source.name
@@ -406,3 +417,51 @@ def to_timm(params: Mapping[str, object], cfg: ViTConfig) -> Tensors:
             value = value[None, None]
         out[name] = np.concatenate([out[name], value]) if name in out else value
     return {name: np.ascontiguousarray(value) for name, value in out.items()}
+
+
+def layout_config(cfg: ViTConfig, layout: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns the `config.json` with which timm or transformers builds this ViT from a folder."""
+    if layout == "transformers":
+        return {
+            "architectures": ["ViTForImageClassification"],
+            "model_type": "vit",
+            "hidden_size": cfg.width,
+            "num_hidden_layers": cfg.depth,
+            "num_attention_heads": cfg.heads,
+            "intermediate_size": cfg.mlp,
+            "image_size": cfg.image_size,
+            "patch_size": cfg.patch,
+            "num_channels": cfg.channels,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "id2label": {str(index): name for index, name in enumerate(class_names)},
+            "label2id": {name: index for index, name in enumerate(class_names)},
+        }
+    center = [0.5] * cfg.channels  # as in `vision_transformer`
+    return {
+        "architecture": "vit_tiny_patch16_224",  # every field of its shape is replaced
+        "num_classes": len(class_names),
+        "model_args": {
+            "img_size": cfg.image_size,
+            "patch_size": cfg.patch,
+            "in_chans": cfg.channels,
+            "embed_dim": cfg.width,
+            "depth": cfg.depth,
+            "num_heads": cfg.heads,
+            "mlp_ratio": cfg.mlp / cfg.width,
+            "class_token": cfg.class_token,
+            "global_pool": "token" if cfg.pooling == "cls" else "avg",
+        },
+        "pretrained_cfg": {
+            "input_size": [cfg.channels, cfg.image_size, cfg.image_size],
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "mean": center,
+            "std": center,
+            "num_classes": len(class_names),
+            "label_names": list(class_names),
+        },
+    }

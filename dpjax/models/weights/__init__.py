@@ -1,6 +1,6 @@
 """Weight files: finding and reading them, and mapping their tensors to this package's names."""
 
-from dpjax.models.weights.published import WEIGHTS, locate, sha256
+from dpjax.models.weights.published import WEIGHTS, availability, locate, sha256
 from dpjax.models.weights.resample import resample_grid
 from dpjax.models.weights.tables import (
     Source,
@@ -17,6 +17,7 @@ __all__ = [
     "WEIGHTS",
     "Source",
     "Tensors",
+    "availability",
     "load_plain",
     "load_weights",
     "loader",

@@ -14,13 +14,13 @@ from types import MappingProxyType
 
 from dpjax import files
 
-__all__ = ["WEIGHTS", "PublishedWeights", "locate", "sha256"]
+__all__ = ["WEIGHTS", "PublishedWeights", "availability", "locate", "sha256"]
 
 _AUGREG = "https://storage.googleapis.com/vit_models/augreg/"
 _BIT = "https://storage.googleapis.com/bit_models/"
 _MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
 _DISTILBERT = "https://huggingface.co/distilbert/distilbert-base-uncased/resolve/main/"
-_SUFFIXES = (".npz", ".safetensors", ".pth")
+_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -132,20 +132,37 @@ def locate(
     raise ValueError(f"weights {name_or_path!r} are neither a file nor a known name{hint}.")
 
 
-def _published(name: str, entry: PublishedWeights, folder: Path) -> str:
-    packaged = _in_package(entry)
-    if packaged is not None:
-        return _checked(name, packaged, entry)
-    cached = str(folder / f"{name}-{os.path.basename(entry.file)}")
-    if os.path.isfile(cached):
-        return _checked(name, cached, entry)
-    ways = []
-    if entry.install is not None:
-        ways.append(f"run `{entry.install}`")
+def availability(name: str) -> str:
+    """Says whether published weights are on this machine, or what they need; downloads nothing."""
+    entry, cached = WEIGHTS[name], _cached(name, WEIGHTS[name], files.cache_dir("weights"))
+    if _in_package(entry) is not None or os.path.isfile(cached):
+        return "on this machine"
+    if entry.url is None or entry.sha256 is None:
+        return ", or ".join(_ways(entry, cached))
+    return "downloaded when first used" + (f", or run `{entry.install}`" if entry.install else "")
+
+
+def _cached(name: str, entry: PublishedWeights, folder: Path) -> str:
+    return str(folder / f"{name}-{os.path.basename(entry.file)}")
+
+
+def _ways(entry: PublishedWeights, cached: str) -> list[str]:
+    ways = [] if entry.install is None else [f"run `{entry.install}`"]
     if entry.url is not None:
         ways.append(
             f"put {entry.url} at {cached}, or give the path of the file instead of its name"
         )
+    return ways
+
+
+def _published(name: str, entry: PublishedWeights, folder: Path) -> str:
+    packaged = _in_package(entry)
+    if packaged is not None:
+        return _checked(name, packaged, entry)
+    cached = _cached(name, entry, folder)
+    if os.path.isfile(cached):
+        return _checked(name, cached, entry)
+    ways = _ways(entry, cached)
     if entry.url is None or entry.sha256 is None:
         why = "" if entry.url is None else " and are not downloaded, as their checksum is unknown"
         raise FileNotFoundError(f"weights {name!r} are not installed{why}: {', or '.join(ways)}.")

@@ -10,15 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
+from safetensors import safe_open
 
 from dpjax.files import replacing
 from dpjax.models.model import Params, flatten, unflatten
@@ -36,6 +35,8 @@ __all__ = [
 ]
 
 Tensors = dict[str, np.ndarray]
+
+_TORCH = (".pth", ".pt", ".bin")
 
 _log = logging.getLogger(__name__)
 
@@ -66,27 +67,53 @@ class Source:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """Reads all tensors of a `.npz`, `.safetensors` or legacy torch `.pth` file.
+    """Reads all tensors of a `.npz` or `.safetensors` file, or of a state dict that torch saved.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it has another suffix, or is damaged.
+        ValueError: it has another suffix, is damaged, is a git-LFS pointer or a web page in place
+            of the file, or holds tensors of a type that NumPy does not have.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weight file {path}.")
     suffix = os.path.splitext(path)[1]
-    if suffix == ".pth":
+    if suffix not in (".npz", ".safetensors", *_TORCH):
+        raise ValueError(f"{path} must end in .npz, .safetensors, {', '.join(_TORCH)}.")
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-LFS pointer to the weights: run git lfs pull.")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{path} is a web page, not weights: the download needs a direct link or a sign-in."
+        )
+    if suffix in _TORCH:
         return read_torch_pickle(path)
     try:
         if suffix == ".npz":
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        if suffix == ".safetensors":
-            return dict(safetensors_numpy.load_file(path))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as {suffix}: {error}") from error
-    raise ValueError(f"{path} must end in .npz, .safetensors or .pth.")
+        return dict(safetensors_numpy.load_file(path))
+    except Exception as error:  # a damaged file raises almost anything
+        if suffix == ".safetensors" and (kinds := _unknown_types(path)):
+            raise ValueError(
+                f"{path} holds tensors of type {', '.join(kinds)}, which cannot be read here: save "
+                "them as F32 or BF16, with their scales multiplied in."
+            ) from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as {suffix}: {reason}. Is it complete?") from error
+
+
+def _unknown_types(path: str) -> list[str]:
+    """Types of the tensors of a safetensors file that NumPy cannot hold, such as F8_E4M3."""
+    try:
+        with safe_open(path, framework="np") as file:
+            names = {file.get_slice(name).get_dtype() for name in file.keys()}
+    except Exception:  # damaged
+        return []
+    return sorted(names - {"F64", "F32", "F16", "BF16", "BOOL", "I8", "I16", "I32", "I64",
+                           "U8", "U16", "U32", "U64"})  # fmt: skip
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
