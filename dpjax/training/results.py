@@ -21,7 +21,7 @@ from dpjax.runtime import Workdir, hosts, sharding
 from dpjax.step import TrainState
 from dpjax.training import feed
 
-__all__ = ["finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"]
+__all__ = ["evaluation", "finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"]
 
 
 def prefix(run: Run) -> str:
@@ -92,16 +92,18 @@ def finish(
         results |= _named("ema/", metrics.summarize(evaluate(average), names))
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
-    shown = metrics.diagrams(sums, names)
-    public = {"class_names": shown.pop("class_names")}
-    if run.temperature is not None:
-        public["temperature"] = value  # under the guarantee
-    results, shown = (
-        metrics.labeled(values, run.evaluates_on_private_data) for values in (results, shown)
-    )
     workdir.write("model.json", predictor.description(run))
-    workdir.write("eval.json", {**results, **public, **shown})
-    return {**results, **({"temperature": value} if run.temperature is not None else {})}
+    released = {} if run.temperature is None else {"temperature": value}  # under the guarantee
+    content = evaluation(run, results, sums) | released
+    workdir.write("eval.json", content)
+    return {name: value for name, value in content.items() if isinstance(value, float)}
+
+
+def evaluation(run: Run, results: Mapping[str, float], sums: metrics.EvalSums) -> dict[str, Any]:
+    """Returns the content of `eval.json`: metrics and what figures show, each under its label."""
+    shown = metrics.diagrams(sums, run.train.class_names)
+    names = {"class_names": shown.pop("class_names")}
+    return {**metrics.labeled({**results, **shown}, run.evaluates_on_private_data), **names}
 
 
 def _check_draws(run: Run, workdir: Workdir, state: TrainState) -> None:

@@ -125,7 +125,7 @@ def test_evaluations_on_private_data_are_named_so(tmp_path):
     assert Workdir(tmp_path).losses()[last["step"]] == results["nonprivate/nll"]
     assert all(name.startswith("nonprivate/") for name in results)
     assert set(json.loads((tmp_path / "eval.json").read_text())) == {
-        *results, "nonprivate/reliability"
+        *results, "nonprivate/reliability", "nonprivate/confusion", "class_names",
     }  # fmt: skip
     for path in (*report.figures(tmp_path), tmp_path / "eval.json"):
         assert path.stat().st_mode & 0o077 == 0, path
