@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-__all__ = ["default", "differences", "without_infinite_budget"]
+__all__ = ["MAY_CHANGE", "default", "differences", "without_infinite_budget"]
 
 
 def default() -> ConfigDict:
@@ -160,6 +160,28 @@ def default() -> ConfigDict:
     )
     config.lock()
     return config
+
+
+# The fields that may differ when a run is resumed, and why. A step that a killed process had begun
+# is executed again with the same noise: if its sum were another one, the difference of the two
+# would be free of noise. So a field is listed only if it changes no sum beyond its rounding.
+MAY_CHANGE = {
+    **dict.fromkeys(
+        ("audit.canaries", "audit.confidence", "audit.count", "audit.runs"),
+        "audits are runs of their own, with seeds of their own",
+    ),
+    **dict.fromkeys(
+        ("checkpoint_every", "eval_every", "keep_best", "keep_checkpoints", "log_every"),
+        "decides what is written, not what is computed",
+    ),
+    "data.data_dir": "the identity holds a digest of the data, wherever they are",
+    # The order in which one sum is added up. (The engine, `dp.method`, is not listed: book-keeping
+    # lowers a factor by the margin of its norm, up to 2e-4, which is no rounding.)
+    **dict.fromkeys(
+        ("microbatch", "physical_batch", "sharding"),
+        "changes the order of additions only, so that a run may move to other devices",
+    ),
+}
 
 
 def without_infinite_budget(config: ConfigDict) -> ConfigDict:

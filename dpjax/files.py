@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import itertools
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
-    "cache_dir", "caching", "choose", "did_you_mean", "nearest", "replacing", "resolve", "returned",
+    "cache_dir", "caching", "choose", "did_you_mean", "free_name", "local_path", "nearest",
+    "replacing", "resolve", "returned",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -42,6 +45,30 @@ def replacing(path: str | os.PathLike[str], *, secret: bool = False) -> Iterator
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def local_path(field: str, path: str | os.PathLike[str]) -> Path:
+    """Returns a path with "~" expanded.
+
+    Args:
+        field: that the path was given for, for the message.
+        path: of a file or directory on this machine, or on a file system that it has mounted.
+
+    Raises:
+        ValueError: it is a URL, which would become a directory of that name.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
+        raise ValueError(
+            f"{field}={os.fspath(path)!r} is a URL, but files are written to local or mounted file "
+            "systems only: mount it (as with gcsfuse or mountpoint-s3), or copy the files later."
+        )
+    return Path(path).expanduser()
+
+
+def free_name(path: Path) -> Path:
+    """Returns the first of PATH.1, PATH.2, ... that does not exist."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def cache_dir(name: str) -> Path:

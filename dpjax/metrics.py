@@ -7,16 +7,41 @@ prediction is its largest softmax probability; bins have equal width and are ope
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["EvalSums", "Reliability", "diagrams", "eval_sums", "reliability", "summarize"]
+__all__ = [
+    "PRIVATE", "EvalSums", "Reliability", "diagrams", "eval_sums", "labeled", "lookup",
+    "reliability", "summarize",
+]  # fmt: skip
 
 _CONFUSION_CLASSES = 50  # with more, a confusion matrix is neither readable nor small
+
+PRIVATE = "nonprivate/"
+"""Prefix of the name of every number that reads private data outside of the guarantee."""
+
+
+def labeled(values: Mapping[str, Any], private_data: bool) -> dict[str, Any]:
+    """Returns values under their names, with the prefix `PRIVATE` if they read private data.
+
+    >>> labeled({"accuracy": 0.5}, True)
+    {'nonprivate/accuracy': 0.5}
+    """
+    return {f"{PRIVATE if private_data else ''}{name}": value for name, value in values.items()}
+
+
+def lookup(values: Mapping[str, Any], name: str) -> tuple[str, Any]:
+    """Returns a value and the name that it has: plain, or with the prefix `PRIVATE`.
+
+    Raises:
+        KeyError: it has neither name.
+    """
+    full = name if name in values else f"{PRIVATE}{name}"
+    return full, values[full]
 
 
 class EvalSums(NamedTuple):

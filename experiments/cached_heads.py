@@ -191,7 +191,7 @@ def _write(
     if measure is not None:
         workdir.write("measured.json", measure(run, run.params, {**run.params, **head}))
     workdir.write("model.json", predictor.description(run))
-    workdir.write("eval.json", {**found, **metrics.diagrams(sums, names)})
+    workdir.write("eval.json", results.evaluation(run, found, sums))
 
 
 _LOGGED = (("loss", "loss"), ("clipped", "clipped_fraction"), ("count", "batch_size"))

@@ -12,6 +12,7 @@ import test_broken
 import test_seeds
 import test_train
 
+from dpjax import guide
 from dpjax.dp import seeds
 
 TESTS = Path(__file__).parent
@@ -158,6 +159,46 @@ PITFALLS = {
         ],
         ["test_validate.py::test_batch_norm_in_inference_mode_passes"],
     ),
+    "two uses of randomness that share a key, or a public seed": (
+        [
+            "test_streams.py::test_no_two_uses_of_a_run_share_a_key",
+            "test_streams.py::test_every_audited_run_and_its_coins_have_seeds_of_their_own",
+            "test_streams.py::test_the_runs_of_a_charged_search_come_from_the_operating_system",
+        ],
+        [
+            "test_streams.py::test_an_edit_that_joins_two_streams_is_seen",
+            "test_streams.py::test_points_from_the_flag_would_be_seen",
+        ],
+    ),
+    "the same noise on another sum, after other data, weights, fields or processes": (
+        [
+            "test_preemption.py::test_other_data_under_the_same_name_are_refused_before_any_checkpoint",
+            "test_preemption.py::test_other_weights_under_the_same_name_are_refused",
+            "test_preemption.py::test_every_field_is_in_the_identity_or_may_change_for_a_reason",
+            "test_preemption.py::test_a_second_process_is_refused_before_it_writes",
+        ],
+        ["test_workdir.py::test_a_directory_keeps_its_run"],
+    ),
+    "a statement of fewer steps than drew noise, or of other weights": (
+        [
+            "test_ledger.py::test_a_ledger_that_nobody_charged_has_no_statement",
+            "test_export.py::test_private_weights_without_a_statement_are_not_exported",
+            "test_search.py::test_a_draw_pays_for_the_search_it_was_made_for",
+        ],
+        [
+            "test_ledger.py::test_a_statement_covers_every_draw_of_noise",
+            "test_preemption.py::test_a_state_of_other_steps_than_were_charged_ends_without_results",
+        ],
+    ),
+    "a private number, seed or time in a file that is published": (
+        [
+            "test_train.py::test_the_threat_model_lists_every_file_and_no_other_may_be_read",
+            "test_train.py::test_checkpoints_hold_nothing_about_seed_or_data",
+            "test_train.py::test_evaluations_on_private_data_are_named_so",
+            "test_export.py::test_the_result_of_an_audit_stays_behind",
+        ],
+        ["test_workdir.py::test_what_may_not_be_published_is_readable_by_its_owner_only"],
+    ),
     "search, early stopping, logged losses uncharged": (
         [
             "test_train.py::test_private_facts_are_named_so",
@@ -170,6 +211,62 @@ PITFALLS = {
         ["test_pitfalls.py::test_a_private_fact_without_its_label_is_seen"],
     ),
 }
+
+
+# The classes that others list: of the audit of twelve libraries by arXiv 2602.17454 (with the glue
+# that its authors name), and of jax_privacy's page on pitfalls. Each is owned by rows of PITFALLS
+# or by tests; the guide (evidence.md) has this table.
+CLASSES = {
+    "control flow or a loop that depends on the data": [
+        "empty batch skipped",
+        "test_fuzz.py::test_tiny_data_sets_train_to_the_end",
+        "test_ledger.py::test_a_run_that_ends_early_claims_its_plan",
+    ],
+    "a sensitivity that is declared smaller than it is": [
+        "a norm that is measured smaller than it is",
+        "test_train.py::test_removing_an_example_moves_an_augmented_sum_by_at_most_the_bound",
+        "test_engine_bound.py",
+    ],
+    "a noise scale or a divisor that depends on the data": [
+        "division by realized, padded or private size"
+    ],
+    "an accountant that reports less than was spent": [
+        "more updates executed than calibrated",
+        "a statement of fewer steps than drew noise, or of other weights",
+        "test_accounting.py",
+    ],
+    "accounting that does not match the batches": [
+        "accumulation counted as one draw, shuffling as Poisson, truncation uncounted, rate rounded"
+    ],
+    "public and private facts mixed; auxiliary outputs": [
+        "a private number, seed or time in a file that is published",
+        "search, early stopping, logged losses uncharged",
+    ],
+    "a neighboring relation that is not said": [
+        "test_ledger.py::test_markdown_says_the_same",
+        "test_ledger.py::test_phases_of_one_relation_only",
+    ],
+    "empty batches and gradients that are not finite": [
+        "empty batch skipped", "NaN example poisons the sum",
+    ],
+    "gradient accumulation that clips or draws noise for each part": [
+        "noise per device, then summed or averaged",
+        "test_fuzz.py::test_chunks_masks_and_broken_pixels_add_up",
+    ],
+    "operations across examples": [
+        "BatchNorm under vmap",
+        "an example that changes another one's augmentation, or the part it is in",
+    ],
+    "randomness that is weak or used twice": [
+        "public or weak seed",
+        "same key over leaves, steps, resume, or for dropout and noise",
+        "two uses of randomness that share a key, or a public seed",
+        "the same noise on another sum, after other data, weights, fields or processes",
+    ],
+    "finite precision": [
+        "noise in bfloat16", "a sum that is rounded to few bits", "noise whose tails end early",
+    ],
+}  # fmt: skip
 
 
 @functools.cache
@@ -201,6 +298,25 @@ def test_every_pitfall_is_owned_and_its_owners_can_fail(pitfall):
     assert owners
     assert companions
     assert [m for m in map(missing, owners + companions) if m] == []
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_class_that_others_list_is_owned(kind):
+    for owner in CLASSES[kind]:
+        if owner.endswith(".py"):
+            assert names_in(owner), owner
+        else:
+            assert owner in PITFALLS or missing(owner) is None, owner
+
+
+def test_the_guide_has_the_table_of_these_classes():
+    text = (Path(guide.__file__).parent / "evidence.md").read_text()
+    lines = ["| violation | guarded by |", "|---|---|"]
+    lines += [
+        f"| {kind} | " + "; ".join(f"`{o}`" if ".py" in o else o for o in owners) + " |"
+        for kind, owners in CLASSES.items()
+    ]
+    assert "\n".join(lines) in text
 
 
 def test_a_missing_owner_is_seen():

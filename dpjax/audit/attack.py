@@ -48,8 +48,6 @@ from dpjax.training import capacity, feed, phases
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-_NOT_CHARGED = "the audit's line in this statement"
-
 __all__ = ["attach", "audit", "check", "check_arguments", "line", "refuted", "write"]
 
 
@@ -185,12 +183,12 @@ def write(report: dict[str, Any], workdir: Path) -> None:
         f"{report['bound']:.3g}, claimed {report['claimed_epsilon']:.4g}",
     )  # fmt: skip
     axes.legend()
-    figure.savefig(workdir / "audit.png", dpi=120)
+    place.save_figure("audit.png", figure)
     plt.close(figure)
 
 
 def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
-    """Audits a finished run as its config says, unless that was done; its statement tells.
+    """Audits a finished run as its config says, unless that was done, and states the result.
 
     Returns:
         The audit's result, as `audit.json` has it.
@@ -203,10 +201,9 @@ def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
         write(audit(run, **run.config.audit), workdir.path)
     hosts.gather(None)  # one host wrote it
     report = workdir.read("audit.json")
-    facts = {**workdir.read("privacy.json"), "audit": line(report)}
-    facts["not_charged"] = [
-        *(item for item in facts["not_charged"] if not item.startswith(_NOT_CHARGED)),
-        f"{_NOT_CHARGED}, audit.json and audit.png: made from further runs on the private data "
+    facts = {**dp.publishable(workdir.read("privacy.json")), "audit": line(report)}
+    facts["not_charged"] += [
+        f"{dp.AUDIT}, audit.json and audit.png: made from further runs on the private data "
         f"({wanted['runs']} for each audit), each of which costs the claimed epsilon once more",
     ]
     workdir.write("privacy.json", facts)

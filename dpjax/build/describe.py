@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ import numpy as np
 from dpjax import dp
 from dpjax.build.model import model_title
 from dpjax.build.run import Phase, Run
+from dpjax.config import MAY_CHANGE
 from dpjax.data import Units
 from dpjax.dp import seeds
-from dpjax.models import Params, finetune
+from dpjax.models import Params, finetune, locate, sha256
+from dpjax.runtime import code_digest
 
 __all__ = ["describe", "identity", "ledger_after", "statement"]
 
@@ -142,11 +145,11 @@ def ledger_after(run: Run, steps: int) -> dp.Ledger:
     ledger = run.ledger
     if ledger is None:
         raise ValueError("a run without privacy has no ledger.")
-    for index, phase in enumerate(run.phases):
-        ledger = ledger.charge(index, min(steps, phase.steps))
-        steps -= min(steps, phase.steps)
-    if run.temperature is not None:
-        ledger = ledger.charge(len(run.phases), steps)
+    for index, planned in enumerate(ledger.phases):
+        last = index == len(ledger.phases) - 1  # which refuses steps that nobody planned
+        if now := steps if last else min(steps, planned.mechanism.steps):
+            ledger = ledger.charge(index, now)
+            steps -= now
     return ledger
 
 
@@ -213,11 +216,20 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
 
 
 def identity(run: Run, private_seed: int) -> dict[str, Any]:
-    """Returns what a checkpoint of this run may only be continued with, as JSON values."""
+    """Returns what this run may only be resumed with, as JSON values.
+
+    Whatever decides batches, gradients or noise is in it: the same noise must never meet another
+    sum. `config.MAY_CHANGE` lists the fields that are left out, and why. The code is compared too,
+    but a difference only warns.
+    """
+    config = run.config.to_dict()
+    weights, own = config["model"]["weights"], list(_modules(config))
     facts: dict[str, Any] = {
-        "seed": run.config.seed,
-        # Keyed: the plain digest would tell whether somebody's guess of the data is right.
+        "config": _without(config, {*MAY_CHANGE, "private_seed"}),
+        # Keyed: a plain digest would show whether somebody's guess of the data is right.
         "data": seeds.digest(private_seed, run.train.digest),
+        "weights": weights and seeds.digest(private_seed, sha256(locate(weights))),
+        "code": code_digest(own),
         "num_examples": len(run.train),
         "phases": {
             f"{index}_{phase.name}": {
@@ -230,7 +242,6 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             }
             for index, phase in enumerate(run.phases)
         },
-        "ema": run.config.ema,
     }
     if run.temperature is not None:
         facts["temperature"] = {
@@ -252,6 +263,24 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             },
         }
     return facts
+
+
+def _without(section: Mapping[str, Any], fields: set[str], above: str = "") -> dict[str, Any]:
+    """A section of a config without some fields, given by their dotted names."""
+    return {
+        name: _without(value, fields, f"{above}{name}.") if isinstance(value, dict) else value
+        for name, value in section.items()
+        if f"{above}{name}" not in fields
+    }
+
+
+def _modules(section: Mapping[str, Any]) -> Iterator[str]:
+    """The modules of the user's that a config names, as in "module:function"."""
+    for value in section.values():
+        if isinstance(value, dict):
+            yield from _modules(value)
+        elif isinstance(value, str) and value.partition(":")[0] in sys.modules and ":" in value:
+            yield value.partition(":")[0]
 
 
 def _law(mechanism: dp.Mechanism | None) -> dict[str, Any]:

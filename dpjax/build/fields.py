@@ -84,7 +84,7 @@ def run_file(file: str) -> ConfigFile:
     Raises:
         ValueError: there is no such file, or it raised, naming the file and the line.
     """
-    name, _, argument = file.partition(":")
+    name, _, argument = os.path.expanduser(file).partition(":")
     path = name if os.path.isfile(name) else str(shipped().get(name, ""))
     if not path:
         hint = did_you_mean(Path(name).stem, shipped())

@@ -21,9 +21,9 @@ from ml_collections import ConfigDict
 
 from dpjax import __version__
 from dpjax.config import without_infinite_budget
-from dpjax.files import did_you_mean
+from dpjax.files import did_you_mean, local_path
 
-__all__ = ["Mistake", "Parser", "config", "main", "mistakes", "parser"]
+__all__ = ["Mistake", "Parser", "config", "main", "mistakes", "parser", "path"]
 
 _INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 
@@ -90,6 +90,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise Mistake(message)
+
+
+def path(text: str) -> Path:
+    """The type of arguments that name a file or directory: "~" is expanded, a URL refused."""
+    try:
+        return local_path("path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def config(args: argparse.Namespace) -> ConfigDict:

@@ -20,10 +20,11 @@ from typing import Any
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dpjax import build, data, models
+from dpjax import audit, build, dp, models
 from dpjax.build import predictor
 from dpjax.commands import cli
 from dpjax.files import choose
+from dpjax.runtime import Workdir
 
 FORMATS = ("dpjax", "timm", "transformers")
 
@@ -40,8 +41,12 @@ def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
     Returns:
         The files written.
 
+    Guarantees:
+        The folder contains nothing that the guarantee does not cover, no result of an audit either.
+
     Raises:
-        ValueError: an unfinished run, a folder with files, or a layout the model does not have.
+        ValueError: an unfinished run, a claim that an audit refuted, a folder with files, or a
+            layout the model does not have.
     """
     choose("format", layout, dict.fromkeys(FORMATS))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -50,6 +55,7 @@ def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
         if not (workdir / name).is_file():
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    statement = _statement(workdir, config)
     trained = predictor.load(workdir)
     theirs = None if layout == "dpjax" else _theirs(config, trained, layout)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +67,24 @@ def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
         (temporary / "weights.safetensors").unlink()
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    for name in ("privacy.json", "privacy.md"):
-        if (workdir / name).is_file():
-            shutil.copyfile(workdir / name, temporary / name)
+    if statement is not None:
+        (temporary / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
+        (temporary / "privacy.md").write_text(dp.to_markdown(statement))
     (temporary / "README.md").write_text(_card(workdir, config, trained, layout))
     temporary.replace(folder)
     return sorted(folder.iterdir())
+
+
+def _statement(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """Returns what may be published of the statement; None for a run without privacy."""
+    run = Workdir(workdir)
+    if config.dp is None:
+        return None
+    if not run.exists("privacy.json"):
+        raise ValueError(f"workdir={str(workdir)!r} has no privacy.json: weights claim nothing.")
+    if run.exists("audit.json") and audit.refuted(run.read("audit.json")):
+        raise ValueError(f"workdir={str(workdir)!r}: its audit refutes the claim, see audit.json.")
+    return dp.publishable(run.read("privacy.json"))
 
 
 def _theirs(
@@ -101,7 +119,7 @@ def _card(workdir: Path, config: ConfigDict, trained: predictor.Predictor, layou
         f"are not part of this folder. Trained: `{config.finetune}`, starting from "
         + (f"`{Path(start).name}`." if start else "random weights."),
         "",
-        *_evaluation(workdir, config),
+        *_evaluation(workdir, config.data.test_split),
         "## Intended use",
         "",
         "Inputs like those of the training data, and these classes alone: every input gets one of "
@@ -139,28 +157,26 @@ def _guarantee(workdir: Path) -> list[str]:
     ]
 
 
-def _evaluation(workdir: Path, config: ConfigDict) -> list[str]:
+def _evaluation(workdir: Path, split: str) -> list[str]:
     """The held-out metrics, if the examples they were computed on are public."""
-    one, other = config.data.train_split, config.data.test_split
     found = json.loads((workdir / "eval.json").read_text())
-    if config.data.holdout is not None or data.splits_overlap(one, other) or "ece" not in found:
+    if "ece" not in found:  # else it is named nonprivate/ece
         return []
     return [
-        f"Held out (`{other}`): accuracy {100 * found['accuracy']:.1f} %, negative log-likelihood "
+        f"Held out (`{split}`): accuracy {100 * found['accuracy']:.1f} %, negative log-likelihood "
         f"{found['nll']:.3f}, expected calibration error {100 * found['ece']:.1f} %.",
         "",
     ]
 
 
 def add_arguments(parser: cli.Parser) -> None:
-    parser.add_argument("workdir", type=Path, help="of a finished run")
-    parser.add_argument("folder", type=Path, help="the folder to write")
+    parser.add_argument("workdir", type=cli.path, help="of a finished run")
+    parser.add_argument("folder", type=cli.path, help="the folder to write")
     parser.add_argument("--format", default="dpjax", help=", ".join(FORMATS))
 
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
-    workdir, folder = args.workdir.expanduser(), args.folder.expanduser()
-    for path in export(workdir, folder, layout=args.format):
+    for path in export(args.workdir, args.folder, layout=args.format):
         print(path)
     return 0

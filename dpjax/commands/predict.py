@@ -28,7 +28,7 @@ _ROWS = 256  # read and predicted together
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--workdir", required=True, help="of a finished run, or of an export")
     parser.add_argument("--input", required=True, help="file, folder or text")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="where all probabilities go")
+    parser.add_argument("--output", type=cli.path, metavar="CSV", help="where all probabilities go")
     parser.add_argument(
         "--weights", metavar="FILE", help="of the workdir, such as weights_ema.safetensors",
     )  # fmt: skip

@@ -20,7 +20,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from dpjax.commands import cli
-from dpjax.runtime import read_jsonl
+from dpjax.metrics import PRIVATE, lookup
+from dpjax.runtime import Workdir, read_jsonl
 
 
 def figures(workdir: Path) -> list[Path]:
@@ -39,8 +40,7 @@ def figures(workdir: Path) -> list[Path]:
         if not (workdir / name).is_file():
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     rows = list(read_jsonl(workdir / "metrics.jsonl"))
-    final = json.loads((workdir / "eval.json").read_text())
-    return [_learning_curve(workdir, rows), _reliability(workdir, final)]
+    return [_learning_curve(workdir, rows), _reliability(workdir)]
 
 
 def study(workdir: Path) -> list[Path]:
@@ -61,14 +61,15 @@ def study(workdir: Path) -> list[Path]:
 def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     train = [(r["step"], r["nonprivate/loss"]) for r in rows if "nonprivate/loss" in r]
-    begin = "nonprivate/eval/" if any("nonprivate/eval/nll" in r for r in rows) else "eval/"
+    private = any(f"{PRIVATE}eval/nll" in r for r in rows)
+    begin = f"{PRIVATE}eval/" if private else "eval/"
     held = [r for r in rows if f"{begin}nll" in r]
     if not held:
         raise ValueError(f"workdir={str(workdir)!r}: metrics.jsonl holds no evaluation.")
     if train:
         left.plot(*zip(*train), color="0.75", label="private batches (not private)")
     steps = [r["step"] for r in held]
-    held_out = "held out" if begin == "eval/" else "held out of the private data (not private)"
+    held_out = "held out of the private data (not private)" if private else "held out"
     left.plot(steps, [r[f"{begin}nll"] for r in held], "o-", color="C0", label=held_out)
     left.set(xlabel="step", ylabel="cross-entropy [nats]", title="Loss")
     left.legend()
@@ -81,11 +82,14 @@ def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
         twin.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    return _save(figure, workdir / "learning_curve.png")
+    return _save(figure, workdir, "learning_curve.png")
 
 
-def _reliability(workdir: Path, final: dict[str, object]) -> Path:
-    bins = {name: np.asarray(values) for name, values in final["reliability"].items()}  # type: ignore[attr-defined]
+def _reliability(workdir: Path) -> Path:
+    text = (workdir / "eval.json").read_text()
+    final = json.loads(text)
+    name, shown = lookup(final, "reliability")
+    bins = {field: np.asarray(values) for field, values in shown.items()}
     count, confidence, accuracy = bins["count"], bins["confidence"], bins["accuracy"]
     edges = np.linspace(0, 1, len(count) + 1)
     figure, (top, bottom) = plt.subplots(
@@ -98,24 +102,24 @@ def _reliability(workdir: Path, final: dict[str, object]) -> Path:
     top.plot(confidence[used], accuracy[used], "o", color="C1", label="mean confidence of the bin")
     top.set(
         ylabel="accuracy", ylim=(0, 1), xlim=(0, 1),
-        title=f"Reliability on held-out data: ECE {100 * final['ece']:.1f} %, "  # type: ignore[operator]
-        f"MCE {100 * final['mce']:.1f} %",  # type: ignore[operator]
+        title=f"Reliability on held-out data{' (not private)' if PRIVATE in name else ''}: ECE "
+        f"{100 * lookup(final, 'ece')[1]:.1f} %, MCE {100 * lookup(final, 'mce')[1]:.1f} %",
     )  # fmt: skip
     top.legend(loc="upper left")
     bottom.bar(edges[:-1], count, width, align="edge", color="0.6", edgecolor="white")
     bottom.set(xlabel="confidence", ylabel="examples")
-    return _save(figure, workdir / "reliability.png")
+    return _save(figure, workdir, "reliability.png", shows=text)
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+def _save(figure: plt.Figure, workdir: Path, name: str, *, shows: str = "") -> Path:
+    path = Workdir(workdir).save_figure(name, figure, shows=shows)
     plt.close(figure)
     return path
 
 
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument(
-        "workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of runs, studies"
+        "workdirs", nargs="+", type=cli.path, metavar="WORKDIR", help="of runs, studies"
     )
 
 

@@ -22,16 +22,17 @@ Exit codes: 0 done, 1 some run failed, 2 a mistake, 75 stopped by a signal.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from pathlib import Path
 
 from dpjax.commands import cli
+from dpjax.runtime import Workdir
 from dpjax.search import search, sweep
 
 
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_config()
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--workdir", required=True, type=cli.path)
     parser.add_argument("--method", default="random", help=", ".join(search.METHODS))
     parser.add_argument("--trials", type=int, help="how many; all points by default")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the trials")
@@ -45,10 +46,13 @@ def run(args: argparse.Namespace) -> int:
     base = cli.config(args)
     found = sweep.points(args.config, base)
     search.check(args, args.overrides, found)
-    args.workdir.mkdir(parents=True, exist_ok=True)
     job = search.Job(args.config, args.workdir, found, args.metric, args.overrides)
+    # Workers that share a database share the directory too.
+    alone = contextlib.nullcontext() if args.storage else Workdir(args.workdir).lock()
+    args.workdir.mkdir(parents=True, exist_ok=True)
     try:
-        return int(search.run(job, args, base))
+        with alone:
+            return int(search.run(job, args, base))
     except search.Stopped:
         print("stopped as asked; the same command goes on.", file=sys.stderr)
         return sweep.STOPPED

@@ -19,24 +19,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from dpjax.commands import cli
+from dpjax.runtime import Workdir
 from dpjax.search import sweep
 
 
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_config()
-    parser.add_argument("--workdir", required=True, type=Path, help="one directory per point in it")
+    parser.add_argument(
+        "--workdir", required=True, type=cli.path, help="one directory per point in it"
+    )
     parser.add_argument("--table_only", action="store_true", help="run nothing")
 
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
     found = sweep.points(args.config, cli.config(args))
-    args.workdir.mkdir(parents=True, exist_ok=True)
+    with Workdir(args.workdir).lock():
+        return _sweep(args, found)
+
+
+def _sweep(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
     code = 0
     for row in tqdm(sweep.results(args.workdir, found), desc="points", disable=args.table_only):
         if args.table_only or row["status"] == "finished":
@@ -49,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         if code == sweep.STOPPED:
             break
     rows = sweep.results(args.workdir, found)
-    (args.workdir / "sweep.md").write_text(sweep.to_markdown(rows))
-    (args.workdir / "sweep.csv").write_text(sweep.to_csv(rows))
+    directory = Workdir(args.workdir)
+    directory.write("sweep.md", sweep.to_markdown(rows))
+    directory.write("sweep.csv", sweep.to_csv(rows))
     print(sweep.to_markdown(rows))
     if code == sweep.STOPPED:
         return sweep.STOPPED

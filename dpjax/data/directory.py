@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from dpjax.files import cache_dir, did_you_mean
+from dpjax.files import cache_dir, did_you_mean, local_path
 
 __all__ = [
     "Piece", "check_shards", "data_dir_or_default", "find_directory", "find_feature",
@@ -37,7 +37,7 @@ def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
     directory = data_dir or os.environ.get("DPJAX_DATA_DIR")
     if not directory:
         return cache_dir("data")
-    return Path(directory).expanduser()
+    return local_path("data.data_dir", directory)
 
 
 def split_name(name: str) -> tuple[str, str | None, str | None]:

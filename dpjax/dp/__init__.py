@@ -53,7 +53,17 @@ from dpjax.dp.engines import (
     check_engine,
     clipped_sum,
 )
-from dpjax.dp.ledger import SEED_POLICIES, BudgetExceeded, Ledger, Phase, statement, to_markdown
+from dpjax.dp.ledger import (
+    AUDIT,
+    SEED_POLICIES,
+    BudgetExceeded,
+    Ledger,
+    Phase,
+    noise_draws,
+    publishable,
+    statement,
+    to_markdown,
+)
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
@@ -69,6 +79,7 @@ from dpjax.dp.sampling import (
 from dpjax.dp.temperature import fit_temperature
 
 __all__ = [
+    "AUDIT",
     "METHODS",
     "PADDING",
     "SEED_POLICIES",
@@ -108,9 +119,11 @@ __all__ = [
     "least_squares",
     "linear_head",
     "lower_bound",
+    "noise_draws",
     "num_steps",
     "one_group",
     "per_layer",
+    "publishable",
     "quantile_bound",
     "repeat_and_select",
     "rule",

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from scipy.special import log_ndtr, ndtr
+
 from dpjax.dp import accounting
 from dpjax.dp.mechanism import Mechanism, shared_accountant
+from dpjax.dp.noise import GaussianState
 
-__all__ = ["BudgetExceeded", "Ledger", "Phase", "statement", "to_markdown"]
+__all__ = [
+    "AUDIT", "BudgetExceeded", "Ledger", "Phase", "noise_draws", "publishable", "statement",
+    "to_markdown",
+]  # fmt: skip
 
 SEED_POLICIES = {
     "os_entropy": "OS entropy: drawn once for this run and kept secret with its checkpoints",
@@ -53,7 +64,7 @@ class Ledger:
     Guarantees:
         No ledger exists whose executed steps exceed a phase's planned steps, or whose planned
         composition exceeds the budget. One example is in one part of the data: the cost of a part
-        is that of its phases composed, and the run's is that of the dearest part (parallel
+        is that of its phases composed, and the run's is the highest of them (parallel
         composition: adding or removing an example changes one part, and what reads the others
         sees nothing of it but what was released under the guarantee of its own part). An example
         that replaces another may be of another part, so under "replace_one" there is one part.
@@ -119,7 +130,7 @@ class Ledger:
 
         Args:
             phase: its position in `phases`, from 0.
-            steps: how many, >= 0.
+            steps: how many, >= 1.
 
         Raises:
             BudgetExceeded: the phase has fewer steps left.
@@ -129,8 +140,8 @@ class Ledger:
             raise ValueError(
                 f"phase={phase!r} must be a whole number in 0..{len(self.phases) - 1}."
             )
-        if not _is_count(steps):
-            raise ValueError(f"steps={steps!r} must be a whole number >= 0.")
+        if not _is_count(steps) or not steps:
+            raise ValueError(f"steps={steps!r} must be a whole number >= 1.")
         charged = list(self.phases)
         done = charged[phase].steps_done + steps
         charged[phase] = dataclasses.replace(charged[phase], steps_done=done)
@@ -170,28 +181,96 @@ class Ledger:
         """Returns epsilon (nats) for an example of each part of the data."""
         return self._cost_by_part([p.steps_done for p in self.phases])
 
+    def membership(self) -> dict[str, float]:
+        """Returns what the plan allows an adversary who guesses whether one example took part.
+
+        Every pair (epsilon, delta) of the accountant bounds the trade-off between the two errors of
+        such a guess (Dong, Roth, Su 2019, arXiv 1905.02383, proposition 2.5); here a pair for each
+        of several deltas, from the budget's up to 0.1.
+
+        Returns:
+            "tpr_at_fpr_0.001": an upper bound on the rate of right guesses "it did" where at most
+            0.001 of those about an absent example are wrong. "gdp_mu": the smallest mu for which
+            the plan is mu-GDP as far as these pairs show.
+        """
+        # Charging changes nothing of the plan: one computation for all statements of a run.
+        return dict(_membership(tuple((p.mechanism, p.part) for p in self.phases), self.delta))
+
     def _cost_by_part(self, steps: Sequence[int]) -> dict[str, float]:
         """Epsilon of so many steps of each phase, by part."""
-        # Steps of equal law are counted together: composed apart, they would only add rounding.
-        parts: dict[str, dict[Mechanism, int]] = {}
-        for phase, number in zip(self.phases, steps, strict=True):
-            law = dataclasses.replace(phase.mechanism, steps=1)
-            laws = parts.setdefault(phase.part, {})
-            laws[law] = laws.get(law, 0) + number
-        return {
-            part: accounting.epsilon(
-                [law.event(number) for law, number in laws.items() if number],
-                self.delta,
-                accountant=self.accountant,
-                relation=self.relation,
-            )
-            for part, laws in parts.items()
-        }
+        mechanisms = [p.mechanism for p in self.phases]
+        return _cost_by_part(mechanisms, [p.part for p in self.phases], steps, self.delta)
+
+
+def _cost_by_part(
+    mechanisms: Sequence[Mechanism], parts: Sequence[str], steps: Sequence[int], delta: float
+) -> dict[str, float]:
+    """Epsilon of so many steps of each mechanism, by the part of the data that it reads."""
+    # Steps of equal law are counted together: composed apart, they would only add rounding.
+    by_part: dict[str, dict[Mechanism, int]] = {}
+    for mechanism, part, number in zip(mechanisms, parts, steps, strict=True):
+        law = dataclasses.replace(mechanism, steps=1)
+        laws = by_part.setdefault(part, {})
+        laws[law] = laws.get(law, 0) + number
+    return {
+        part: accounting.epsilon(
+            [law.event(number) for law, number in laws.items() if number],
+            delta,
+            accountant=shared_accountant(mechanisms),
+            relation=mechanisms[0].relation,
+        )
+        for part, laws in by_part.items()
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def _membership(plan: tuple[tuple[Mechanism, str], ...], delta: float) -> dict[str, float]:
+    mechanisms, parts = zip(*plan)
+    steps = [mechanism.steps for mechanism in mechanisms]
+    pairs = []
+    for d in map(float, np.geomspace(min(delta, 0.01), 0.1, 5)):
+        pairs.append((max(_cost_by_part(mechanisms, parts, steps, d).values()), d))
+    fpr = 0.001
+    tpr = min(
+        min(math.exp(min(e, 50.0)) * fpr + d, 1 - math.exp(-e) * (1 - d - fpr)) for e, d in pairs
+    )
+    return {"gdp_mu": max(itertools.starmap(_gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
+
+
+def _gdp_mu(epsilon: float, delta: float) -> float:
+    """The mu > 0 at which the Gaussian mechanism of sensitivity mu is exactly (epsilon, delta)."""
+
+    def delta_of(log_mu: float) -> float:  # arXiv 1905.02383, corollary 2.13
+        mu = math.exp(log_mu)
+        tail = log_ndtr(-epsilon / mu - mu / 2)
+        return float(ndtr(-epsilon / mu + mu / 2) - math.exp(min(epsilon + tail, 0.0)))
+
+    low, high = -20.0, 5.0  # delta_of rises
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if delta_of(middle) < delta else (low, middle)
+    return math.exp(high)
 
 
 def _is_count(value: Any) -> bool:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return whole and value >= 0
+
+
+def noise_draws(state: Any) -> int:
+    """Returns how many times the noise transforms in an optimizer's state have drawn noise.
+
+    Args:
+        state: any tree that holds states of `dp.gaussian`, such as that of an optax chain.
+
+    Raises:
+        ValueError: there is no state of a noise transform in it.
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, GaussianState))
+    counts = [int(leaf.step) for leaf in leaves if isinstance(leaf, GaussianState)]
+    if not counts:
+        raise ValueError("the optimizer state holds no state of a noise transform.")
+    return sum(counts)
 
 
 def statement(
@@ -202,6 +281,7 @@ def statement(
     released: Sequence[str],
     not_charged: Sequence[str],
     unit: str = "one training example",
+    state: Any = None,
 ) -> dict[str, Any]:
     """Returns the privacy statement of a run as JSON-able values.
 
@@ -212,6 +292,8 @@ def statement(
         released: what the guarantee covers.
         not_charged: what used private data outside the budget.
         unit: what neighboring data sets differ in, and the mechanism samples.
+        state: the optimizer's state after the last step, or a list of the last states of all
+            phases. Where given, the ledger must cover every draw of noise that it counts.
 
     Returns:
         The contents of `privacy.json`. `epsilon` is what the released results may claim: of a run
@@ -220,8 +302,13 @@ def statement(
         order.
 
     Raises:
-        ValueError: no step was charged, or an unknown seed policy.
+        ValueError: no step was charged, or fewer than `state` executed; an unknown seed policy.
     """
+    if state is not None and noise_draws(state) > ledger.steps_done:
+        raise ValueError(
+            f"{noise_draws(state)} steps drew noise, but {ledger.steps_done} are charged: charge "
+            "every step before it runs, and keep the ledger that `charge` returns."
+        )
     if not ledger.steps_done:
         raise ValueError(
             f"0 of {ledger.steps_planned} steps are charged: there is nothing to state. `charge` "
@@ -242,6 +329,7 @@ def statement(
         "delta": ledger.delta,
         "epsilon_budget": ledger.epsilon,
         "epsilon_by_part": by_part,
+        "membership": ledger.membership(),
         "unit_of_privacy": unit,
         "neighboring_relation": ledger.relation,
         "sampler": each("sampler"),
@@ -277,9 +365,19 @@ def statement(
     }
 
 
+AUDIT = "the audit's line in this statement"
+"""How the item of `not_charged` begins that says what publishing an audit's result costs."""
+
+
+def publishable(facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns a `statement` without what the guarantee does not cover: the result of an audit."""
+    kept = {name: value for name, value in facts.items() if name != "audit"}
+    return {**kept, "not_charged": [i for i in facts["not_charged"] if not i.startswith(AUDIT)]}
+
+
 _PARTS = (
     "The private data is split into disjoint parts, each example by itself. An example is in one "
-    "part only and pays for what reads that part, so the dearest part counts, and not the sum."
+    "part only and pays for what reads that part, so the most expensive one counts, not the sum."
 )
 _RELATIONS = {
     "add_or_remove_one": "adding or removing {unit}",
@@ -328,6 +426,13 @@ def to_markdown(facts: dict[str, Any]) -> str:
         "clipping": facts["clipping"],
         "noise": facts["noise"],
     }
+    if "membership" in facts:
+        known = facts["membership"]
+        rows["who guesses whether one took part"] = (
+            f"is right about {100 * known['tpr_at_fpr_0.001']:.2g} % of members at most, if wrong "
+            f"about 0.1 % of others (mu = {known['gdp_mu']:.3g} in Gaussian DP, as far as the "
+            "accountant shows)"
+        )
     if facts["gradient_noise_multiplier"] == facts["noise_multiplier"]:
         del rows["of it, for gradients"]
     if "audit" in facts:

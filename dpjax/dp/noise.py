@@ -16,6 +16,7 @@ import optax
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
 from dpjax.dp.engines import clipped_sum
+from dpjax.dp.meshes import on_mesh
 
 __all__ = [
     "GaussianState",
@@ -66,17 +67,18 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
 
 
 def gaussian_noise(key: jax.Array, tree: PyTree) -> PyTree:
-    """Draws standard normal float32 noise in the shapes of `tree`, one key per leaf.
+    """Draws standard normal float32 noise in the shapes of `tree`: one flat draw, cut into leaves.
 
     Guarantees:
-        Under `jax.jit` with sharded operands the values depend on the key alone, not on the number
-        of devices (JAX's partitionable threefry).
+        Under `jax.jit` with sharded operands the values depend on the key and the shapes alone, not
+        on the number of devices (JAX's partitionable threefry).
     """
     leaves, treedef = jax.tree.flatten(tree)
-    if not leaves:
-        return tree
-    keys = jax.random.split(key, len(leaves))
-    noise = [standard_normal(k, leaf.shape) for k, leaf in zip(keys, leaves)]
+    sizes = [leaf.size for leaf in leaves]
+    # One draw, because every draw is a program of its own to the compiler: with one for each leaf,
+    # noise took most of the compile time of a step.
+    parts = jnp.split(standard_normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    noise = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
     return jax.tree.unflatten(treedef, noise)
 
 
@@ -138,14 +140,17 @@ def gaussian(
                 f"the noise transform takes a ClippedSum, got {type(updates).__name__}: "
                 "clip per-example gradients first."
             )
-        noise = gaussian_noise(jax.random.fold_in(key, state.step), updates.value)
+
+        def noisy_mean(total: PyTree, stddev: jax.Array, size: jax.Array, key: jax.Array) -> PyTree:
+            noise = gaussian_noise(key, total)
+            return jax.tree.map(
+                lambda s, z: (s.astype(jnp.float32) + stddev * z) / size, total, noise
+            )
+
         stddev = jnp.asarray(noise_multiplier * updates.sensitivity, jnp.float32)
-        private = jax.tree.map(
-            lambda s, z: (s.astype(jnp.float32) + stddev * z) / expected_batch_size,
-            updates.value,
-            noise,
-        )
-        return private, GaussianState(step=state.step + 1)
+        size = jnp.asarray(expected_batch_size, jnp.float32)
+        args = updates.value, stddev, size, jax.random.fold_in(key, state.step)
+        return on_mesh(noisy_mean, args, updates.value), GaussianState(step=state.step + 1)
 
     return optax.GradientTransformation(init, update)
 

@@ -189,9 +189,11 @@ def charged(
         "the other runs, their number and their scores, in trials/, search.md, search.csv and "
         "search_secret.json: keep them as secret as the data"
     )
+    one = {name: value for name, value in statement.items() if name != "membership"}  # of one run
     return {
-        **statement,
+        **one,
         "epsilon": spent,
+        "epsilon_of_steps_done": spent,  # every run has executed its plan
         "epsilon_budget": facts["epsilon"],
         "epsilon_by_part": {run_part: spent for run_part in statement["epsilon_by_part"]},
         "epsilon_of_one_run": statement["epsilon"],

@@ -15,10 +15,12 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.extend
 import numpy as np
 from tqdm import tqdm
 
@@ -69,9 +71,12 @@ def compute_features(
         feature and the same examples in the same order. A second call computes nothing. A shard
         that is damaged or was not written to its end is computed again.
 
+        An example whose features are not finite keeps them, and contributes zero wherever a head
+        is trained, as in any other training; how many there are is said on stderr.
+
     Raises:
-        ValueError: an argument out of range, a cache that cannot be written, features that are not
-            finite, or a model in which one example's features depend on another's.
+        ValueError: an argument out of range, a cache that cannot be written, features of which
+            none are finite, or a model in which one example's features depend on another's.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be >= 1.")
@@ -87,7 +92,7 @@ def compute_features(
     two = jax.ShapeDtypeStruct((2, *dataset.shape), dataset.source.dtype)
     key = _key(function, body, two, dataset, dtype)
     shape = (len(dataset), jax.eval_shape(function, body, two).shape[1])
-    shards = _Shards(_folder(cache_dir, dataset, key), shape, dtype)
+    shards = _Shards(None if key is None else _folder(cache_dir, dataset, key), shape, dtype)
     values = np.zeros(shape, np.float32)
     missing = []
     for number in range(len(shards)):
@@ -99,9 +104,20 @@ def compute_features(
     if missing:
         check_examples_independent(function, body, probe(model.input, dataset.shape))
         for number, part in _computed(function, body, dataset, shards, missing, batch_size):
-            _check_finite(part, shards.rows(number).start, dataset)
             values[shards.rows(number)] = part
-            shards.write(number, part)
+            if np.isfinite(part).any():  # else these are not the weights of this model
+                shards.write(number, part)
+    bad = np.count_nonzero(~np.isfinite(values).all(axis=1))
+    if bad == len(values):
+        raise ValueError(
+            f"no example of {dataset.name!r} has finite features: are these the weights of this "
+            "model, and is dtype wide enough?"
+        )
+    if bad:  # a fact about private data, like the others on stderr
+        sys.stderr.write(
+            f"nonprivate: features of {bad:,} of {len(values):,} examples of {dataset.name!r} are "
+            "not finite; these examples contribute zero.\n"
+        )
     return FeatureSet(values, dataset.labels, dataset.num_classes, dataset.name)
 
 
@@ -135,21 +151,56 @@ def _key(
     two: jax.ShapeDtypeStruct,
     dataset: data.Dataset,
     dtype: str,
-) -> str:
-    """Digest of weights, computation and data.
+) -> str | None:
+    """Returns a digest of weights, computation and data; None if the computation has none.
 
-    The computation is told by its jaxpr and the arrays it closes over: architecture, readout,
-    resizing and normalization are all in there, and cannot be forgotten.
+    The computation is identified by its jaxpr, printed, and by the arrays that the print leaves
+    out: architecture, readout, resizing and normalization are all in there and cannot be forgotten.
+    A callback into Python has no digest.
     """
     closed = jax.make_jaxpr(function)(body, two)
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr))
-    digest = hashlib.sha256(f"{text}\n{dtype}\n{dataset.digest}\n".encode())
-    for array in (*closed.consts, *(leaf for _, leaf in sorted(flatten(body).items()))):
-        host = np.asarray(array)
+    text = str(closed.jaxpr)
+    if "callback" in text:
+        return None
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
+    digest.update(f"\n{dtype}\n{dataset.digest}\n".encode())
+    for array in (*_arrays(closed), *(leaf for _, leaf in sorted(flatten(body).items()))):
+        keys = isinstance(array, jax.Array) and jax.dtypes.issubdtype(
+            array.dtype, jax.dtypes.prng_key
+        )
+        host = np.asarray(jax.random.key_data(array) if keys else array)
         digest.update(f"{host.shape} {host.dtype}".encode())
         digest.update(np.ascontiguousarray(host).tobytes())
     digest.update("\n".join(sorted(flatten(body))).encode())
     return digest.hexdigest()
+
+
+def _arrays(node: Any) -> Iterator[Any]:
+    """All arrays inside of a jaxpr that its print abbreviates or names only, in order.
+
+    Those are the constants of closed jaxprs, of which jit, scan, cond, ... hold more, arrays that
+    stand in an equation as literals, and arrays among the parameters of an equation.
+    """
+    if isinstance(node, jax.extend.core.ClosedJaxpr):
+        yield from node.consts
+        yield from _arrays(node.jaxpr)
+    elif isinstance(node, jax.extend.core.Jaxpr):
+        for equation in node.eqns:
+            yield from _literals(equation.invars)
+            for _, parameter in sorted(equation.params.items()):
+                yield from _arrays(parameter)
+        yield from _literals(node.outvars)
+    elif isinstance(node, (np.ndarray, jax.Array)):
+        yield node
+    elif isinstance(node, Mapping):
+        yield from _arrays(list(node.values()))
+    elif isinstance(node, (tuple, list)):
+        for item in node:
+            yield from _arrays(item)
+
+
+def _literals(variables: Iterable[Any]) -> Iterator[Any]:
+    return (v.val for v in variables if isinstance(v, jax.extend.core.Literal))
 
 
 def _computed(
@@ -182,15 +233,6 @@ def _computed(
                 parts.append(made)
                 bar.update(len(made))
             yield number, np.concatenate(parts)
-
-
-def _check_finite(part: np.ndarray, first: int, dataset: data.Dataset) -> None:
-    bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
-    if bad.size:
-        raise ValueError(
-            f"features of example {first + int(bad[0])} of {dataset.name!r} are not "
-            "finite: are these the weights of this model, and is dtype wide enough?"
-        )
 
 
 class _Shards:

@@ -19,14 +19,14 @@ class FeatureSet:
     """Features and labels of a data set, in memory and in its order.
 
     Attributes:
-        values: float32 `[examples, width]`.
+        values: float32 `[examples, width]`. An example of which one is not finite contributes zero
+            to every clipped sum.
         labels: int32 `[examples]`, each in [0, num_classes).
         num_classes: number of classes, whether or not each has an example.
         name: of the data set.
 
     Raises:
-        ValueError: shapes that do not fit, no example, a label out of range, or a feature that is
-            not finite.
+        ValueError: shapes that do not fit, no example, or a label out of range.
     """
 
     values: np.ndarray
@@ -46,9 +46,6 @@ class FeatureSet:
             raise ValueError(
                 f"labels from {labels.min()} to {labels.max()} must be in [0, {self.num_classes})."
             )
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if bad.size:
-            raise ValueError(f"features of example {int(bad[0])} of {self.name!r} are not finite.")
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "labels", labels)
 
@@ -92,10 +89,12 @@ def normalize(features: FeatureSet, *, center: bool = False, scale: float = 1.0)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale} must be > 0 and finite.")
     values = features.values
-    if center:
-        values = values - values.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return dataclasses.replace(features, values=scale * (values / np.where(norms > 0, norms, 1.0)))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite becomes NaN
+        if center:
+            values = values - values.mean(axis=1, keepdims=True)
+        norms = np.linalg.norm(values, axis=1, keepdims=True)
+        values = scale * (values / np.where(norms > 0, norms, 1.0))
+    return dataclasses.replace(features, values=values)
 
 
 def average(*sets: FeatureSet) -> FeatureSet:

@@ -44,6 +44,7 @@ from dpjax.models.weights import (
     locate,
     read_tensors,
     save_weights,
+    sha256,
 )
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "resnet8",
     "resnet_v2",
     "save_weights",
+    "sha256",
     "text_encoder",
     "to_layout",
     "tokenizer",

@@ -2,9 +2,18 @@
 
 from dpjax.runtime import compilation, hosts, sharding
 from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable
-from dpjax.runtime.workdir import OtherRun, Workdir, code_digest, digest, read_jsonl
+from dpjax.runtime.workdir import (
+    PUBLISHED,
+    OtherRun,
+    Workdir,
+    code_digest,
+    digest,
+    may_be_published,
+    read_jsonl,
+)
 
 __all__ = [
+    "PUBLISHED",
     "Checkpoints",
     "OtherRun",
     "Unreadable",
@@ -14,6 +23,7 @@ __all__ = [
     "compilation",
     "digest",
     "hosts",
+    "may_be_published",
     "read_jsonl",
     "sharding",
 ]

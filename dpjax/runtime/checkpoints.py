@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from dpjax.files import free_name
+
 __all__ = ["Checkpoints", "Unreadable", "Unwritable", "fingerprint"]
 
 PyTree = Any
@@ -51,6 +53,9 @@ class Checkpoints:
         self.path = path
         self._keep = _Keep(keep, keep_best, losses or {})
         if jax.process_index() == 0:
+            # Orbax writes exact times and paths into its files, which may not be published.
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o700)
             for leftover in path.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
         self._orbax = ocp.training.Checkpointer(path, preservation_policy=self._keep)
@@ -117,7 +122,8 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """Renames an unreadable checkpoint; every host then calls `reload`."""
         if jax.process_index() == 0:
-            (self.path / str(step)).rename(self.path / f"unreadable-{step}")
+            aside = self.path / f"unreadable-{step}"
+            (self.path / str(step)).rename(free_name(aside) if aside.exists() else aside)
 
     def reload(self) -> None:
         """Lists the directory again."""

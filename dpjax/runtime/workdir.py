@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from dpjax.config import differences
-from dpjax.files import replacing
+from dpjax.config import MAY_CHANGE, differences
+from dpjax.dp import AUDIT
+from dpjax.files import free_name, local_path, replacing
+from dpjax.metrics import PRIVATE
+from dpjax.runtime import hosts
 
-__all__ = ["OtherRun", "Workdir", "code_digest", "digest", "read_jsonl"]
+__all__ = [
+    "PUBLISHED", "OtherRun", "Workdir", "code_digest", "digest", "may_be_published", "read_jsonl",
+]  # fmt: skip
+
+_IDENTITY, _LOCK = "identity.json", ".lock"
 
 _PACKAGES = (
     "dpjax", "jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting", "orbax-checkpoint",
     "tensorflow-datasets", "ml-collections",
 )  # fmt: skip
 
-# Fields that may change when a run is resumed: they change sums by rounding at most, or only what
-# is written to disk.
-_MAY_CHANGE = {
-    "audit.canaries", "audit.confidence", "audit.count", "audit.runs", "checkpoint_every",
-    "data.data_dir", "dp.method", "eval_every", "keep_best",
-    "keep_checkpoints", "log_every", "microbatch", "physical_batch", "sharding",
-}  # fmt: skip
+# What a private run writes that may be published, see the threat model; everything else is written
+# readable by its owner alone. Exceptions by content: a config with a private seed in it, and what
+# shows a number named `nonprivate/...`.
+PUBLISHED = frozenset({
+    "best.json", "config.json", "environment.json", "eval.json", "model.json", "privacy.json",
+    "privacy.md", "reliability.png", "weights.safetensors", "weights_ema.safetensors",
+})  # fmt: skip
 
 
 class OtherRun(ValueError):
@@ -44,11 +54,14 @@ class Workdir:
     Nothing is written before `create`, so a run that fails its checks leaves no trace.
 
     Args:
-        path: the directory; it need not exist.
+        path: the directory; it need not exist. "~" is the user's home.
+
+    Raises:
+        ValueError: the path is a URL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
+        self.path = local_path("workdir", path).absolute()
 
     @property
     def writes(self) -> bool:
@@ -72,7 +85,7 @@ class Workdir:
         changed = [
             text
             for text in differences(self.read("config.json"), json.loads(_dumps(config)))
-            if text.split(":")[0].removeprefix("config.") not in _MAY_CHANGE
+            if text.split(":")[0].removeprefix("config.") not in MAY_CHANGE
         ]
         if changed:
             raise OtherRun(
@@ -88,14 +101,97 @@ class Workdir:
         self.write("environment.json", _environment())
 
     def move_aside(self) -> Path | None:
-        """Renames an existing run to DIR.1, or the next free number; nothing is deleted."""
-        if not self._files() or not self.writes:
+        """Renames an existing run to DIR.1, or the next free number; nothing is deleted.
+
+        Every host calls it.
+
+        Raises:
+            OtherRun: another process works in the directory, or it contains no run.
+        """
+        if not hosts.first(bool(self._files())):
             return None
         self._must_be_a_run()
-        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-        free = next(path for path in names if not path.exists())
-        self.path.rename(free)
+        with self.lock():
+            free = free_name(self.path)
+            if self.writes:
+                self.path.rename(free)
         return free
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out of the directory while the block runs; every host enters it.
+
+        Host 0 holds the lock for all. The system frees it when the process ends, however it ends,
+        so that no lock is ever stale.
+
+        Raises:
+            OtherRun: on every host, if another process works in the directory.
+        """
+        with contextlib.ExitStack() as held:
+            problem = None
+            if self.writes:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(self.path / _LOCK, "a+", opener=_owner_only))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                except BlockingIOError:
+                    file.seek(0)
+                    problem = (
+                        f"workdir={str(self.path)!r}: another process runs here "
+                        f"({file.read().strip() or 'unknown'}). Wait until it ends, or name a new "
+                        "directory."
+                    )
+                except OSError as error:
+                    print(
+                        f"warning: {str(self.path)!r} cannot be locked ({error}): make sure that "
+                        "no other process runs there.", file=sys.stderr,
+                    )  # fmt: skip
+            problem = hosts.first(problem)
+            if problem is not None:
+                raise OtherRun(problem)
+            yield
+
+    def claim(self, facts: Mapping[str, Any]) -> str:
+        """Writes the run's identity, or compares it with the one in the directory.
+
+        Equal configs are not enough: data, weights or code may have changed under the same name.
+        Every host calls it.
+
+        Args:
+            facts: what must be equal for a run to be resumed, and "code", which only warns.
+
+        Returns:
+            The run's name, 128 random bits. Checkpoints carry it in place of the facts.
+
+        Raises:
+            OtherRun: the directory, or its checkpoints, belong to another run.
+        """
+        facts = json.loads(_dumps(facts))
+        known = hosts.first(self.read(_IDENTITY) if self.exists(_IDENTITY) else None)
+        if known is None:
+            if hosts.first(any(self.path.glob("checkpoints/[0-9]*"))):
+                raise OtherRun(
+                    f"workdir={str(self.path)!r} has checkpoints but no {_IDENTITY}: nothing shows "
+                    "whose they are. Put it back, or move the run aside with --restart."
+                )
+            known = {**facts, "name": hosts.first(secrets.token_hex(16))}
+        changed = differences(known, {**facts, "name": known["name"]}, "run")
+        code = [text for text in changed if text.startswith("run.code")]
+        if set(changed) - set(code):
+            others = [text for text in changed if text not in code]
+            raise OtherRun(f"the workdir belongs to another run: {'; '.join(others[:5])}.")
+        if code and self.writes:
+            print(
+                "warning: the code has changed since this run began (code in identity.json). If it "
+                "changes batches, gradients or noise, steps that a killed process had begun are "
+                "executed again with the same noise on another sum: use --restart then.",
+                file=sys.stderr,
+            )
+        self.write(_IDENTITY, {**facts, "name": known["name"]})
+        return str(known["name"])
 
     def _must_be_a_run(self) -> None:
         if not self.exists("config.json"):
@@ -105,10 +201,11 @@ class Workdir:
             )
 
     def _files(self) -> list[Path]:
-        """The files of the directory, without those that a killed process left half-written."""
+        """The files of the directory, without the lock and what a killed process left behind."""
         if not self.path.is_dir():
             return []
-        return [p for p in self.path.iterdir() if not (p.name[0] == "." and p.suffix == ".tmp")]
+        ours = {p for p in self.path.glob(".*") if p.suffix == ".tmp" or p.name == _LOCK}
+        return [p for p in self.path.iterdir() if p not in ours]
 
     def exists(self, name: str) -> bool:
         """Whether the run has a file `name`."""
@@ -118,24 +215,38 @@ class Workdir:
         """Reads a JSON file of the run."""
         return json.loads((self.path / name).read_text())
 
-    def write(self, name: str, content: Any, *, secret: bool = False) -> None:
+    def write(self, name: str, content: Any) -> None:
         """Writes a file atomically: text as it is, anything else as JSON.
+
+        What may not be published is readable by its owner only.
 
         Args:
             name: file name.
             content: text, or a value that JSON can express.
-            secret: makes the file readable by its owner only.
         """
         if not self.writes:
             return
         text = content if isinstance(content, str) else _dumps(content) + "\n"
-        with replacing(self.path / name, secret=secret) as temporary:
+        with replacing(self.path / name, secret=not may_be_published(name, text)) as temporary:
             temporary.write_text(text)
+
+    def save_figure(self, name: str, figure: Any, *, shows: str = "") -> Path:
+        """Writes a matplotlib figure as `write` writes text, and returns its path.
+
+        Args:
+            name: file name, `.png`.
+            figure: the figure.
+            shows: text of the numbers in it, which decides whether it may be published.
+        """
+        path = self.path / name
+        with replacing(path, secret=not may_be_published(name, shows)) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        return path
 
     def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one object to `metrics.jsonl`."""
         if self.writes:
-            with open(self.path / "metrics.jsonl", "a") as file:
+            with open(self.path / "metrics.jsonl", "a", opener=_owner_only) as file:
                 file.write(_dumps({"step": step, **values}, indent=None) + "\n")
 
     def drop_metrics_after(self, step: int) -> None:
@@ -157,8 +268,26 @@ class Workdir:
         if not self.writes:
             return None
         if not self.exists("private_seed.json"):
-            self.write("private_seed.json", {"private_seed": draw()}, secret=True)
+            self.write("private_seed.json", {"private_seed": draw()})
         return int(self.read("private_seed.json")["private_seed"])
+
+
+def may_be_published(name: str, text: str = "") -> bool:
+    """Whether the guarantee covers a file of a private run, by its name and its content.
+
+    Args:
+        name: of the file.
+        text: what it contains; of a picture, the file that it shows.
+    """
+    if name == "config.json":
+        return json.loads(text or "{}").get("private_seed") is None
+    # The statement names what it does not cover, but shows nothing of it except an audit's result.
+    private = AUDIT if name.startswith("privacy.") else PRIVATE
+    return name in PUBLISHED and private not in text
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -174,10 +303,17 @@ def digest(content: Any) -> str:
     return hashlib.sha256(_dumps(content).encode()).hexdigest()
 
 
-def code_digest() -> str:
-    """Returns the SHA-256 of this package's sources and of its dependencies' versions."""
+def code_digest(others: Sequence[str] = ()) -> str:
+    """Returns the SHA-256 of this package's sources and of its dependencies' versions.
+
+    Args:
+        others: names of imported modules of the user's, whose sources count too.
+    """
     root = Path(__file__).parents[1]
     sources = {str(p.relative_to(root)): p.read_text() for p in sorted(root.rglob("*.py"))}
+    for name in sorted(others):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        sources[f"{name}:"] = Path(file).read_text() if file else ""
     return digest([sources, _environment()["packages"]])
 
 

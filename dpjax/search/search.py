@@ -16,9 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpjax import build, files
+from dpjax.config import differences
 from dpjax.data import splits_overlap
 from dpjax.dp import repeat_and_select, to_markdown
-from dpjax.runtime import Workdir
+from dpjax.metrics import PRIVATE, lookup
+from dpjax.runtime import OtherRun, Workdir, digest
 from dpjax.search import proposals, sweep
 
 __all__ = ["METHODS", "METRICS", "Job", "Stopped", "check", "run"]
@@ -80,7 +82,7 @@ class Job(NamedTuple):
                 raise Stopped
             if code:
                 return None
-        return float(json.loads((path / "eval.json").read_text())[self.metric])
+        return float(lookup(json.loads((path / "eval.json").read_text()), self.metric)[1])
 
     def rows(self) -> list[Row]:
         """Returns one row per started trial, read from its files."""
@@ -172,10 +174,9 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
             for trial, index in enumerate(_order(job, flags)):
                 job.run(trial, index)
     finally:
-        # A charged search releases the best run only: not the others, and not how many there were.
-        rows, secret = job.rows(), flags.charge is not None
-        directory.write("search.md", sweep.to_markdown(rows), secret=secret)
-        directory.write("search.csv", sweep.to_csv(rows), secret=secret)
+        rows = job.rows()
+        directory.write("search.md", sweep.to_markdown(rows))
+        directory.write("search.csv", sweep.to_csv(rows))
     return _conclude(job, flags, base, rows)
 
 
@@ -219,7 +220,21 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
             "would not be charged."
         )
     directory = Workdir(job.workdir)
-    if not directory.exists(_SECRET):
+    # What the draw depends on, and what it pays for. Another mean, budget or list of points under
+    # the old draw would be a search whose cost nobody has computed.
+    terms = {
+        "mean": mean, "delta": base.dp.delta, "budget": base.dp.epsilon,
+        "sweep": digest([base.to_dict(), job.found]),
+    }  # fmt: skip
+    if directory.exists(_SECRET):
+        known = directory.read(_SECRET)
+        changed = differences(known, {**known, **terms}, "")
+        if changed:
+            raise OtherRun(
+                f"workdir={str(job.workdir)!r} contains a charged search of other terms "
+                f"({'; '.join(text.lstrip('.') for text in changed)}): name a new directory."
+            )
+    else:
         run = build.build(base)
         if run.temperature is not None:
             raise ValueError("dp.temperature.share must be 0 in a charged search.")
@@ -231,7 +246,7 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
         # runs, and a second draw after a crash would not be the law that is accounted.
         generator = np.random.default_rng(secrets.randbits(128))
         points = repeat_and_select.draw(len(job.found), mean, generator=generator)
-        directory.write(_SECRET, {"points": points, "epsilon": spend}, secret=True)
+        directory.write(_SECRET, {"points": points, "epsilon": spend, **terms})
     return job._replace(others=[f"--config.dp.epsilon={directory.read(_SECRET)['epsilon']!r}"])
 
 
@@ -252,10 +267,12 @@ def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Seque
     if not finished:
         print("no run finished.", file=sys.stderr)
         return True
-    best = max(finished, key=lambda row: _score(row.get(flags.metric), METRICS[flags.metric]))
+    best = max(finished, key=lambda row: _score(row, flags.metric))
     path = job.directory(best["trial"], best["point"])
     directory = Workdir(job.workdir)
     facts: Row = {"method": flags.method, "metric": f"held-out {flags.metric}"}
+    if f"{PRIVATE}{flags.metric}" in best:
+        facts["metric"] += " on private data"
     if flags.charge is None:
         facts |= {"points": len({row["point"] for row in rows}), "runs": len(rows)}
     else:
@@ -281,6 +298,7 @@ def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Seque
     return bool(failed)
 
 
-def _score(value: Any, sign: int) -> float:
+def _score(row: Row, metric: str) -> float:
     """Returns a score where larger is better, and a non-finite metric is the worst."""
-    return sign * float(value) if value is not None and math.isfinite(value) else -math.inf
+    _, value = lookup(row, metric)
+    return METRICS[metric] * float(value) if math.isfinite(value) else -math.inf

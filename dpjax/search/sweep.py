@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dpjax.build import fields
 from dpjax.config import without_infinite_budget
+from dpjax.metrics import PRIVATE, lookup
 
 __all__ = [
     "STOPPED", "apply", "point", "point_config", "point_directory", "points", "results",
@@ -84,6 +85,8 @@ def point_directory(workdir: str | Path, index: int) -> Path:
 def results(workdir: Path, points: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Returns one row per point, read from its files: overrides, status, epsilon and metrics.
 
+    Metrics keep the names of `eval.json`: `nonprivate/accuracy` if they read private data.
+
     The status is "finished", "waiting", "interrupted" (the same command resumes it) or
     "exit CODE: last line of the log".
     """
@@ -97,7 +100,8 @@ def results(workdir: Path, points: Sequence[Mapping[str, Any]]) -> list[Row]:
             if (path / "privacy.json").is_file():
                 row["epsilon"] = json.loads((path / "privacy.json").read_text())["epsilon"]
             evaluation = json.loads((path / "eval.json").read_text())
-            row |= {name: evaluation[name] for name in _METRICS if name in evaluation}
+            known = (name for name in _METRICS if {name, f"{PRIVATE}{name}"} & set(evaluation))
+            row |= dict(lookup(evaluation, name) for name in known)
         elif failed.is_file():
             row["status"] = failed.read_text()
         elif path.is_dir():

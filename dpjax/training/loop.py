@@ -22,7 +22,6 @@ from tqdm import tqdm
 from dpjax import data
 from dpjax.build import Run
 from dpjax.build.describe import identity, ledger_after, statement
-from dpjax.config import differences
 from dpjax.dp import seeds, to_markdown
 from dpjax.models import Params, finetune
 from dpjax.runtime import (
@@ -68,7 +67,8 @@ def train(
         The final evaluation, flat names to values.
 
     Raises:
-        OtherRun: the work directory or its checkpoint belongs to another run.
+        OtherRun: the work directory or its checkpoint belongs to another run, or another process
+            works there.
         hosts.Disagreement: another host has another config, other data or other code.
         TrainingFailed: parameters became non-finite.
         Preempted: `stop` returned True.
@@ -85,10 +85,16 @@ def train(
                 f"num_examples={phase.mechanism.num_examples} of phase {phase.name!r} must equal "
                 f"the {len(run.train)} training examples: call `build` with the data to train on."
             )
-    workdir.create(config)
+    with workdir.lock():
+        workdir.create(config)
+        return _train(run, workdir, stop)
+
+
+def _train(run: Run, workdir: Workdir, stop: Callable[[int], bool]) -> dict[str, Any]:
+    """Trains in a directory that no other process uses."""
+    config = run.config
     private_seed = _private_seed(run, workdir)
-    facts = identity(run, private_seed)
-    _claim(facts, workdir)
+    name = workdir.claim(identity(run, private_seed))
     prepared = phases.prepare(run, private_seed)
     size = capacity.physical_batch(config, prepared, run.params, run.train)
     eval_size = size if config.physical_batch == "auto" else 4 * size
@@ -101,7 +107,7 @@ def train(
         losses=workdir.losses(),
     ) as checkpoints:
         job = _Job(
-            run, workdir, checkpoints, spending, private_seed, facts, prepared, size, evaluate, stop
+            run, workdir, checkpoints, spending, private_seed, name, prepared, size, evaluate, stop
         )
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done)
@@ -146,7 +152,7 @@ class _Job(NamedTuple):
     checkpoints: Checkpoints
     spending: _Spending
     private_seed: int
-    identity: dict[str, Any]  # of the run, in its directory and its checkpoints
+    name: str  # of the run, in its directory and its checkpoints
     prepared: tuple[phases.Prepared, ...]
     size: int  # of a physical chunk
     evaluate: feed.Evaluator
@@ -173,7 +179,7 @@ def _run_phase(
     phase, span = prepared.phase, prepared.span
     start = max(span.start, done)
     frozen, state = prepared.begin(params, before, restored=done > span.start)
-    about = {"phase": index, "config": digest(config), "identity": job.identity}
+    about = {"phase": index, "run": job.name}
     earlier = prepared.earlier(frozen)
 
     def save(step: int, loss: float | None = None) -> None:
@@ -285,8 +291,9 @@ def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
 
 
 def _postfix(row: dict[str, Any], begin: str, examples_per_second: float) -> dict[str, str]:
-    loss, accuracy = row[f"{begin}nll"], row[f"{begin}accuracy"]
-    shown = {"loss": loss, "acc": accuracy, "ex/s": examples_per_second}
+    label = begin.removesuffix("eval/")
+    shown = {f"{label}loss": row[f"{begin}nll"], f"{label}acc": row[f"{begin}accuracy"]}
+    shown["ex/s"] = examples_per_second
     if "epsilon" in row:
         shown["eps"] = row["epsilon"]
     return {name: f"{value:.3g}" for name, value in shown.items()}
@@ -317,11 +324,8 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
         problem = None
         try:
             about = checkpoints.about(step)
-            changed = differences(about["identity"], job.identity, "run")
-            if changed:
-                raise OtherRun(
-                    f"checkpoint {step} belongs to another run: {'; '.join(changed[:5])}."
-                )
+            if about["run"] != job.name:
+                raise OtherRun(f"checkpoint {step} belongs to another run.")
             like = phases.checkpoint_like(job.prepared[about["phase"]], run.params)
             tree = checkpoints.load(step, like)
         except Unreadable as error:
@@ -337,18 +341,6 @@ def _resume(job: _Job) -> tuple[int, Params, TrainState | None]:
         hosts.gather(None)  # a barrier: host 0 renames before any host lists the directory again
         checkpoints.reload()
     return 0, run.params, None
-
-
-def _claim(about: dict[str, Any], workdir: Workdir) -> None:
-    """Writes the run's identity, or compares it with the one in the directory.
-
-    Equal configs are not enough: data or weights may have changed under the same name.
-    """
-    if workdir.exists("identity.json"):
-        changed = differences(workdir.read("identity.json"), about, "run")
-        if changed:
-            raise OtherRun(f"the workdir belongs to another run: {'; '.join(changed[:5])}.")
-    workdir.write("identity.json", about)
 
 
 def _private_seed(run: Run, workdir: Workdir) -> int:

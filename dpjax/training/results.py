@@ -17,16 +17,16 @@ from dpjax.build import Run, Temperature, predictor
 from dpjax.data import Dataset
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, save_weights, unflatten
-from dpjax.runtime import Workdir, sharding
+from dpjax.runtime import Workdir, hosts, sharding
 from dpjax.step import TrainState
 from dpjax.training import feed
 
-__all__ = ["finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"]
+__all__ = ["evaluation", "finish", "fit_temperature", "overlay", "prefix", "row", "scale_head"]
 
 
 def prefix(run: Run) -> str:
-    """Returns the prefix of evaluation metrics: `nonprivate/` if they read the training split."""
-    return "nonprivate/eval/" if run.evaluates_on_private_data else "eval/"
+    """Returns `eval/`, or `nonprivate/eval/` if the evaluations read the training split."""
+    return f"{metrics.PRIVATE}eval/" if run.evaluates_on_private_data else "eval/"
 
 
 def row(run: Run, evaluate: feed.Evaluator, state: TrainState, frozen: Params) -> dict[str, float]:
@@ -66,9 +66,15 @@ def finish(
     Returns:
         The content of `eval.json`: metrics of weights.safetensors, `ema/...` of
         weights_ema.safetensors and, if a temperature was fitted, its value and
-        `before_temperature/...`. Only weights.safetensors contains the temperature.
+        `before_temperature/...`. Only weights.safetensors contains the temperature. Metrics are
+        labeled `nonprivate/` if the held-out data overlap the private training split.
+
+    Raises:
+        dp.BudgetExceeded: more noise was drawn than the statement on disk covers.
     """
     names = run.train.class_names
+    if run.ledger is not None and state is not None:
+        _check_draws(run, workdir, state)
     weights, sums = run.merge(params), evaluate(params)
     results = metrics.summarize(sums, names)
     if run.temperature is not None:
@@ -78,7 +84,7 @@ def finish(
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
         sums = evaluate(scale_head(params, run.model.head, value))
-        results = {**metrics.summarize(sums, names), "temperature": value, **before}
+        results = {**metrics.summarize(sums, names), **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
     if state is not None and state.average is not None:
@@ -87,8 +93,30 @@ def finish(
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
     workdir.write("model.json", predictor.description(run))
-    workdir.write("eval.json", {**results, **metrics.diagrams(sums, names)})
-    return results
+    released = {} if run.temperature is None else {"temperature": value}  # under the guarantee
+    content = evaluation(run, results, sums) | released
+    workdir.write("eval.json", content)
+    return {name: value for name, value in content.items() if isinstance(value, float)}
+
+
+def evaluation(run: Run, results: Mapping[str, float], sums: metrics.EvalSums) -> dict[str, Any]:
+    """Returns the content of `eval.json`: metrics and what figures show, each under its label."""
+    shown = metrics.diagrams(sums, run.train.class_names)
+    names = {"class_names": shown.pop("class_names")}
+    return {**metrics.labeled({**results, **shown}, run.evaluates_on_private_data), **names}
+
+
+def _check_draws(run: Run, workdir: Workdir, state: TrainState) -> None:
+    """Compares what the noise transform and the step have counted with plan and statement."""
+    last = run.phases[-1].training
+    planned = sum(phase.steps for phase in run.phases if phase.training == last)
+    drawn, steps = dp.noise_draws(state.opt), int(state.step)
+    charged = hosts.first(workdir.read("privacy.json")["steps_done"] if workdir.writes else None)
+    if drawn != planned or steps > charged:
+        raise dp.BudgetExceeded(
+            f"{drawn} draws of noise in a training of {planned} steps, {steps} steps in all, but "
+            f"the statement covers {charged}."
+        )
 
 
 def overlay(params: Params, changes: Params) -> Params:

@@ -237,6 +237,34 @@ def test_command(sampled, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "w" / "config.json").exists()
 
 
+def test_a_finished_run_is_audited_by_its_directory(sampled, tmp_path, monkeypatch, capsys):
+    ledger = sampled.ledger.charge(0, sampled.ledger.steps_planned)
+    place = Workdir(tmp_path / "w")
+    config = tiny_config(finetune="head")
+    place.path.mkdir()
+    place.write("config.json", config)
+    place.write("privacy.json", build.describe.statement(sampled, ledger))
+    command = ["audit", f"--workdir={place.path}", f"--count={COUNT}"]
+    assert cli.main(command) == 2  # has not finished
+    assert "has no weights.safetensors: give --config" in capsys.readouterr().err
+    (place.path / "weights.safetensors").write_text("")
+    assert cli.main([*command, "--config.epochs=1"]) == 2
+    assert "a finished run has its own" in capsys.readouterr().err
+    before, seen = place.read("config.json"), []
+
+    def built(config):
+        seen.append(config)
+        return sampled._replace(config=config)
+
+    monkeypatch.setattr(build, "build", built)
+    assert cli.main(command) == 0
+    assert seen[0].to_dict() | {"audit": None} == config.to_dict() | {"audit": None}
+    assert place.read("config.json") == before
+    assert place.read("audit.json")["count"] == COUNT
+    assert place.read("privacy.json")["audit"] in capsys.readouterr().out
+    assert not place.exists("environment.json")
+
+
 @pytest.mark.parametrize(
     "arguments,text",
     [

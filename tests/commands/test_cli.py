@@ -181,3 +181,36 @@ def test_what_is_shipped_is_what_the_repository_has():
 def test_the_old_way_to_train_is_the_same_command():
     done = program("dpjax.train", "--config=quickstart")
     assert (done.returncode, done.stderr.startswith("dpjax train: ")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--config=quickstart", "--workdir=gs://bucket/run"],
+        ["train", "--config=quickstart", "--workdir=s3://bucket", "--sweep_index=0"],
+        ["audit", "--config=quickstart", "--workdir=gs://bucket/run"],
+        ["sweep", "--config=quickstart", "--workdir=gs://bucket/run"],
+        ["search", "--config=quickstart", "--workdir=gs://bucket/run"],
+        ["report", "gs://bucket/run"],
+        ["export", "gs://bucket/run", "m.safetensors"],
+        ["export", ".", "https://host/m.safetensors"],
+    ],
+    ids=" ".join,
+)
+def test_a_url_is_refused_before_anything_starts(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    # The second has no sweep(), which is said first.
+    assert "is a URL" in said or "defines no sweep()" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_of_the_user_is_known_everywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.py").write_text(CONFIG.format(line="config.epochs = -1.0"))
+    assert cli.main(["train", "--config=~/own.py", "--workdir=~/run"]) == 2
+    assert "epochs=-1.0" in capsys.readouterr().err
+    assert cli.main(["report", "~/run"]) == 2
+    assert str(tmp_path / "run") in capsys.readouterr().err

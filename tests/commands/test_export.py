@@ -1,11 +1,17 @@
 """What is exported is plain, complete, and never half-written over something else."""
 
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 from tiny import tiny_config
 
 from dpjax import build, models
+from dpjax.audit import attack
 from dpjax.commands import cli, export
 from dpjax.runtime import Workdir
 from dpjax.training import loop
@@ -48,6 +54,53 @@ def test_timm_layout_loads_back(workdir, tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert "blocks.0.attn.qkv.weight" in models.read_tensors(tmp_path / "t/model.safetensors")
+
+
+@pytest.fixture
+def copied(workdir, tmp_path):
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(workdir, tmp_path / "copy"))
+
+
+def test_the_result_of_an_audit_stays_behind(copied, tmp_path):
+    """Publishing it costs the claimed epsilon once more."""
+    run = Workdir(copied)
+    before = run.read("privacy.json")
+    report = {
+        "bound": 0.5, "claimed_epsilon": 2.0, "confidence": 0.95, "runs": 1, "count": 9,
+        "canaries": "gradient",
+    }  # fmt: skip
+    run.write("audit.json", report)
+    attack.attach(SimpleNamespace(config=tiny_config(audit__count=9)), run)
+    assert "audit" in (copied / "privacy.md").read_text()
+    assert (copied / "privacy.md").stat().st_mode & 0o077 == 0
+    export.export(copied, tmp_path / "m")
+    assert json.loads((tmp_path / "m/privacy.json").read_text()) == before
+    assert not [p.name for p in (tmp_path / "m").glob("*.*") if b"audit" in p.read_bytes()]
+    run.write("audit.json", {**report, "bound": 3.0})
+    with pytest.raises(ValueError, match="its audit refutes the claim"):
+        export.export(copied, tmp_path / "other")
+    assert not list(tmp_path.glob("*other*"))
+
+
+def test_private_weights_without_a_statement_are_not_exported(copied, tmp_path):
+    (copied / "privacy.json").unlink()
+    with pytest.raises(ValueError, match=r"has no privacy\.json"):
+        export.export(copied, tmp_path / "m")
+    config = Workdir(copied).read("config.json")
+    Workdir(copied).write("config.json", {**config, "dp": None})
+    export.export(copied, tmp_path / "m")
+    assert not list((tmp_path / "m").glob("privacy.*"))
+
+
+def test_metrics_of_private_data_are_not_in_the_card(copied, tmp_path):
+    run = Workdir(copied)
+    export.export(copied, tmp_path / "public")
+    assert "accuracy" in (tmp_path / "public/README.md").read_text().partition("Held out")[2]
+    labeled = {f"nonprivate/{name}": value for name, value in run.read("eval.json").items()}
+    run.write("eval.json", labeled)
+    export.export(copied, tmp_path / "m")
+    assert "Held out" not in (tmp_path / "m/README.md").read_text()
 
 
 def test_mistakes(workdir, tmp_path, capsys):

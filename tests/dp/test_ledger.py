@@ -3,8 +3,12 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from scipy import stats
 
 from dpjax import dp
 from dpjax.dp import accounting
@@ -59,9 +63,10 @@ def test_no_step_past_the_budget():
 @pytest.mark.parametrize(
     ("phase", "steps", "text"),
     [
-        (0, -1, "steps=-1"), (0, -20, "steps=-20"), (0, 0.5, "steps=0.5"), (0, 2.0, r"steps=2\.0"),
-        (0, True, "steps=True"), (0, float("nan"), "steps=nan"), (-1, 5, "phase=-1"),
-        (1, 5, r"phase=1 must be a whole number in 0\.\.0"), (0.0, 5, r"phase=0\.0"),
+        (0, -1, "steps=-1"), (0, -20, "steps=-20"), (0, 0, "steps=0"), (0, 0.5, "steps=0.5"),
+        (0, 2.0, r"steps=2\.0"), (0, True, "steps=True"), (0, float("nan"), "steps=nan"),
+        (-1, 5, "phase=-1"), (1, 5, r"phase=1 must be a whole number in 0\.\.0"),
+        (0.0, 5, r"phase=0\.0"),
     ],
 )  # fmt: skip
 def test_only_whole_steps_of_a_phase_can_be_charged(phase, steps, text):
@@ -83,6 +88,25 @@ def test_a_ledger_that_nobody_charged_has_no_statement():
         book.charge(0)  # the mistake: the new ledger is dropped
     with pytest.raises(ValueError, match=r"0 of 40 steps.*ledger = ledger\.charge"):
         statement(book)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx, optax.adam(1e-3))])
+def test_a_statement_covers_every_draw_of_noise(wrap):
+    """The mistake: the first charged ledger is kept, and later ones are dropped."""
+    tx = wrap(MECHANISM.transform(key=jax.random.key(0)))
+    params = {"w": jnp.zeros(3)}
+    state, book = tx.init(params), ledger().charge(0)
+    for _ in range(3):
+        book.charge(0)
+        _, state = tx.update(dp.ClippedSum(params, jnp.float32(1.0)), state, params)
+    assert dp.noise_draws(state) == 3
+    assert dp.noise_draws([state, state]) == 6
+    with pytest.raises(ValueError, match="3 steps drew noise, but 1 are charged"):
+        statement(book, state=state)
+    assert statement(book.charge(0, 2), state=state)["steps_done"] == 3
+    assert statement(book.charge(0, 9), state=state)["steps_done"] == 10  # charged, not yet run
+    with pytest.raises(ValueError, match="no state of a noise transform"):
+        statement(book, state=optax.adam(1e-3).init(params))
 
 
 def test_a_plan_beyond_the_budget_cannot_be_made():
@@ -181,6 +205,35 @@ def test_a_replaced_example_may_change_two_parts():
     with pytest.raises(ValueError, match=r"parts=\['a', 'b'\] must be one part"):
         dp.Ledger(tuple(phases), epsilon=2.0, delta=1e-4)
     assert dp.Ledger((phases[0],), epsilon=2.0, delta=1e-4).charge(0, 40).spent() <= 2.0
+
+
+@pytest.mark.parametrize("steps", [1, 25])
+def test_what_a_guess_may_know_is_that_of_the_gaussian_mechanism(steps):
+    """Full batches are exactly Gaussian: mu = sqrt(T) / sigma, and the trade-off has a formula."""
+    mechanism = dp.calibrated(
+        epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=1000, steps=steps
+    )
+    known = ledger(mechanism).membership()
+    mu = steps**0.5 / mechanism.noise_multiplier
+    assert known["gdp_mu"] == pytest.approx(mu, rel=3e-3)
+    assert known["gdp_mu"] >= mu * (1 - 1e-6)
+    exact = stats.norm.cdf(stats.norm.ppf(0.001) + mu)
+    assert exact <= known["tpr_at_fpr_0.001"] < 2 * exact
+    text = dp.to_markdown(statement(ledger(mechanism).charge(0)))
+    assert f"{100 * known['tpr_at_fpr_0.001']:.2g} % of members at most" in text
+    assert f"mu = {known['gdp_mu']:.3g}" in text
+
+
+def test_more_budget_lets_a_guess_know_more():
+    known = [
+        ledger(dataclasses.replace(MECHANISM, noise_multiplier=s), epsilon=50.0).membership()
+        for s in (4.0, 1.0, 0.6)
+    ]
+    for name in known[0]:
+        values = [each[name] for each in known]
+        assert values == sorted(values)
+        assert 0 < values[0] < values[-1]
+    assert known[-1]["tpr_at_fpr_0.001"] <= 1
 
 
 def test_one_part_composes_and_no_part_may_pass_the_budget():

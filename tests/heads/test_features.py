@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax import data, heads, models
+from dpjax import data, dp, heads, models
+from dpjax.dp import linear_head
 from dpjax.heads import cache
 
 EXAMPLES = 1100  # two shards
@@ -200,15 +201,99 @@ def test_mistakes(net, params, dataset, tmp_path):
     broken = jax.tree.map(lambda x: x * jnp.nan, params)
     with pytest.raises(ValueError, match="finite"):
         compute(net, broken, dataset, tmp_path)
-    wrong = jnp.asarray(dataset.get(np.array([30]))["input"][0])
-    poisoned = lambda x: jnp.where(jnp.all(x == wrong), jnp.nan, x / 255)  # noqa: E731
-    with pytest.raises(ValueError, match="features of example 30 of 'noise' are not finite"):
-        compute(net, params, dataset, tmp_path, prepare=poisoned)
+    blind = lambda x: jnp.where(jnp.all(x == 255), jnp.inf, x / 255)  # noqa: E731
+    white = data.from_arrays(
+        "white", np.full((9, 8, 8, 3), 255, np.uint8), np.zeros(9, int), class_names="ab"
+    )
+    with pytest.raises(ValueError, match="no example of 'white' has finite features"):
+        compute(net, params, white, tmp_path, prepare=blind)
     assert not list(tmp_path.iterdir())
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match=r"cache_dir=.*cannot be written"):
         compute(net, params, dataset, file)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_one_example_of_features_that_are_not_finite_contributes_zero(
+    value, net, params, dataset, made, tmp_path, capsys
+):
+    """As in training: one example can neither stop the others nor be seen in their sum."""
+    wrong = jnp.asarray(dataset.get(np.array([30]))["input"][0])
+    spec = net.input
+
+    def poisoned(x):
+        ready = data.preprocess(
+            x, image_size=spec.image_size, mean=spec.mean, std=spec.std, channels=spec.channels
+        )
+        return jnp.where(jnp.all(x == wrong), value, ready)
+
+    got = compute(net, params, dataset, tmp_path, prepare=poisoned)
+    assert "nonprivate: features of 1 of 1,100 examples" in capsys.readouterr().err
+    assert not np.isfinite(got.values[30]).all()
+    others = np.arange(EXAMPLES) != 30
+    np.testing.assert_allclose(got.values[others], made[0].values[others], atol=1e-5)
+    mask = jnp.ones(EXAMPLES, bool)
+    for features in (got, heads.normalize(got, center=True)):
+        rows = linear_head.rows(features.values, features.labels)
+        head = heads.initial_head(got.width, 3)
+        whole, _ = linear_head.clipped_head_sum(head, dp.flat(1.0), rows, mask)
+        without, _ = linear_head.clipped_head_sum(head, dp.flat(1.0), rows, mask & others)
+        jax.tree.map(np.testing.assert_array_equal, whole.value, without.value)
+        sums = [
+            dp.least_squares.moments(
+                features.values, jnp.asarray(features.labels), m, num_classes=3, bound=1.0
+            )
+            for m in (mask, mask & others)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *sums)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        jax.jit,
+        lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, length=1)[0],
+        lambda f: lambda x: jax.lax.cond(x.sum() > 0, f, lambda y: y, x),
+        lambda f: lambda x: jax.jit(jax.jit(f))(x),
+        lambda f: jax.checkpoint(f),
+    ],
+    ids=["jit", "scan", "cond", "nested", "checkpoint"],
+)
+def test_constants_inside_of_other_programs_are_part_of_the_key(inside, dataset):
+    def key(scale, kind=np.asarray):
+        mean = kind(np.full((8, 8, 3), scale, np.float32))
+        prepare = inside(lambda x: x - mean)
+        return cache._key(
+            lambda p, x: prepare(x.astype(jnp.float32)), {},
+            jax.ShapeDtypeStruct((8, 8, 3), np.uint8), dataset, "float32",
+        )  # fmt: skip
+
+    assert key(1) == key(1) != key(2)
+    assert key(1, jnp.asarray) != key(2, jnp.asarray)
+
+
+def test_keys_and_callbacks_inside_of_the_computation(dataset):
+    def key(prepare):
+        one = jax.ShapeDtypeStruct((8, 8, 3), np.uint8)
+        return cache._key(lambda p, x: prepare(x), {}, one, dataset, "float32")
+
+    noisy = [jax.random.key(seed) for seed in (0, 1)]
+    assert len({key(lambda x, k=k: x + jax.random.normal(k, x.shape)) for k in noisy}) == 2
+    shape = jax.ShapeDtypeStruct((8, 8, 3), np.uint8)
+    assert key(lambda x: jax.pure_callback(np.negative, shape, x)) is None
+
+
+def test_a_computation_without_a_key_is_not_kept(net, params, dataset, made, tmp_path):
+    shape = jax.ShapeDtypeStruct((8, 8, 3), np.float32)
+
+    def prepare(image):
+        return jax.pure_callback(
+            lambda x: np.asarray(x, np.float32) / 255, shape, image, vmap_method="sequential"
+        )
+
+    compute(net, params, dataset.select(np.arange(8)), tmp_path, prepare=prepare)
+    assert not list(tmp_path.iterdir())
 
 
 def feature_set(values, labels=None):
@@ -253,8 +338,6 @@ def test_feature_set_mistakes():
         feature_set([1.0, 2.0])
     with pytest.raises(ValueError, match=r"labels from 0 to 2 must be in \[0, 2\)"):
         feature_set(np.ones((2, 2)), np.array([0, 2]))
-    with pytest.raises(ValueError, match="features of example 1 of 'made' are not finite"):
-        feature_set([[1.0], [np.inf]])
     made = feature_set(np.ones((2, 2)))
     with pytest.raises(ValueError, match="repeated"):
         made.select(np.array([1, 1]))

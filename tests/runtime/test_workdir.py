@@ -1,8 +1,12 @@
 """Files of a run and its checkpoints: whole or not at all, checked when read, kept or let go."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dpjax import dp
 from dpjax.runtime import (
     Checkpoints,
     OtherRun,
@@ -113,9 +118,14 @@ def test_damage_is_noticed_and_set_aside(harm, tmp_path):
         checkpoints.reload()
         assert checkpoints.steps() == [1]
         jax.tree.map(np.testing.assert_array_equal, checkpoints.load(1, like(ONE)), tree(1))
-        checkpoints.save(2, tree(2), {"phase": 0})
-    assert (path / "unreadable-2").is_dir()
-    assert (path / "2").is_dir()
+        for attempt in ("unreadable-2", "unreadable-2.1", "unreadable-2.2"):  # damaged again
+            checkpoints.save(2, tree(2), {"phase": 0})
+            checkpoints.wait()
+            assert (path / "2").is_dir()
+            if attempt != "unreadable-2":
+                checkpoints.set_aside(2)
+                checkpoints.reload()
+            assert (path / attempt).is_dir()
 
 
 @contextlib.contextmanager
@@ -178,6 +188,98 @@ def test_restart_moves_the_run_aside(tmp_path):
     (path / "thesis.tex").write_text("x")
     with pytest.raises(OtherRun, match="does not contain a dpjax run"):
         Workdir(path).move_aside()
+
+
+def test_one_process_works_in_a_directory(tmp_path):
+    path = tmp_path / "w"
+    with Workdir(path).lock():
+        for attempt in (Workdir(path).lock, lambda: Workdir(path.parent / "w").lock()):
+            with (
+                pytest.raises(OtherRun, match=r"another process runs here \(process \d+ on"),
+                attempt(),
+            ):
+                pass
+        used(path)
+        with pytest.raises(OtherRun, match="another process runs here"):
+            Workdir(path).move_aside()
+    with Workdir(path).lock():  # free again
+        pass
+    assert Workdir(path).move_aside() == Path(f"{path}.1")
+
+
+def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
+    code = (
+        "import sys, time; from dpjax.runtime import Workdir\n"
+        "with Workdir(sys.argv[1]).lock(): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "w"], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(OtherRun, match=f"process {child.pid} on"), Workdir(tmp_path / "w").lock():
+        pass
+    child.kill()
+    child.communicate()
+    with Workdir(tmp_path / "w").lock():
+        used(tmp_path / "w")  # the lock's file does not look like somebody else's
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Workdir(tmp_path / "w").lock():
+        assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Workdir("~/run").path == tmp_path / "run"
+    for url in ("gs://bucket/run", "s3://b", "file:///tmp/x", "hdfs://h:1/x", "gs:/b/000"):
+        with pytest.raises(ValueError, match=r"workdir='[a-z0-9]+:/.* is a URL"):
+            Workdir(url)
+    assert Workdir("a:b").path.name == "a:b"  # no URL
+
+
+FACTS = {"data": "d", "weights": None, "code": "c", "config": {"epochs": 1.0, "cut": (1, 2)}}
+
+
+def test_a_directory_keeps_its_run(tmp_path, capsys):
+    name = used(tmp_path).claim(FACTS)
+    assert len(name) == 32
+    assert Workdir(tmp_path).claim(FACTS) == name
+    for field, value in {"data": "e", "weights": "w", "config": {"epochs": 2.0}}.items():
+        with pytest.raises(OtherRun, match=rf"belongs to another run: run\.{field}"):
+            Workdir(tmp_path).claim({**FACTS, field: value})
+    assert capsys.readouterr().err == ""
+    for _ in range(2):  # said once
+        assert Workdir(tmp_path).claim({**FACTS, "code": "other"}) == name
+    assert capsys.readouterr().err.count("the code has changed") == 1
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(OtherRun, match=r"has checkpoints but no identity\.json"):
+        Workdir(tmp_path).claim(FACTS)
+    assert used(tmp_path / "other").claim(FACTS) != name
+
+
+def test_what_may_not_be_published_is_readable_by_its_owner_only(tmp_path):
+    workdir = used(tmp_path / "w")
+    workdir.append_metrics(1, {})
+    contents = {
+        "eval.json": {"accuracy": 0.5}, "best.json": {"nonprivate/accuracy": 0.5},
+        "privacy.json": {"not_charged": ["rows named nonprivate/..."]},
+        "privacy.md": f"- {dp.AUDIT}, audit.json", "search.md": "| accuracy |",
+    }  # fmt: skip
+    for name, content in contents.items():
+        workdir.write(name, content)
+    Checkpoints(workdir.path / "checkpoints", keep=1).__exit__(None, None, None)
+    modes = {p.name: p.stat().st_mode & 0o077 for p in workdir.path.iterdir()}
+    assert {name for name, mode in modes.items() if not mode} == {
+        "metrics.jsonl", "best.json", "privacy.md", "search.md", "checkpoints"
+    }  # fmt: skip
+    workdir.create(ConfigDict({**CONFIG, "private_seed": 5}))
+    assert (workdir.path / "config.json").stat().st_mode & 0o077 == 0
 
 
 def test_private_seed_is_drawn_once_and_hidden(tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from dpjax import dp
 from dpjax.commands import cli
 from dpjax.dp import repeat_and_select
-from dpjax.search import proposals, sweep
+from dpjax.search import proposals, search, sweep
 
 STUDY = """
 from tiny import tiny_config
@@ -139,6 +140,9 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
     paid = repeat_and_select.charged(mine, [mine, mine], {**facts, "mean": 8.0, "epsilon": 3.0})
     assert mine["epsilon"] < spend + 1e-9 < 2.9 < paid["epsilon"] <= 3.0
     assert paid["epsilon_by_part"] == {"train": paid["epsilon"]}
+    assert paid["epsilon_of_steps_done"] == paid["epsilon"]
+    assert "membership" in mine
+    assert "membership" not in paid  # one run's
     assert paid["epsilon_of_one_run"] == mine["epsilon"]
     assert not any(item.startswith("the choice") for item in paid["not_charged"])
     assert "8 on average" in paid["released"][-1]
@@ -246,6 +250,54 @@ def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
     assert not {"trial", "path"} & set(read(tmp_path / "w/best.json"))
     weights = (tmp_path / "w/trials/000/004/weights.safetensors").read_bytes()
     assert (tmp_path / "w/weights.safetensors").read_bytes() == weights
+
+
+CHANGES = {
+    "mean": (["--charge=9"], "", "mean: 3.0 != 9.0"),
+    "budget": (["--charge=3"], "config.dp.epsilon = 1.5", "budget: 2.0 != 1.5"),
+    "delta": (["--charge=3"], "config.dp.delta = 1e-5", "delta: 0.0001 != 1e-05"),
+    "points": (["--charge=3"], "config.epochs = 0.4", "sweep: "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_draw_pays_for_the_search_it_was_made_for(change, file, tmp_path, monkeypatch, capsys):
+    """Killed between its secret and `search.json`, and started again on other terms."""
+    monkeypatch.setattr(search, "_order", lambda job, flags: [])
+    command = [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+    cli.main(["search", *command, "--charge=3"])
+    secret = (tmp_path / "w/search_secret.json").read_text()
+    assert {"points", "epsilon", "mean", "delta", "budget", "sweep"} == set(json.loads(secret))
+    (tmp_path / "w/search.json").unlink()
+    flags, line, said = CHANGES[change]
+    Path(file).write_text(STUDY.replace("    return config", f"    {line}\n    return config"))
+    assert cli.main(["search", *command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "a charged search of other terms" in error
+    assert said in error
+    assert (tmp_path / "w/search_secret.json").read_text() == secret
+
+
+def test_scores_of_private_data_are_named_so(file, tmp_path, monkeypatch, capsys):
+    def private_point(command, path):
+        fake_point(command, path)
+        score = {"nonprivate/accuracy": int(path.name) / 10}
+        (path / "eval.json").write_text(json.dumps(score))
+        return 0
+
+    monkeypatch.setattr(sweep, "run_point", private_point)
+    path = tmp_path / "w"
+    assert cli.main(["search", f"--config={file}", f"--workdir={path}", "--method=grid"]) == 0
+    printed = capsys.readouterr().out
+    texts = [printed, *((path / name).read_text() for name in ("search.md", "search.csv"))]
+    for text in texts:
+        assert "nonprivate/accuracy" in text
+        assert "accuracy" not in text.replace("nonprivate/accuracy", "")
+    best = read(path / "best.json")
+    assert best["point"] == 5
+    assert {name for name in best if "accuracy" in name} == {"nonprivate/accuracy"}
+    assert (path / "best.json").stat().st_mode & 0o077 == 0
+    assert "held-out accuracy on private data" in read(path / "privacy.json")["not_charged"][0]
 
 
 def test_optuna_finds_the_best_and_goes_on(file, tmp_path, monkeypatch):

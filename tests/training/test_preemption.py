@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_workdir import files_no_longer_than
@@ -19,9 +22,11 @@ from tiny import tiny_config
 
 from dpjax import build, dp, models
 from dpjax.commands import cli
+from dpjax.config import MAY_CHANGE, default
+from dpjax.dp.noise import GaussianState
 from dpjax.runtime import OtherRun, Unwritable, Workdir, read_jsonl
 from dpjax.search import sweep
-from dpjax.training import loop, phases
+from dpjax.training import loop, phases, results
 
 STEPS = 10
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # children compile in half the time
@@ -249,9 +254,84 @@ def test_other_data_under_the_same_name_are_refused_before_any_checkpoint(run, t
     loop.train(run, path)
 
 
+def test_other_weights_under_the_same_name_are_refused(tmp_path, monkeypatch):
+    """Their content decides every sum, and not where they lie."""
+    file, path = tmp_path / "start.safetensors", tmp_path / "w"
+    config = tiny_config(finetune="head", epochs=0.5)
+    models.save_weights(build.build(config).params, file)
+    config.model.weights = str(file)
+
+    def begin():
+        with pytest.raises(loop.Preempted):
+            loop.train(build.build(config), Workdir(path), stop=lambda step: True)
+
+    begin()
+    begin()
+    params = models.load_weights(file, build.build(config).params)
+    models.save_weights({**params, "embed": {k: v + 1 for k, v in params["embed"].items()}}, file)
+    with pytest.raises(OtherRun, match=r"another run: run\.weights: "):
+        begin()
+
+
+def test_every_field_is_in_the_identity_or_may_change_for_a_reason(run):
+    def names(section, above=""):
+        for name, value in section.items():
+            inner = isinstance(value, dict) and name != "options" and value
+            yield from names(value, f"{above}{name}.") if inner else [f"{above}{name}"]
+
+    facts = build.describe.identity(run, 5)
+    kept, fields = set(names(facts["config"])), set(names(default().to_dict()))
+    assert set(MAY_CHANGE) < fields
+    assert kept == fields - set(MAY_CHANGE) - {"private_seed"} | (kept & {"audit"})
+    assert all(len(reason) > 20 for reason in MAY_CHANGE.values())
+    assert "dp.method" in kept  # its factors differ by more than rounding
+    config = run.config.copy_and_resolve_references()
+    config.optimizer.learning_rate *= 2
+    assert facts != build.describe.identity(run._replace(config=config), 5)
+
+
+def test_the_code_of_a_user_is_part_of_the_code(run, tmp_path, monkeypatch):
+    (tmp_path / "own_rule.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("own_rule")
+    config = run.config.copy_and_resolve_references()
+    config.dp.clipping = "own_rule:make"
+    own = run._replace(config=config)
+    before = build.describe.identity(own, 5)["code"]
+    assert before != build.describe.identity(run, 5)["code"]
+    (tmp_path / "own_rule.py").write_text("x = 2\n")
+    assert before != build.describe.identity(own, 5)["code"]
+
+
+def test_a_second_process_is_refused_before_it_writes(run, whole):
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and p.name != ".lock"}
+    with Workdir(whole).lock(), pytest.raises(OtherRun, match="another process runs here"):
+        loop.train(run, Workdir(whole))
+    after = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert before == after
+
+
+@pytest.mark.parametrize("steps", [9, 11])
+def test_a_state_of_other_steps_than_were_charged_ends_without_results(run, steps, tmp_path):
+    """Whatever a loop did: draws of noise, executed steps and the statement must agree."""
+    workdir = Workdir(tmp_path)
+    state = phases.prepare(run, 5)[0].begin(run.params, None)[1]
+    noisy = jax.tree.map(
+        lambda x: x._replace(step=jnp.int32(steps)) if isinstance(x, GaussianState) else x,
+        state.opt, is_leaf=lambda x: isinstance(x, GaussianState),
+    )  # fmt: skip
+    workdir.write("privacy.json", {"steps_done": STEPS})
+    with pytest.raises(dp.BudgetExceeded, match=f"{steps} draws of noise"):
+        results.finish(
+            run, workdir, run.params, state._replace(opt=noisy, step=jnp.int32(STEPS)),
+            evaluate=None, private_seed=5,
+        )  # fmt: skip
+
+
 REFUSED = {
     "dp.epsilon": 2.5, "dp.delta": 2e-4, "dp.clipping": "global", "dp.bound": 2.0,
     "batch_size": 100, "epochs": 2.0, "data.subset": 0.5, "seed": 1, "private_seed": 6,
+    "dp.method": "vmap",
 }  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """The whole run: files, budget, resuming, and every listed mistake."""
 
 import dataclasses
+import fnmatch
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,11 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dpjax import build, dp, models
+from dpjax import build, dp, guide, models
 from dpjax.commands import report
 from dpjax.data import Dataset, splits_overlap
 from dpjax.models import finetune
-from dpjax.runtime import Workdir, read_jsonl, sharding
+from dpjax.runtime import Workdir, may_be_published, read_jsonl, sharding
 from dpjax.step import at_bound
 from dpjax.training import feed, loop, phases, results
 
@@ -53,6 +56,55 @@ def test_files(finished):
     assert not (path / "private_seed.json").exists()
 
 
+def published():
+    """Rows of the threat model's table: patterns of file names by what it says of them."""
+    text = (Path(guide.__file__).parent / "threat_model.md").read_text()
+    lines = text.partition("| | from the directory of a run |")[2].splitlines()[2:5]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    return {answer: re.findall(r"`([\w.*]+)/?`", files) for answer, files in rows}
+
+
+def test_the_threat_model_lists_every_file_and_no_other_may_be_read(finished):
+    _, path, _ = finished
+    report.figures(path)
+    table = published()
+    assert list(table) == ["yes", "if the evaluation is on public data", "no"]
+    seen = set()
+    for file in path.iterdir():
+        rows = {
+            answer: [p for p in patterns if fnmatch.fnmatch(file.name, p)]
+            for answer, patterns in table.items()
+        }
+        (answer,) = [answer for answer, patterns in rows.items() if patterns]
+        seen |= set(rows[answer])
+        # Of a run with a fixed seed, the config is not published.
+        private = answer == "no" or file.name == "config.json"
+        text = file.read_text() if file.suffix == ".json" else ""
+        assert may_be_published(file.name, text) != private, file.name
+        if private:
+            assert file.stat().st_mode & 0o077 == 0, file.name
+        elif not file.name.startswith("privacy."):
+            assert "nonprivate/" not in file.read_bytes().decode(errors="ignore"), file.name
+    written_by_others = {"private_seed.json", "audit.*"}
+    assert set().union(*table.values()) - seen == written_by_others
+
+
+def test_checkpoints_hold_nothing_about_seed_or_data(finished):
+    """Only the run's random name: the digests of the identity are in no other file."""
+    _, path, _ = finished
+    facts = json.loads((path / "identity.json").read_text())
+    digests = [value for value in facts.values() if isinstance(value, str) and len(value) == 64]
+    assert {facts["data"], facts["private_seed"], facts["code"]} <= set(digests)
+    for file in (p for p in path.rglob("*") if p.is_file() and p.name != "identity.json"):
+        content = file.read_bytes()
+        assert not [digest for digest in digests if digest.encode() in content], file
+    (metadata,) = [
+        json.loads(p.read_text())["custom_metadata"]
+        for p in path.glob("checkpoints/10/_CHECKPOINT_METADATA")
+    ]
+    assert metadata == {"phase": 0, "run": facts["name"], "charged": 10}
+
+
 def test_private_facts_are_named_so(finished):
     # A rate is counted in expected examples, and a bound follows from a noised count.
     allowed = (
@@ -68,10 +120,18 @@ def test_evaluations_on_private_data_are_named_so(tmp_path):
     results = loop.train(build.build(config), Workdir(tmp_path))
     rows = list(read_jsonl(tmp_path / "metrics.jsonl"))
     last = [r for r in rows if "nonprivate/eval/nll" in r][-1]
-    assert last["nonprivate/eval/accuracy"] == results["accuracy"]
+    assert last["nonprivate/eval/accuracy"] == results["nonprivate/accuracy"]
     assert not [name for row in rows for name in row if name.startswith("eval/")]
-    assert Workdir(tmp_path).losses()[last["step"]] == results["nll"]
-    assert (tmp_path / "learning_curve.png") in report.figures(tmp_path)
+    assert Workdir(tmp_path).losses()[last["step"]] == results["nonprivate/nll"]
+    assert all(name.startswith("nonprivate/") for name in results)
+    assert set(json.loads((tmp_path / "eval.json").read_text())) == {
+        *results, "nonprivate/reliability", "nonprivate/confusion", "class_names",
+    }  # fmt: skip
+    for path in (*report.figures(tmp_path), tmp_path / "eval.json"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert set(loop._postfix(last, "nonprivate/eval/", 1.0)) == {
+        "nonprivate/loss", "nonprivate/acc", "ex/s", "eps"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

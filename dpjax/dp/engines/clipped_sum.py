@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 from dpjax.dp.engines import bookkeeping, reference
+from dpjax.dp.meshes import closes_over_explicit, mesh_of, on_mesh
 
 __all__ = ["METHODS", "clipped_sum", "cut"]
 
@@ -67,8 +68,17 @@ def clipped_sum(
     def clipped_sum_fn(
         params: PyTree, batch: PyTree, mask: jax.Array
     ) -> tuple[ClippedSum, PerExample]:
-        params = _parameters(params)
-        size = _batch_size(batch, mask)
+        # JAX arrays, at the door: int64 of NumPy becomes what JAX makes of it.
+        params, batch = _parameters(params), jax.tree.map(jnp.asarray, batch)
+        _check_sizes(batch, mask)
+        args = params, batch, jnp.asarray(mask)
+        like = ClippedSum(params, jnp.zeros(())), PerExample(*[args[2]] * 4)
+        return on_mesh(summed, args, like, replicate=_replicate(loss_fn, method, params, batch))
+
+    def summed(
+        params: PyTree, batch: PyTree, mask: jax.Array
+    ) -> tuple[ClippedSum, PerExample]:
+        size = mask.shape[0]
         if size == 0:  # of no example: the step is noise alone
             return _nothing(rule, params)
         micro = microbatch_size or size
@@ -108,7 +118,24 @@ def _parameters(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(checked, params)
 
 
-def _batch_size(batch: PyTree, mask: jax.Array) -> int:
+def _replicate(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree) -> bool:
+    """Whether every device of the caller's mesh must compute the whole sum."""
+    mesh = mesh_of((params, batch))
+    if mesh is None:
+        return False
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    if mesh.explicit_axes and closes_over_explicit(loss_fn, mesh, params, example):
+        return True
+    # XLA's partitioner miscompiles the gradient of a convolution's kernel for each example of a
+    # sharded batch, a convolution with a group for each example: it gives the channels of one
+    # example to another. (`jax.vmap(jax.grad(...))` alone shows it, on jax 0.10.2.)
+    if not reference.differentiates_convolutions(loss_fn, params, batch):
+        return False
+    routes = bookkeeping.plan(loss_fn, params, example) if method != "vmap" else ()
+    return method == "vmap" or any(leaf.route == "direct" for leaf in routes)
+
+
+def _check_sizes(batch: PyTree, mask: jax.Array) -> None:
     kind = getattr(mask, "dtype", type(mask).__name__)
     if str(kind) != "bool" or mask.ndim != 1:
         shape = getattr(mask, "shape", None)
@@ -120,7 +147,6 @@ def _batch_size(batch: PyTree, mask: jax.Array) -> int:
                 f"batch {name!r} of shape {jnp.shape(leaf)} must have one row for each of the "
                 f"{mask.shape[0]} entries of mask."
             )
-    return int(mask.shape[0])
 
 
 def _nothing(rule: ClipRule, params: PyTree) -> tuple[ClippedSum, PerExample]:

@@ -1,6 +1,6 @@
 """Weight files: finding and reading them, and mapping their tensors to this package's names."""
 
-from dpjax.models.weights.published import WEIGHTS, availability, locate
+from dpjax.models.weights.published import WEIGHTS, availability, locate, sha256
 from dpjax.models.weights.resample import resample_grid
 from dpjax.models.weights.tables import (
     Source,
@@ -25,5 +25,6 @@ __all__ = [
     "read_tensors",
     "resample_grid",
     "save_weights",
+    "sha256",
     "translate",
 ]

@@ -122,6 +122,7 @@ def locate(
     if name_or_path in registry:
         folder = files.cache_dir("weights") if cache_dir is None else Path(cache_dir).expanduser()
         return _published(name_or_path, registry[name_or_path], folder)
+    name_or_path = os.path.expanduser(name_or_path)
     if os.path.isfile(name_or_path):
         return name_or_path
     if os.path.basename(name_or_path) != name_or_path or name_or_path.endswith(_SUFFIXES):

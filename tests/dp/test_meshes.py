@@ -1,0 +1,150 @@
+"""`clipped_sum` and the noise on a caller's mesh of eight devices: the numbers of one device."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpjax import dp
+
+SIZE = 16
+NUMBERS = np.random.default_rng(0)
+PARAMS = {
+    "table": NUMBERS.standard_normal((32, 16), np.float32),
+    "dense": 0.3 * NUMBERS.standard_normal((16, 8), np.float32),
+    "bias": np.zeros(8, np.float32),
+}
+BATCH = {
+    "rows": NUMBERS.integers(0, 32, (SIZE, 5)).astype(np.int32),
+    "x": NUMBERS.standard_normal((SIZE, 4), np.float32),
+    "image": NUMBERS.standard_normal((SIZE, 6, 6, 2), np.float32),
+}
+KERNEL = NUMBERS.standard_normal((3, 3, 2, 4), np.float32)
+FROZEN = 0.2 * NUMBERS.standard_normal((4, 16), np.float32)
+MASK = np.arange(SIZE) < 13
+MESHES = {
+    "explicit": lambda: jax.make_mesh((8,), ("data",)),
+    "auto": lambda: jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+    "plain": lambda: Mesh(np.array(jax.devices()), ("data",)),
+}
+
+
+def loss_fn(frozen):
+    def loss(params, example):
+        hidden = jnp.tanh(example["x"] @ frozen) + params["table"][example["rows"]].mean(0)
+        return jnp.sum(jnp.tanh(hidden @ params["dense"] + params["bias"]) ** 2)
+
+    return loss
+
+
+def conv_loss(frozen):
+    def loss(params, example):
+        dims = ("NHWC", "HWIO", "NHWC")
+        out = jax.lax.conv_general_dilated(
+            example["image"][None], params["kernel"], (1, 1), "SAME", dimension_numbers=dims
+        )
+        return jnp.sum(jnp.tanh(out)) + jnp.sum(jnp.tanh(example["x"] @ frozen))
+
+    return loss
+
+
+def train(make_loss, frozen, params, batch, mask, *, method, jit=True, microbatch_size=8):
+    """The parameters and the per-example facts after two private optax steps of two chunks."""
+    clipped = dp.clipped_sum(
+        make_loss(frozen), dp.flat(1.0), method=method, microbatch_size=microbatch_size
+    )
+    mechanism = dp.Mechanism(dp.Poisson(num_examples=100, sampling_prob=0.2), 0.5, steps=2)
+    tx = optax.chain(mechanism.transform(key=jax.random.key(3)), optax.sgd(0.1, momentum=0.9))
+
+    def step(params, state, batch, mask):
+        summed, facts = clipped(params, batch, mask)
+        summed = summed + clipped(params, batch, ~mask)[0]
+        updates, state = tx.update(summed, state, params)
+        return optax.apply_updates(params, updates), state, facts
+
+    step = jax.jit(step) if jit else step
+    state = tx.init(params)
+    for _ in range(2):
+        params, state, facts = step(params, state, batch, mask)
+    return params, facts
+
+
+def assert_close(have, want):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-5, atol=2e-5
+        ),
+        have,
+        want,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    params = {"kernel": KERNEL}
+    return {
+        "dense": train(loss_fn, FROZEN, PARAMS, BATCH, MASK, method="vmap"),
+        "conv": train(conv_loss, FROZEN, params, BATCH, MASK, method="vmap"),
+    }
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("where", ["replicated", "sharded", "set_mesh"])
+@pytest.mark.parametrize("kind", MESHES)
+def test_a_training_on_a_mesh_is_that_on_one_device(kind, where, method, one_device):
+    mesh = MESHES[kind]()
+
+    def put(tree, spec=P()):
+        return jax.device_put(tree, NamedSharding(mesh, spec))
+
+    params = put(PARAMS)
+    if where == "sharded":
+        params |= {"dense": put(PARAMS["dense"], P("data")), "bias": put(PARAMS["bias"], P("data"))}
+    context = contextlib.nullcontext()
+    if where == "set_mesh":
+        context = mesh if kind == "plain" else jax.set_mesh(mesh)
+    batch, mask = put((BATCH, MASK), P("data"))
+    with context:
+        have = train(loss_fn, FROZEN, params, batch, mask, method=method)
+    assert_close(have, one_device["dense"])
+    if kind == "explicit":
+        assert jax.tree.map(lambda x: x.sharding.spec, have[0]) == jax.tree.map(
+            lambda x: jax.typeof(x).sharding.spec, params
+        )
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_a_loss_may_close_over_arrays_on_the_mesh_and_need_not_be_jitted(kind, one_device):
+    mesh = MESHES[kind]()
+    whole = NamedSharding(mesh, P())
+    frozen, params = jax.device_put((FROZEN, PARAMS), whole)
+    batch, mask = jax.device_put((BATCH, MASK), NamedSharding(mesh, P("data")))
+    have = train(loss_fn, frozen, params, batch, mask, method="auto")
+    assert_close(have, one_device["dense"])
+    clipped = dp.clipped_sum(loss_fn(frozen), dp.flat(1.0))
+    eager, jitted = clipped(params, batch, mask), jax.jit(clipped)(params, batch, mask)
+    assert_close(eager, jitted)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_examples_of_a_sharded_batch_keep_their_channels_in_convolutions(kind, method, one_device):
+    """XLA's partitioner alone mixes them up: a wrong gradient without a word."""
+    mesh = MESHES[kind]()
+    params = jax.device_put({"kernel": KERNEL}, NamedSharding(mesh, P()))
+    batch, mask = jax.device_put((BATCH, MASK), NamedSharding(mesh, P("data")))
+    have = train(conv_loss, FROZEN, params, batch, mask, method=method)
+    assert_close(have, one_device["conv"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_int64_rows_of_numpy_are_taken_without_a_warning():
+    batch = BATCH | {"rows": BATCH["rows"].astype(np.int64)}
+    for method in ("vmap", "bookkeeping"):
+        clipped = dp.clipped_sum(loss_fn(FROZEN), dp.flat(1.0), method=method)
+        assert_close(clipped(PARAMS, batch, MASK), clipped(PARAMS, BATCH, MASK))
