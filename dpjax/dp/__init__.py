@@ -49,6 +49,7 @@ from dpjax.dp.engines import (
     bookkeeping,
     check_engine,
     clipped_sum,
+    explain,
 )
 from dpjax.dp.ledger import SEED_POLICIES, BudgetExceeded, Ledger, Phase, statement, to_markdown
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
@@ -96,6 +97,7 @@ __all__ = [
     "check_engine",
     "chunks",
     "clipped_sum",
+    "explain",
     "fit_temperature",
     "flat",
     "gaussian",

@@ -99,16 +99,16 @@ def one_device():
 def test_a_training_on_a_mesh_is_that_on_one_device(kind, where, method, one_device):
     mesh = MESHES[kind]()
 
-    def put(tree, spec=P()):
-        return jax.device_put(tree, NamedSharding(mesh, spec))
+    def put(tree, *spec):
+        return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
 
     params = put(PARAMS)
     if where == "sharded":
-        params |= {"dense": put(PARAMS["dense"], P("data")), "bias": put(PARAMS["bias"], P("data"))}
+        params |= {"dense": put(PARAMS["dense"], "data"), "bias": put(PARAMS["bias"], "data")}
     context = contextlib.nullcontext()
     if where == "set_mesh":
         context = mesh if kind == "plain" else jax.set_mesh(mesh)
-    batch, mask = put((BATCH, MASK), P("data"))
+    batch, mask = put((BATCH, MASK), "data")
     with context:
         have = train(loss_fn, FROZEN, params, batch, mask, method=method)
     assert_close(have, one_device["dense"])
