@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -118,14 +119,16 @@ def _constructor(module: Any, dtype: str, options: dict[str, Any]) -> Callable[.
         if options:
             raise ValueError(f"{type(module).__name__} is made already and takes no options.")
         return lambda **rngs: module
-    known = inspect.signature(module).parameters
+    # Of `__init__`: the metaclass of NNX modules hides the signature of the class.
+    signature = inspect.signature(functools.partial(module.__init__, None))
+    known = signature.parameters
     if "dtype" in known and "dtype" not in options:
         options = {**options, "dtype": jnp.dtype(dtype)}
     elif dtype != "float32" and "dtype" not in options:
         raise ValueError(f"dtype={dtype!r}: {module.__name__} takes no dtype.")
     rngs = {"rngs": None} if issubclass(module, nnx.Module) and "rngs" in known else {}
     try:
-        inspect.signature(module).bind(**rngs, **options)
+        signature.bind(**rngs, **options)
     except TypeError as error:
         raise ValueError(f"{module.__name__}: {error}.") from error
     return lambda **given: module(**{k: v for k, v in given.items() if k in rngs}, **options)

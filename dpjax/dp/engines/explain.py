@@ -67,9 +67,9 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones((8, 4)), "scale": jnp.ones(8)}
     >>> loss = lambda params, x: jnp.sum(jnp.tanh((x * params["scale"]) @ params["w"]))
-    >>> print(explain(loss, params, jnp.ones((5, 8))))
+    >>> print(explain(loss, params, jnp.ones(8)))
     route    share  leaves
-    outer   80.0 %       1
+    gram    80.0 %       1
     direct  20.0 %       1
     direct leaves take 32 bytes for each example of a microbatch, 0.20 of a plain gradient
     largest direct leaves:
