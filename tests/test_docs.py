@@ -112,5 +112,16 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
     assert "epsilon" in (tmp_path / "run" / "privacy.md").read_text()
 
 
+@pytest.mark.parametrize(("library", "title"), [("flax", "NNX"), ("equinox", "Equinox"),
+                                                ("haiku", "Haiku")])  # fmt: skip
+def test_the_loops_for_other_libraries_run(library, title, capsys):
+    pytest.importorskip(library)
+    text = (GUIDE / "libraries.md").read_text()
+    common, rest = text.split("## NNX")
+    sections = dict(zip(["NNX", "Equinox", "Haiku"], re.split("## Equinox|## Haiku", rest)))
+    run("\n".join(blocks(common, "python") + blocks(sections[title], "python")))
+    assert float(capsys.readouterr().out.split()[-1]) > 0.8
+
+
 def test_the_catch_table_is_that_of_the_tests():
     assert test_broken.catch_table().strip() in (GUIDE / "evidence.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import sys
@@ -17,7 +16,7 @@ from dpjax.build.model import model_title
 from dpjax.build.run import Phase, Run
 from dpjax.config import MAY_CHANGE
 from dpjax.data import Units
-from dpjax.dp import seeds
+from dpjax.dp import engines, seeds
 from dpjax.models import Params, finetune, locate, sha256
 from dpjax.runtime import code_digest
 
@@ -110,7 +109,7 @@ def _cumulative_noise(run: Run) -> float:
 
 
 def _engine(run: Run, trainable: Params, frozen: Params) -> str:
-    """Says once which engine clips, and how many leaves take which route through it."""
+    """Says which engine clips, and how many of the parameters take which route through it."""
     one = run.train.batch(np.array([0]), seed=0, step=0)
     one.pop("identity")
     example = {name: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for name, v in one.items()}
@@ -121,10 +120,13 @@ def _engine(run: Run, trainable: Params, frozen: Params) -> str:
 
     if run.config.dp.method == "vmap":
         return "vmap, as asked"
-    routes = collections.Counter(r.route for r in dp.bookkeeping.plan(loss, trainable, example))
-    return "bookkeeping, leaves by route: " + ", ".join(
-        f"{route} {count}" for route, count in routes.most_common()
+    shares = engines.shares(dp.bookkeeping.plan(loss, trainable, example), trainable)
+    text = "bookkeeping, parameters by route: " + ", ".join(
+        f"{route} {100 * share:.1f} %" for route, share in shares.items()
     )
+    if shares.get("direct", 0.0) > engines.LARGE_SHARE:
+        text += " (direct is slow and takes memory for each example: see dp.explain)"
+    return text
 
 
 def _unit(run: Run) -> str:

@@ -52,18 +52,46 @@ def model(config: ConfigDict, num_classes: int) -> Model:
     keywords.
     """
     make, sizes = _family(config.name)
+    if models.is_module(make):
+        return _bare(config, make, num_classes, config.options)
     options: dict[str, Any] = {"head_init": config.head_init, "dtype": config.dtype}
     arguments: list[Any] = [num_classes]
     if sizes is not None:
         arguments.insert(0, size("model.options", sizes, config))
     else:
         options |= config.options
+    known = inspect.signature(make).parameters
+    # The input of a bare module that the function returns is ours to know, not the function's.
+    of_input = {name: options[name] for name in models.MODULE_INPUT if name in options}
+    options = {k: v for k, v in options.items() if k not in of_input or k in known}
     try:
         inspect.signature(make).bind(*arguments, **options)
     except TypeError as error:
         shown = dict(config.options)
         raise ValueError(f"model.options={shown}: model.name={config.name!r}: {error}.") from error
-    return returned("model.name", config.name, make(*arguments, **options), Model)
+    made = make(*arguments, **options)
+    if models.is_module(made):
+        return _bare(config, made, num_classes, of_input)
+    if isinstance(made, Model) and not set(of_input) <= set(known):
+        shown = dict(config.options)
+        raise ValueError(f"model.options={shown}: {config.name!r} takes {list(known)}.")
+    return returned("model.name", config.name, made, Model)
+
+
+def _bare(config: ConfigDict, module: Any, num_classes: int, options: Mapping[str, Any]) -> Model:
+    """A model of a module as it is; its mistakes name the field."""
+    try:
+        return models.from_module(
+            module,
+            num_classes,
+            head_init=config.head_init,
+            dtype=config.dtype,
+            options=dict(options),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"model.name={config.name!r} with model.options={dict(config.options)}: {error}"
+        ) from error
 
 
 def _family(name: str) -> tuple[Callable[..., Model], Any]:

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             hosts.gather(None)
         results = loop.train(plan, workdir, stop=hosts.catch_signals())
         audited = audit.attach(plan, workdir) if config.audit.count else None
-    except (OtherRun, hosts.Disagreement, capacity.DoesNotFit) as error:
+    except (OtherRun, hosts.Disagreement, capacity.DoesNotFit, dp.EngineMismatch) as error:
         raise cli.Mistake(str(error)) from error
     except (loop.TrainingFailed, dp.BudgetExceeded) as error:
         print(f"dpjax train: stopped: {error}", file=sys.stderr)

@@ -52,6 +52,7 @@ from dpjax.dp.engines import (
     bookkeeping,
     check_engine,
     clipped_sum,
+    explain,
 )
 from dpjax.dp.ledger import (
     AUDIT,
@@ -111,6 +112,7 @@ __all__ = [
     "check_engine",
     "chunks",
     "clipped_sum",
+    "explain",
     "fit_temperature",
     "flat",
     "gaussian",

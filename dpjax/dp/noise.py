@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
 from dpjax.dp.engines import clipped_sum
-from dpjax.dp.meshes import on_mesh
+from dpjax.dp.engines.reference import once
+from dpjax.dp.meshes import mesh_of, on_mesh
 
 __all__ = [
     "GaussianState",
@@ -76,8 +78,17 @@ def gaussian_noise(key: jax.Array, tree: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(tree)
     sizes = [leaf.size for leaf in leaves]
     # One draw, because every draw is a program of its own to the compiler: with one for each leaf,
-    # noise took most of the compile time of a step.
-    parts = jnp.split(standard_normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    # noise took most of the compile time of a step. Computed once, before it is cut: fused into the
+    # leaves it would be rounded one way on one device and another way on eight.
+    numbers = standard_normal(key, (sum(sizes),))
+    mesh = mesh_of(tree)
+    if mesh is not None:
+        # Every device draws all numbers and keeps its own: a flat vector that is cut where devices
+        # are not would cost a collective for each leaf.
+        whole = NamedSharding(mesh, PartitionSpec())
+        numbers = jax.lax.with_sharding_constraint(numbers, whole)
+    numbers = once(numbers, jnp.sum(~jnp.isfinite(numbers[:1]), dtype=jnp.int32))
+    parts = jnp.split(numbers, np.cumsum(sizes)[:-1])
     noise = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
     return jax.tree.unflatten(treedef, noise)
 

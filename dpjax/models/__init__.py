@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpjax.models import finetune
+from dpjax.models.bare import MODULE_INPUT, from_module, is_module
 from dpjax.models.model import (
     InputSpec,
     Model,
@@ -49,6 +50,7 @@ from dpjax.models.weights import (
 
 __all__ = [
     "LITE0",
+    "MODULE_INPUT",
     "RESNETS",
     "SIZES",
     "TEXT_SIZES",
@@ -71,6 +73,8 @@ __all__ = [
     "finetune",
     "flatten",
     "from_linen",
+    "from_module",
+    "is_module",
     "layout_config",
     "load_plain",
     "load_weights",

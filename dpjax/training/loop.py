@@ -35,7 +35,7 @@ from dpjax.runtime import (
     hosts,
 )
 from dpjax.step import TrainState
-from dpjax.training import capacity, feed, phases, results
+from dpjax.training import capacity, check, feed, phases, results
 
 __all__ = ["Preempted", "TrainingFailed", "train"]
 
@@ -67,6 +67,7 @@ def train(
         The final evaluation, flat names to values.
 
     Raises:
+        dp.EngineMismatch: the clipping engine is wrong about this model.
         OtherRun: the work directory or its checkpoint belongs to another run, or another process
             works there.
         hosts.Disagreement: another host has another config, other data or other code.
@@ -85,6 +86,7 @@ def train(
                 f"num_examples={phase.mechanism.num_examples} of phase {phase.name!r} must equal "
                 f"the {len(run.train)} training examples: call `build` with the data to train on."
             )
+    check.engines(run)  # before the directory exists: a mismatch leaves nothing behind
     with workdir.lock():
         workdir.create(config)
         return _train(run, workdir, stop)

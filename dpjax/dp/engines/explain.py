@@ -1,0 +1,102 @@
+"""The plan of the book-keeping engine for a model, as a table that says what to change."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines.bookkeeping import LeafPlan
+
+__all__ = ["LARGE_SHARE", "advice", "explain", "shares"]
+
+PyTree = Any
+
+LARGE_SHARE = 0.1
+"""Share of parameters on the route "direct" above which a run says so."""
+
+_LARGEST = 5  # direct leaves that are listed
+
+_ADVICE = (
+    ("ways", "use it in one layout, or keep a parameter for each use"),
+    ("without the example", "leave a term without the example, such as decay, to the optimizer"),
+    ("gather", "look up whole rows with an integer array: table[rows]"),
+    ("carry of scan", "scan over a stack of parameters, or close over them, instead of carrying"),
+    ("output of scan", "let the body of the scan use it, and return what depends on the example"),
+    ("used elsewhere", "give every leaf of a computed weight this one use"),
+)
+
+
+def shares(plan: Sequence[LeafPlan], params: PyTree) -> dict[str, float]:
+    """Returns the share of parameters on each route, the largest first."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for leaf, array in zip(plan, jax.tree.leaves(params), strict=True):
+        sizes[leaf.route] += int(np.prod(np.shape(array)))
+    total = max(1, sum(sizes.values()))
+    return {route: size / total for route, size in sizes.most_common()}
+
+
+def advice(reason: str) -> str:
+    """Returns what to change so that a direct leaf becomes part of a product."""
+    for words, text in _ADVICE:
+        if words in reason:
+            return text
+    return "let it meet the example in a product, a convolution or a lookup"
+
+
+def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, example: PyTree) -> str:
+    """Says how `clipped_sum` computes the gradients of a loss: a table to print.
+
+    A leaf on the route "direct" is differentiated for each example: its gradients take memory for
+    each example of a microbatch, and as a large matrix also time. All other routes need one
+    ordinary backward pass. Nothing is computed.
+
+    Args:
+        loss_fn: `(params, example) -> loss` of ONE example, a scalar.
+        params: trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
+        example: ONE example, likewise.
+
+    Returns:
+        The share of parameters by route, the memory that direct leaves take, and the largest of
+        them with the reason and an advice.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"w": jnp.ones((8, 4)), "scale": jnp.ones(8)}
+    >>> loss = lambda params, x: jnp.sum(jnp.tanh((x * params["scale"]) @ params["w"]))
+    >>> print(explain(loss, params, jnp.ones(8)))
+    route    share  leaves
+    gram    80.0 %       1
+    direct  20.0 %       1
+    direct leaves take 32 bytes for each example of a microbatch, 0.20 of a plain gradient
+    largest direct leaves:
+      scale [8]: used by mul; let it meet the example in a product, a convolution or a lookup
+    """
+    plan = bookkeeping.plan(loss_fn, params, example)
+    leaves = jax.tree.leaves(params)
+    counts = collections.Counter(leaf.route for leaf in plan)
+    width = max(5, *(len(route) for route in counts))
+    lines = [f"{'route':<{width}}   share  leaves"]
+    lines += [
+        f"{route:<{width}}  {100 * share:4.1f} %  {counts[route]:6}"
+        for route, share in shares(plan, params).items()
+    ]
+    direct = [(p, np.shape(x)) for p, x in zip(plan, leaves, strict=True) if p.route == "direct"]
+    if not direct:
+        return "\n".join(lines)
+    size = sum(int(np.prod(shape)) for _, shape in direct)
+    total = sum(int(np.prod(np.shape(x))) for x in leaves)
+    lines += [
+        f"direct leaves take {4 * size:,} bytes for each example of a microbatch, "
+        f"{size / total:.2f} of a plain gradient",
+        "largest direct leaves:",
+    ]
+    direct.sort(key=lambda leaf: -int(np.prod(leaf[1])))
+    lines += [
+        f"  {leaf.path} {list(shape)}: {leaf.reason}; {advice(leaf.reason)}"
+        for leaf, shape in direct[:_LARGEST]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Compares the clipping engines on the run's own model before the run spends any privacy."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpjax import dp, files
+from dpjax.build import Run
+from dpjax.models import Params, TextSpec, finetune
+from dpjax.runtime import code_digest
+
+__all__ = ["engines", "examples"]
+
+_COUNT = 2  # examples; more would only round differently
+
+
+def engines(run: Run) -> int:
+    """Checks book-keeping clipping against vmap, once for each set of trained parameters.
+
+    A program that was checked before, with the same code, leaves a file in the cache directory and
+    is not checked again.
+
+    Returns:
+        The number of comparisons made.
+
+    Raises:
+        dp.EngineMismatch: the engines disagree; nothing was trained.
+    """
+    if run.rule is None or run.config.dp.method == "vmap":
+        return 0
+    batch, compared = examples(run), 0
+    one = jax.tree.map(lambda x: x[0], batch)
+    trainings = {phase.training: phase.trainable for phase in run.phases}
+    for trainable in trainings.values():
+        trains, frozen = finetune.split(run.params, trainable)
+
+        def loss(params: Params, frozen: Params, example: Any) -> jax.Array:
+            return run.loss_fn(finetune.join(params, frozen), example)
+
+        marker = files.cache_dir("engine") / _name(jax.make_jaxpr(loss)(trains, frozen, one))
+        if files.caching() and marker.exists():
+            continue
+        # The frozen parameters are an argument: as constants they would slow the compiler down.
+        try:
+            dp.check_engine(loss, trains, batch, frozen=frozen)
+        except dp.EngineMismatch as error:
+            raise dp.EngineMismatch(f"{error} In a config, that is dp.method='vmap'.") from error
+        compared += 1
+        if files.caching():
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+    return compared
+
+
+def examples(run: Run) -> dict[str, jax.Array]:
+    """Returns a few made examples in the shapes of the run's batches; none of them is private."""
+    padding = run.train.batch(np.full(_COUNT, -1), seed=0, step=0)
+    rng, spec = np.random.default_rng(0), run.model.input
+    top = {
+        "input": spec.vocab_size if isinstance(spec, TextSpec) else 256,
+        "label": run.train.num_classes,
+        "record": 2,
+    }
+    batch: dict[str, Any] = {
+        name: jnp.asarray(rng.integers(0, top[name], x.shape).astype(x.dtype))
+        for name, x in padding.items()
+        if name in top
+    }
+    return {**batch, "key": jax.random.split(jax.random.key(0), _COUNT)}
+
+
+def _name(jaxpr: Any) -> str:
+    """A file name of a program under this code; addresses of Python objects take no part."""
+    program = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
+    return hashlib.sha256(f"{code_digest()}\n{program}".encode()).hexdigest()

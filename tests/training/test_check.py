@@ -1,0 +1,56 @@
+"""A run compares its clipping engines before it spends any privacy."""
+
+import pytest
+from tiny import tiny_config
+
+from dpjax import build, dp
+from dpjax.dp.engines import bookkeeping
+from dpjax.runtime import Workdir
+from dpjax.training import check, loop
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPJAX_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "engine"
+
+
+def broken(*args, **kwargs):
+    total, facts = right(*args, **kwargs)
+    return total, facts._replace(norms=1.5 * facts.norms)
+
+
+right = bookkeeping.microbatch_sum
+
+
+def test_engines_are_compared_once_for_a_program(cache):
+    run = build.build(tiny_config(finetune="regex:head/bias"))
+    assert check.engines(run) == 1
+    assert check.engines(run) == 0
+    other = build.build(tiny_config(finetune="head"))
+    assert check.engines(other) == 1
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_wrong_engine_is_refused_and_nothing_is_written(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(bookkeeping, "microbatch_sum", broken)
+    run = build.build(tiny_config(finetune="head"))
+    for _ in range(2):  # a mismatch is not remembered as checked
+        with pytest.raises(dp.EngineMismatch, match=r"dp\.method='vmap'"):
+            loop.train(run, Workdir(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+    assert not cache.exists()
+
+
+def test_vmap_and_runs_without_privacy_have_nothing_to_compare(cache):
+    config = tiny_config(finetune="head")
+    config.dp.method = "vmap"
+    assert check.engines(build.build(config)) == 0
+    assert check.engines(build.build(tiny_config(dp=None))) == 0
+
+
+def test_made_examples_are_in_range():
+    run = build.build(tiny_config())
+    batch = check.examples(run)
+    assert batch["input"].shape[1:] == run.train.shape
+    assert int(batch["label"].max()) < run.train.num_classes
