@@ -182,8 +182,6 @@ def phases(
         cuts=[config.lp.fraction],
     )
     rate = config.lp.learning_rate or config.optimizer.learning_rate
-    if not 0 < rate < math.inf:
-        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
     probing = [stage for stage in cut if stage.begin < config.lp.fraction]
     fraction, steps = config.lp.fraction, sum(stage.steps for stage in cut)
     if (fraction > 0 and not probing) or (fraction < 1 and len(probing) == len(cut)):
