@@ -98,6 +98,8 @@ def _check_values(config: ConfigDict) -> None:
     size = config.physical_batch
     if size != "auto" and not (isinstance(size, int) and size > 0):
         raise ValueError(f"physical_batch={size!r} must be 'auto' or a whole number > 0.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be in [0, 2**32).")
     if config.keep_best < 0:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.model.dtype not in _DTYPES:

@@ -32,6 +32,10 @@ def check(config: ConfigDict, *, private: bool) -> None:
         for option in config.options:
             names = [name for name in known if name not in _OURS]
             choose("optimizer.options field", option, dict.fromkeys(names))
+    for option in ("b1", "b2", "momentum"):
+        value = config.options.get(option)
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f"optimizer.options.{option}={value} must be in [0, 1).")
     one = jnp.ones(())
     rule = dp.flat(1.0) if private else None
     hyper = Hyper(one, one, rule, jax.random.key(0), jax.random.key(1), one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ def check(config: ConfigDict) -> None:
             f"dp.max_batch_size={config.max_batch_size} must be given for "
             f"dp.sampler='truncated_poisson' and for no other, got {config.sampler!r}."
         )
+    if config.max_batch_size is not None and config.max_batch_size < 1:
+        raise ValueError(f"dp.max_batch_size={config.max_batch_size} must be >= 1.")
     fitted, counts = config.temperature, config.adaptive.count_noise
     if not 0 <= fitted.share < 1:
         raise ValueError(f"dp.temperature.share={fitted.share} must be in [0, 1).")
@@ -54,6 +57,13 @@ def sampler(config: ConfigDict) -> str | dp.sampling.Factory:
     factory: str | dp.sampling.Factory = resolve(
         "dp.sampler", config.sampler, {name: name for name in dp.sampling.SAMPLERS}
     )
+    if not isinstance(factory, str):
+        try:
+            inspect.signature(factory).bind(num_examples=2, batch_size=1)
+        except TypeError as error:
+            raise ValueError(
+                f"dp.sampler={config.sampler!r} must take num_examples and batch_size: {error}."
+            ) from error
     return factory
 
 

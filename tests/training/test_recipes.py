@@ -328,3 +328,9 @@ def test_the_planner_chooses_the_batch():
 def test_models_without_sizes_are_named_without_one():
     assert build.model.model_title(config(model__name="resnet8").model) == "resnet8"
     assert build.model.model_title(config().model) == "vit mini"
+
+
+@pytest.mark.parametrize("fraction", [0.97, 0.04])
+def test_a_phase_without_a_step_is_refused(fraction):
+    with pytest.raises(ValueError, match=rf"lp\.fraction={fraction} of 6 steps leaves none to"):
+        build.build(config(lp__fraction=fraction))
