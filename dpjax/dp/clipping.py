@@ -79,7 +79,8 @@ class ClippedSum(metaclass=_NoiseFirst):
     The only input the noise transforms accept. Sums over disjoint chunks of one batch add. It is a
     tree, so a transform that scales or clips gradients would go through it, by a factor that may
     depend on private data, and change sum and sensitivity alike: the noise would be scaled too. Its
-    seal notices that, for arithmetic makes it another type.
+    seal notices that, for arithmetic makes it another type. (A schedule before the noise passes:
+    its factor is public, and scales sum and noise alike.)
 
     Attributes:
         value: pytree of float32 arrays, the sum (never a mean).
@@ -101,7 +102,8 @@ class ClippedSum(metaclass=_NoiseFirst):
         if not isinstance(other, ClippedSum):
             return NotImplemented
         value = jax.tree.map(jnp.add, self.value, other.value)
-        return ClippedSum(value, jnp.maximum(self.sensitivity, other.sensitivity))
+        sensitivity = jnp.maximum(self.sensitivity, other.sensitivity)
+        return ClippedSum(value, sensitivity, self.seal & other.seal)
 
     def __radd__(self, other: object) -> ClippedSum:
         """Lets `sum(chunks)` start from its 0."""
