@@ -10,7 +10,8 @@ line for an array job. Overrides, --config.FIELD=VALUE, hold for every point; --
 nothing.
 
 The same command again does what is missing: finished points are skipped, interrupted ones resume,
-failed ones are retried. DIR/sweep.md and DIR/sweep.csv contain the results, DIR/NNN.log the output
+failed ones are retried. --filter=dp.epsilon=1.0 and --chunk=2/8 run a part of the points, which
+--list shows. DIR/sweep.md and DIR/sweep.csv contain the results, DIR/NNN.log the output
 of a point.
 Exit codes: 0 all finished, 1 some failed, 2 a mistake, 75 stopped by a signal.
 """
@@ -31,15 +32,31 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_config()
     parser.add_argument("--workdir", required=True, type=Path, help="one directory per point in it")
     parser.add_argument("--table_only", action="store_true", help="run nothing")
+    parser.add_argument("--list", action="store_true", help="print the points and stop")
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="FIELD=VALUE",
+        help="run, or list, the points with this value only; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chunk", default="1/1", metavar="K/N",
+        help="of these, the K-th of N parts: one for each task of an array job",
+    )  # fmt: skip
 
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
-    found = sweep.points(args.config, cli.config(args))
+    config = cli.config(args)
+    found = sweep.points(args.config, config)
+    chosen = sweep.select(found, config, args.filter, args.chunk)
+    if args.list:
+        rows = sweep.results(args.workdir, found)
+        print(sweep.to_markdown([rows[number] for number in chosen]))
+        print(f"{len(chosen)} of {len(found)} points")
+        return 0
     args.workdir.mkdir(parents=True, exist_ok=True)
     code = 0
     for row in tqdm(sweep.results(args.workdir, found), desc="points", disable=args.table_only):
-        if args.table_only or row["status"] == "finished":
+        if args.table_only or row["point"] not in chosen or row["status"] == "finished":
             continue
         command = [
             sys.executable, "-m", "dpjax", "train", f"--config={args.config}",
