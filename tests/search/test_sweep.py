@@ -121,7 +121,7 @@ def test_a_part_of_the_points_is_listed_and_run(tmp_path, capsys):
     assert sweep.select(rows, config, ["dp.epsilon=2"]) == [3, 4, 5, 6]
     assert sweep.select(rows, config, ["dp.epsilon=2.0", "private_seed=1"]) == [4]
     parts = [sweep.select(rows, config, chunk=f"{k}/3") for k in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == list(range(7))
+    assert sorted(number for part in parts for number in part) == list(range(7))
     assert {len(part) for part in parts} == {2, 3}
     for options, text in (
         ({"filters": ["dp.epsilno=1"]}, "'epsilon'"),
