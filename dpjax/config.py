@@ -76,7 +76,7 @@ def default() -> ConfigDict:
                 "fraction": 0.0,  # of the epochs that train the head alone
                 "learning_rate": placeholder(float),  # None: the optimizer's
                 "noise_ratio": 1.0,  # sigma of this phase over sigma of the next
-                "keep_optimizer": False,  # keep the head's moments; counters restart at 0
+                "keep_optimizer": False,  # keep the head's moments, and their age
             },
             # None trains without privacy, and so does an infinite epsilon.
             "dp": {

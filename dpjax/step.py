@@ -24,9 +24,12 @@ from dpjax.models import Params
 from dpjax.models.finetune import join
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
-__all__ = ["Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_updates", "at_bound",
-           "carry_over", "draws", "eval_step", "fact_sums", "make_steps",
+__all__ = ["KEPT", "Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_updates",
+           "at_bound", "carry_over", "draws", "eval_step", "fact_sums", "make_steps",
            "moving_average"]  # fmt: skip
+
+KEPT = "kept"
+"""Name of the optimizer of leaves whose state goes on in the next training."""
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `mask` [n] bool (False is padding); in training also
@@ -320,22 +323,30 @@ def carry_over(state: TrainState, before: TrainState, *, moments: bool = True) -
     """Returns the initial state of the next training, carrying over state from the previous one.
 
     The number of executed steps, the clip bound and the averages of leaves that trained before are
-    carried over. The optimizer's counters restart: the next training has its own learning-rate
-    schedule and its own noise key, and Adam must correct the zero moments of newly trained leaves.
+    carried over. Counters of noise and of learning-rate schedules restart: the next training has
+    its own key and its own schedule.
 
     Args:
         state: fresh state of the next training.
         before: last state of the previous one.
-        moments: also carries over the optimizer's moments of leaves that trained before.
+        moments: also carries over the optimizer's state of leaves that trained before, moments and
+            their age, from the optimizer that is named `KEPT` in both trainings (see
+            `build.optimizer`).
     """
     average = _overlay(state.average, before.average)
     opt = state.opt
     if moments:
-        # Moments are the leaves of the optimizer state whose path ends in a parameter's path;
-        # counters do not, and keep their fresh value.
-        trained = [keystr(path) for path, _ in tree_leaves_with_path(state.trainable)]
-        opt = _overlay(opt, before.opt, lambda name: name.endswith(tuple(trained)))
+        schedules = [keystr(path) for path, node in tree_leaves_with_path(opt, is_leaf=_schedule)
+                     if _schedule(node)]  # fmt: skip
+        opt = _overlay(
+            opt, before.opt,
+            lambda name: f"[{KEPT!r}]" in name and not name.startswith(tuple(schedules)),
+        )  # fmt: skip
     return TrainState(before.step, state.trainable, opt, average, before.bound)
+
+
+def _schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _overlay(tree: Any, before: Any, select: Callable[[str], bool] = lambda name: True) -> Any:

@@ -88,11 +88,18 @@ def _check_values(config: ConfigDict) -> None:
             raise ValueError(f"{field}={value} must be > 0.")
     if not 0 <= config.lp.fraction <= 1:
         raise ValueError(f"lp.fraction={config.lp.fraction} must be in [0, 1].")
+    if not 0 < config.lp.noise_ratio < math.inf:
+        raise ValueError(f"lp.noise_ratio={config.lp.noise_ratio} must be > 0 and finite.")
+    rate = config.lp.learning_rate
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be in [0, 1).")
     size = config.physical_batch
     if size != "auto" and not (isinstance(size, int) and size > 0):
         raise ValueError(f"physical_batch={size!r} must be 'auto' or a whole number > 0.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be in [0, 2**32).")
     if config.keep_best < 0:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.model.dtype not in _DTYPES:

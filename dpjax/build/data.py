@@ -15,7 +15,7 @@ __all__ = ["check", "given", "opened"]
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses a function of the user's that does not exist, and records of no unit."""
+    """Refuses a function of the user's that does not exist, and parts of data that cannot be."""
     if ":" in config.name:
         resolve("data.name", config.name, {})
         if config.label_key is not None:
@@ -23,6 +23,18 @@ def check(config: ConfigDict) -> None:
                 f"data.label_key={config.label_key!r} must be None for a function of your own, "
                 "which returns the labels itself."
             )
+    for field in ("name", "train_split", "test_split"):
+        if not config[field]:
+            raise ValueError(f"data.{field}={config[field]!r} must not be empty.")
+    if config.holdout is not None and not 0 < config.holdout < 1:
+        raise ValueError(f"data.holdout={config.holdout} must be in (0, 1).")
+    part = config.subset
+    whole = isinstance(part, int) and not isinstance(part, bool) and part >= 1
+    if part is not None and not whole and not (isinstance(part, float) and 0 < part <= 1):
+        raise ValueError(
+            f"data.subset={part!r} must be a fraction in (0, 1], or a whole number of examples per "
+            "class, >= 1."
+        )
     limit = config.unit_records
     if limit < 1 or (config.unit is None and limit != 1):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,8 @@ def check(spec: models.InputSpec | models.TextSpec, config: ConfigDict) -> None:
     """Refuses what `config.data` asks to do with a model's input, whatever the data will be."""
     if config.pad < 0:
         raise ValueError(f"data.pad={config.pad} must be >= 0.")
+    if not 0 <= config.pixel_noise < math.inf:
+        raise ValueError(f"data.pixel_noise={config.pixel_noise} must be >= 0 and finite.")
     preparation(spec, config, spec.example().shape)
     augment = augmentation(spec, config)
     if augment is not None:

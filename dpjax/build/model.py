@@ -103,8 +103,12 @@ def _family(name: str) -> tuple[Callable[..., Model], Any]:
 def size(field: str, sizes: Mapping[str, Any], config: ConfigDict) -> Any:
     """Makes the shape that `config.size` names, with the fields in `config.options` replaced."""
     shape = choose("model.size", config.size, sizes)
-    for name in config.options:
+    for name, value in config.options.items():
         choose(f"{field} field", name, shape.__dataclass_fields__)
+        kind = type(getattr(shape, name))
+        other = type(value) is not kind and (kind, type(value)) != (float, int)
+        if other and kind is not type(None):
+            raise ValueError(f"{field}.{name}={value!r} must be of type {kind.__name__}.")
     try:
         return type(shape)(**{**vars(shape), **config.options})
     except (TypeError, ValueError) as error:

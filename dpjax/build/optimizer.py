@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from dpjax import dp
 from dpjax.files import choose, resolve, returned
-from dpjax.step import Hyper
+from dpjax.models import flatten, unflatten
+from dpjax.step import KEPT, Hyper
 
 __all__ = ["check", "optimizer"]
 
@@ -31,6 +32,10 @@ def check(config: ConfigDict, *, private: bool) -> None:
         for option in config.options:
             names = [name for name in known if name not in _OURS]
             choose("optimizer.options field", option, dict.fromkeys(names))
+    for option in ("b1", "b2", "momentum"):
+        value = config.options.get(option)
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f"optimizer.options.{option}={value} must be in [0, 1).")
     one = jnp.ones(())
     rule = dp.flat(1.0) if private else None
     hyper = Hyper(one, one, rule, jax.random.key(0), jax.random.key(1), one)
@@ -61,27 +66,45 @@ def _maker(config: ConfigDict, *, private: bool) -> Callable[..., optax.Gradient
 
 
 def optimizer(
-    config: ConfigDict, steps: int, *, private: bool
+    config: ConfigDict, steps: int, *, private: bool, kept: Callable[[str], bool] | None = None
 ) -> Callable[[Hyper], optax.GradientTransformation]:
-    """Makes the optimizer factory of `config.optimizer`; private ones take a `ClippedSum`."""
+    """Makes the optimizer factory of `config.optimizer`; private ones take a `ClippedSum`.
+
+    Args:
+        config: of the optimizer.
+        steps: of the training, for the schedule.
+        private: whether the noise comes first.
+        kept: paths of parameters whose state goes on in the next training. They get an optimizer
+            of their own: Adam corrects moments by their age, which is another for new parameters.
+    """
     name, options = config.name, dict(config.options)
     make, shape = _maker(config, private=private), _schedule(config, steps)
+
+    def apart(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        if kept is None:
+            return tx
+        return optax.partition(
+            {KEPT: tx, "new": tx},
+            lambda params: unflatten({k: KEPT if kept(k) else "new" for k in flatten(params)}),
+        )
 
     def factory(hyper: Hyper) -> optax.GradientTransformation:
         def rate(count: jax.Array) -> jax.Array:
             return hyper.learning_rate * shape(count)
 
         if not private:
-            return optax.chain(optax.scale(1 / hyper.batch_size), make(rate, **options))
+            return optax.chain(optax.scale(1 / hyper.batch_size), apart(make(rate, **options)))
         if hyper.rule is None or hyper.noise_key is None:
             raise TypeError("a private optimizer needs hyper.rule and hyper.noise_key.")
         noise = hyper.noise_multiplier, hyper.batch_size
         if name == "adam_corrected":  # it has to know the noise that it corrects for
-            return dp.adam_corrected(
-                rate, *noise, key=hyper.noise_key, sensitivity=hyper.rule.sensitivity(), **options
-            )
+            stddev = hyper.noise_multiplier * hyper.rule.sensitivity() / hyper.batch_size
+            corrected = dp.scale_by_adam_corrected(jnp.square(stddev), **options)
+            tx = optax.chain(corrected, optax.scale_by_learning_rate(rate))
+        else:
+            tx = make(rate, **options)
         # The noise comes first, and is not the optimizer's to leave out.
-        return optax.chain(dp.gaussian(*noise, key=hyper.noise_key), make(rate, **options))
+        return optax.chain(dp.gaussian(*noise, key=hyper.noise_key), apart(tx))
 
     return factory
 

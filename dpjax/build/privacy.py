@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,11 @@ from dpjax.data import Dataset, Units
 from dpjax.files import choose, resolve, returned
 
 __all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "sampler", "temperature", "with_noise"]
+
+_TWO_PARTS = (
+    "dp.temperature.share={share} needs a guarantee for adding or removing an example, but "
+    "dp.sampler={sampler!r} is accounted for replacing one."
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -31,6 +37,19 @@ def check(config: ConfigDict) -> None:
             f"dp.max_batch_size={config.max_batch_size} must be given for "
             f"dp.sampler='truncated_poisson' and for no other, got {config.sampler!r}."
         )
+    if config.max_batch_size is not None and config.max_batch_size < 1:
+        raise ValueError(f"dp.max_batch_size={config.max_batch_size} must be >= 1.")
+    fitted, counts = config.temperature, config.adaptive.count_noise
+    if not 0 <= fitted.share < 1:
+        raise ValueError(f"dp.temperature.share={fitted.share} must be in [0, 1).")
+    if not 0 < fitted.bound < math.inf:
+        raise ValueError(f"dp.temperature.bound={fitted.bound} must be > 0 and finite.")
+    if fitted.steps < 1:
+        raise ValueError(f"dp.temperature.steps={fitted.steps} must be >= 1.")
+    if fitted.share and config.sampler == "fixed_size":
+        raise ValueError(_TWO_PARTS.format(share=fitted.share, sampler=config.sampler))
+    if counts is not None and not 0 < counts < math.inf:
+        raise ValueError(f"dp.adaptive.count_noise={counts} must be > 0 and finite.")
 
 
 def sampler(config: ConfigDict) -> str | dp.sampling.Factory:
@@ -38,6 +57,13 @@ def sampler(config: ConfigDict) -> str | dp.sampling.Factory:
     factory: str | dp.sampling.Factory = resolve(
         "dp.sampler", config.sampler, {name: name for name in dp.sampling.SAMPLERS}
     )
+    if not isinstance(factory, str):
+        try:
+            inspect.signature(factory).bind(num_examples=2, batch_size=1)
+        except TypeError as error:
+            raise ValueError(
+                f"dp.sampler={config.sampler!r} must take num_examples and batch_size: {error}."
+            ) from error
     return factory
 
 
@@ -91,8 +117,6 @@ def temperature(
     if config.dp is None or not config.dp.temperature.share:
         return train, None
     chosen = config.dp.temperature
-    if not 0 < chosen.bound < math.inf:
-        raise ValueError(f"dp.temperature.bound={chosen.bound} must be > 0 and finite.")
     try:
         rest, share = data.random_share(train, chosen.share, seed=config.seed)
         mechanism = dp.calibrated(
@@ -116,8 +140,6 @@ def temperature(
 
 def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> tuple[Phase, ...]:
     """Gives every phase a mechanism, so that their composition meets the one budget."""
-    if not 0 < config.lp.noise_ratio < math.inf:
-        raise ValueError(f"lp.noise_ratio={config.lp.noise_ratio} must be > 0 and finite.")
     sizes = [phase.batch_size for phase in made]
     adaptive, counts = config.dp.adaptive, None
     if adaptive.quantile is not None:
@@ -147,10 +169,7 @@ def ledger(
     paid = [dp.Phase(p.name, p.mechanism) for p in made if p.mechanism is not None]
     if fitted is not None:
         if paid[0].mechanism.relation != fitted.mechanism.relation:
-            raise ValueError(
-                f"dp.temperature.share={config.dp.temperature.share} needs a guarantee for adding "
-                f"or removing an example, but dp.sampler={config.dp.sampler!r} is accounted for "
-                "replacing one."
-            )
+            share, name = config.dp.temperature.share, config.dp.sampler
+            raise ValueError(_TWO_PARTS.format(share=share, sampler=name))
         paid.append(dp.Phase("temperature", fitted.mechanism, part="temperature"))
     return dp.Ledger(tuple(paid), epsilon=config.dp.epsilon, delta=config.dp.delta)

@@ -182,8 +182,6 @@ def phases(
         cuts=[config.lp.fraction],
     )
     rate = config.lp.learning_rate or config.optimizer.learning_rate
-    if not 0 < rate < math.inf:
-        raise ValueError(f"lp.learning_rate={rate} must be > 0 and finite.")
     probing = [stage for stage in cut if stage.begin < config.lp.fraction]
     fraction, steps = config.lp.fraction, sum(stage.steps for stage in cut)
     if (fraction > 0 and not probing) or (fraction < 1 and len(probing) == len(cut)):
@@ -192,7 +190,7 @@ def phases(
             f"{'the head' if not probing else 'finetune'}: take more steps, or another fraction."
         )
     in_head = finetune.head()(tuning.model).trainable
-    keep = config.lp.keep_optimizer
+    keep = config.lp.keep_optimizer and 0 < fraction < 1
     planned = [
         ("linear-probe", in_head, probing, rate, False),
         ("train", tuning.trainable, cut[len(probing) :], config.optimizer.learning_rate, keep),
@@ -202,7 +200,9 @@ def phases(
         if not mine:
             continue
         total = sum(stage.steps for stage in mine)
-        factory = optimizer(config.optimizer, total, private=config.dp is not None)
+        factory = optimizer(
+            config.optimizer, total, private=config.dp is not None, kept=in_head if keep else None
+        )
         training = made[-1].training + 1 if made else 0
         made += [
             Phase(

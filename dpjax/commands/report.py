@@ -12,6 +12,7 @@ import argparse
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,9 +24,12 @@ from dpjax.commands import cli
 from dpjax.metrics import PRIVATE, lookup
 from dpjax.runtime import Workdir, read_jsonl
 
+_FEW = 20  # bins of fewer examples are grey: their accuracy says little
+_WRITTEN = 20  # classes of a confusion matrix whose shares are written into it
+
 
 def figures(workdir: Path) -> list[Path]:
-    """Draws `learning_curve.png` and `reliability.png`.
+    """Draws `learning_curve.png`, `reliability.png` and, for up to 50 classes, `confusion.png`.
 
     Args:
         workdir: of a run that has been evaluated.
@@ -40,7 +44,8 @@ def figures(workdir: Path) -> list[Path]:
         if not (workdir / name).is_file():
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     rows = list(read_jsonl(workdir / "metrics.jsonl"))
-    return [_learning_curve(workdir, rows), _reliability(workdir)]
+    drawn = [_learning_curve(workdir, rows), _reliability(workdir), _confusion(workdir)]
+    return [path for path in drawn if path is not None]
 
 
 def study(workdir: Path) -> list[Path]:
@@ -71,10 +76,13 @@ def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
     steps = [r["step"] for r in held]
     held_out = "held out of the private data (not private)" if private else "held out"
     left.plot(steps, [r[f"{begin}nll"] for r in held], "o-", color="C0", label=held_out)
-    left.set(xlabel="step", ylabel="cross-entropy [nats]", title="Loss")
-    left.legend()
+    left.set(xlabel="step (one noisy update)", ylabel="cross-entropy [nats]", title="Loss")
     right.plot(steps, [100 * r[f"{begin}accuracy"] for r in held], "o-", color="C0")
-    right.set(xlabel="step", ylabel="held-out accuracy [%]", title="Accuracy", ylim=(0, 100))
+    right.set(xlabel="step", ylabel=f"accuracy [%], {held_out}", title="Accuracy", ylim=(0, 100))
+    names = lookup(_read(workdir, "eval.json"), "class_names")[1]
+    uniform = {"color": "0.4", "linestyle": ":", "linewidth": 1}
+    left.axhline(np.log(len(names)), **uniform, label=f"all {len(names)} classes equally likely")
+    right.axhline(100 / len(names), **uniform, label=f"chance, {100 / len(names):.3g} %")
     if all("epsilon" in r for r in held):
         twin = right.twinx()
         twin.plot(steps, [r["epsilon"] for r in held], "--", color="C3")
@@ -82,7 +90,35 @@ def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
         twin.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        _phase_borders(workdir, axes)
+        axes.legend(fontsize="small", loc="lower right" if axes is right else "best")
     return _save(figure, workdir, "learning_curve.png")
+
+
+def _phase_borders(workdir: Path, axes: plt.Axes) -> None:
+    """Marks where phases begin, and names them, if there are several."""
+    phases = _read(workdir, "identity.json").get("phases", {})
+    end = 0
+    for name, phase in phases.items() if len(phases) > 1 else ():
+        axes.axvline(end, color="C2", linewidth=1)
+        axes.annotate(
+            name.partition("_")[2], (end, 1), xycoords=("data", "axes fraction"), xytext=(2, -2),
+            textcoords="offset points", va="top", rotation=90, fontsize="x-small", color="C2",
+        )  # fmt: skip
+        end += phase["steps"]
+
+
+def _read(workdir: Path, name: str) -> dict[str, Any]:
+    path = workdir / name
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ends of Wilson's 95 % interval of shares of counts > 0."""
+    z = 1.96
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return center - half, center + half
 
 
 def _reliability(workdir: Path) -> Path:
@@ -95,20 +131,59 @@ def _reliability(workdir: Path) -> Path:
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(5, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
-    used = count > 0
     width = edges[1] - edges[0]
+    few = count < _FEW
     top.plot([0, 1], [0, 1], "--", color="0.5", label="perfect calibration")
-    top.bar(edges[:-1][used], accuracy[used], width, align="edge", alpha=0.6, edgecolor="white")
-    top.plot(confidence[used], accuracy[used], "o", color="C1", label="mean confidence of the bin")
+    for some, color, label in (
+        (~few, "C0", "accuracy, 95 % interval"),
+        (few & (count > 0), "0.75", f"bins of fewer than {_FEW} examples"),
+    ):
+        if some.any():
+            middle, share = edges[:-1][some] + width / 2, accuracy[some]
+            top.bar(middle, share, width, color=color, alpha=0.6, edgecolor="white", label=label)
+            line = "0.25" if color == "C0" else color
+            top.vlines(middle, *_wilson(share, count[some]), color=line)
+            top.plot(confidence[some], share, "o", color="C1" if color == "C0" else color)
+    top.plot([], [], "o", color="C1", label="mean confidence of the bin")
     top.set(
         ylabel="accuracy", ylim=(0, 1), xlim=(0, 1),
         title=f"Reliability on held-out data{' (not private)' if PRIVATE in name else ''}: ECE "
         f"{100 * lookup(final, 'ece')[1]:.1f} %, MCE {100 * lookup(final, 'mce')[1]:.1f} %",
     )  # fmt: skip
-    top.legend(loc="upper left")
+    top.title.set_fontsize("medium")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     bottom.bar(edges[:-1], count, width, align="edge", color="0.6", edgecolor="white")
-    bottom.set(xlabel="confidence", ylabel="examples")
+    bottom.set(xlabel="confidence (largest predicted probability)", ylabel="examples")
     return _save(figure, workdir, "reliability.png", shows=text)
+
+
+def _confusion(workdir: Path) -> Path | None:
+    """Draws each class's shares of predictions; None for more classes than a figure can show."""
+    final = _read(workdir, "eval.json")
+    try:
+        name, counts = lookup(final, "confusion")
+    except KeyError:
+        return None
+    names, counts = lookup(final, "class_names")[1], np.asarray(counts)
+    side = 3 + 0.4 * len(names)
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=100, cmap="Blues")
+    figure.colorbar(image, ax=axes, label="share of the true class [%]", shrink=0.8)
+    for (row, column), share in np.ndenumerate(shares):
+        if counts[row, column] and len(names) <= _WRITTEN:
+            axes.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize="small",
+                color="white" if share > 55 else "black",
+            )  # fmt: skip
+    short = [label if len(label) <= 16 else f"{label[:15]}…" for label in names]
+    axes.set_xticks(range(len(names)), short, rotation=90)
+    axes.set_yticks(range(len(names)), short)
+    axes.set(
+        xlabel="predicted class", ylabel="true class",
+        title=f"Held-out examples{' (not private)' if PRIVATE in name else ''}",
+    )  # fmt: skip
+    return _save(figure, workdir, "confusion.png", shows=json.dumps(final))
 
 
 def _save(figure: plt.Figure, workdir: Path, name: str, *, shows: str = "") -> Path:

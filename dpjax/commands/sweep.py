@@ -10,7 +10,8 @@ line for an array job. Overrides, --config.FIELD=VALUE, hold for every point; --
 nothing.
 
 The same command again does what is missing: finished points are skipped, interrupted ones resume,
-failed ones are retried. DIR/sweep.md and DIR/sweep.csv contain the results, DIR/NNN.log the output
+failed ones are retried. --filter=dp.epsilon=1.0 and --chunk=2/8 run a part of the points, which
+--list shows. DIR/sweep.md and DIR/sweep.csv contain the results, DIR/NNN.log the output
 of a point.
 Exit codes: 0 all finished, 1 some failed, 2 a mistake, 75 stopped by a signal.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from tqdm import tqdm
@@ -34,19 +36,40 @@ def add_arguments(parser: cli.Parser) -> None:
         "--workdir", required=True, type=cli.path, help="one directory per point in it"
     )
     parser.add_argument("--table_only", action="store_true", help="run nothing")
+    parser.add_argument("--list", action="store_true", help="print the points and stop")
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="FIELD=VALUE",
+        help="run, or list, the points with this value only; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chunk", default="1/1", metavar="K/N",
+        help="of these, the K-th of N parts: one for each task of an array job",
+    )  # fmt: skip
 
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
-    found = sweep.points(args.config, cli.config(args))
+    config = cli.config(args)
+    points = sweep.points(args.config, config)
+    chosen = sweep.select(points, config, args.filter, args.chunk)
+    if args.list:
+        rows = sweep.results(args.workdir, points)
+        print(sweep.to_markdown([rows[number] for number in chosen]))
+        print(f"{len(chosen)} of {len(points)} points")
+        return 0
+    if args.chunk != "1/1":  # the tasks of an array share the directory; each run has a lock
+        return _sweep(args, points, chosen)
     with Workdir(args.workdir).lock():
-        return _sweep(args, found)
+        return _sweep(args, points, chosen)
 
 
-def _sweep(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
+def _sweep(
+    args: argparse.Namespace, points: list[dict[str, Any]], chosen: Collection[int]
+) -> int:
+    args.workdir.mkdir(parents=True, exist_ok=True)
     code = 0
-    for row in tqdm(sweep.results(args.workdir, found), desc="points", disable=args.table_only):
-        if args.table_only or row["status"] == "finished":
+    for row in tqdm(sweep.results(args.workdir, points), desc="points", disable=args.table_only):
+        if args.table_only or row["point"] not in chosen or row["status"] == "finished":
             continue
         command = [
             sys.executable, "-m", "dpjax", "train", f"--config={args.config}",
@@ -55,7 +78,7 @@ def _sweep(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
         code = sweep.run_point(command, sweep.point_directory(args.workdir, row["point"]))
         if code == sweep.STOPPED:
             break
-    rows = sweep.results(args.workdir, found)
+    rows = sweep.results(args.workdir, points)
     directory = Workdir(args.workdir)
     directory.write("sweep.md", sweep.to_markdown(rows))
     directory.write("sweep.csv", sweep.to_csv(rows))

@@ -30,6 +30,10 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--workdir", required=True, help="where the run leaves its files")
     parser.add_argument("--plan_only", action="store_true", help="print the plan and stop")
     parser.add_argument(
+        "--dry_run", action="store_true",
+        help="print the plan, and the time and memory of one step on made data; train nothing",
+    )  # fmt: skip
+    parser.add_argument(
         "--restart", action="store_true", help="move a run that is in the workdir to DIR.1 first"
     )
     parser.add_argument(
@@ -80,7 +84,13 @@ def run(args: argparse.Namespace) -> int:
 
     if workdir.writes:
         print(build.describe.describe(plan), flush=True)
-    if args.plan_only:
+    if args.dry_run:
+        with cli.mistakes():
+            seconds, needed = capacity.estimate(plan)
+        if workdir.writes:
+            print(f"time of all steps  {_duration(seconds)}, without compiling and evaluating")
+            print(f"memory per device  {needed / 2**20:,.0f} MiB")
+    if args.plan_only or args.dry_run:
         return 0
     try:
         if args.restart:
@@ -106,6 +116,17 @@ def run(args: argparse.Namespace) -> int:
             print(audit.line(audited))
         print(f"results in {workdir.path}")
     return 4 if audited is not None and audit.refuted(audited) else 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{minutes:.1f} min"
+        if minutes >= 1
+        else (f"{seconds:.1f} s")
+    )
 
 
 def _results(results: dict[str, float]) -> str:

@@ -57,28 +57,53 @@ SMALLEST_NORM = 1e-9
 _LARGEST_BOUND = 1e15
 
 
+class _NoiseFirst(type):
+    """Says what to do where JAX's messages show the type: a wrapper stands before the noise."""
+
+    def __repr__(cls) -> str:
+        return (
+            f"<class '{cls.__module__}.{cls.__qualname__}'> (noise comes first: chain dp.gaussian "
+            "before the optimizer, and put wrappers such as MultiSteps, masked, partition or "
+            "apply_if_finite around what follows it)"
+        )
+
+
+_UNSEALED = object()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ClippedSum:
+class ClippedSum(metaclass=_NoiseFirst):
     """A sum of clipped per-example gradients, with the sensitivity that clipping gave it.
 
-    The only input the noise transforms accept. Sums over disjoint chunks of one batch add.
+    The only input the noise transforms accept. Sums over disjoint chunks of one batch add. It is a
+    tree, so a transform that scales or clips gradients would go through it, by a factor that may
+    depend on private data, and change sum and sensitivity alike: the noise would be scaled too. Its
+    seal notices that, for arithmetic makes it another type. (A schedule before the noise passes:
+    its factor is public, and scales sum and noise alike.)
 
     Attributes:
         value: pytree of float32 arrays, the sum (never a mean).
         sensitivity: float32 scalar, the L2 sensitivity of `value` to adding or removing one
             example.
+        seal: bool, set here.
     """
 
     value: PyTree
     sensitivity: jax.Array
+    seal: Any = _UNSEALED
+
+    def __post_init__(self) -> None:
+        if self.seal is _UNSEALED:
+            object.__setattr__(self, "seal", jnp.ones(jnp.shape(self.sensitivity), bool))
 
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """Sum over the union of two disjoint chunks; an example is in one of them only."""
         if not isinstance(other, ClippedSum):
             return NotImplemented
         value = jax.tree.map(jnp.add, self.value, other.value)
-        return ClippedSum(value, jnp.maximum(self.sensitivity, other.sensitivity))
+        sensitivity = jnp.maximum(self.sensitivity, other.sensitivity)
+        return ClippedSum(value, sensitivity, self.seal & other.seal)
 
     def __radd__(self, other: object) -> ClippedSum:
         """Lets `sum(chunks)` start from its 0."""

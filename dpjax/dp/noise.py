@@ -115,21 +115,21 @@ def gaussian(
     Guarantees:
         Given a `ClippedSum` of sensitivity S, one update is the Gaussian mechanism with standard
         deviation `noise_multiplier * S` on the sum. Noise is float32 whatever the dtype of the
-        parameters. It must come first in a chain: a transform before it would change the sum, but
-        not the sensitivity recorded with the sum.
+        parameters. It comes first in a chain: a transform before it is refused.
 
     Raises:
-        TypeError: `update` received anything but a `ClippedSum`, or the key is not a typed key.
+        TypeError: `update` received anything but a `ClippedSum` as clipping returns it, or the key
+            is not a typed key.
         ValueError: a negative or non-finite argument.
 
     >>> import jax, optax
     >>> from dpjax import dp
     >>> tx = optax.chain(dp.gaussian(1.0, 256, key=jax.random.key(0)), optax.adam(1e-3))
     >>> state = tx.init({"w": jax.numpy.zeros(3)})
-    >>> tx.update({"w": jax.numpy.ones(3)}, state)
+    >>> tx.update({"w": jax.numpy.ones(3)}, state)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
       ...
-    TypeError: the noise transform takes a ClippedSum, got dict: clip per-example gradients first.
+    TypeError: the noise transform takes a ClippedSum, got dict: clip per-example gradients first...
     """
     check_scale("noise_multiplier", noise_multiplier, zero=True)
     check_scale("expected_batch_size", expected_batch_size)
@@ -149,7 +149,13 @@ def gaussian(
         if not isinstance(updates, ClippedSum):
             raise TypeError(
                 f"the noise transform takes a ClippedSum, got {type(updates).__name__}: "
-                "clip per-example gradients first."
+                "clip per-example gradients first. Where something unpacks the sum before, as "
+                "nnx.Optimizer does, update the noise by itself and pass on its result."
+            )
+        if updates.seal.dtype != bool:
+            raise TypeError(
+                "noise comes first: a transform before it has scaled or clipped the ClippedSum, "
+                "which voids its sensitivity. Chain it after dp.gaussian."
             )
 
         def noisy_mean(total: PyTree, stddev: jax.Array, size: jax.Array, key: jax.Array) -> PyTree:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,24 @@ __all__ = ["adam", "adam_corrected", "lamb", "scale_by_adam_corrected", "sgd"]
 PyTree = Any
 
 
+def _with_options_of(optimizer: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Names the options in the signature, where `optax.inject_hyperparams` looks for them."""
+
+    def decorate(function: Any) -> Any:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(optimizer).parameters.values()
+            if p.name not in own.parameters and p.name != "noise_variance"
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *options])
+        return function
+
+    return decorate
+
+
+@_with_options_of(optax.adam)
 def adam(
     learning_rate: optax.ScalarOrSchedule,
     noise_multiplier: jax.typing.ArrayLike,
@@ -33,7 +53,9 @@ def adam(
         **kwargs: passed to `optax.adam` (b1, b2, eps, ...).
 
     Returns:
-        A transform whose `update` takes a `ClippedSum`.
+        A transform whose `update` takes a `ClippedSum`. To change a number while training, use
+        `optax.inject_hyperparams(dp.adam, static_args="key")`: without `static_args`, the secret
+        key would be part of the optimizer state, and so of checkpoints.
 
     >>> import jax, jax.numpy as jnp
     >>> from dpjax import dp
@@ -47,6 +69,7 @@ def adam(
     return optax.chain(noise, optax.adam(learning_rate, **kwargs))
 
 
+@_with_options_of(optax.sgd)
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
     noise_multiplier: jax.typing.ArrayLike,
@@ -63,6 +86,7 @@ def sgd(
     return optax.chain(noise, optax.sgd(learning_rate, **kwargs))
 
 
+@_with_options_of(optax.lamb)
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
     noise_multiplier: jax.typing.ArrayLike,
@@ -132,6 +156,7 @@ def scale_by_adam_corrected(
     return optax.GradientTransformation(init, update)
 
 
+@_with_options_of(scale_by_adam_corrected)
 def adam_corrected(
     learning_rate: optax.ScalarOrSchedule,
     noise_multiplier: jax.typing.ArrayLike,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import signal
@@ -19,7 +20,7 @@ from dpjax.metrics import PRIVATE, lookup
 
 __all__ = [
     "STOPPED", "apply", "point", "point_config", "point_directory", "points", "results",
-    "run_point", "to_csv", "to_markdown",
+    "run_point", "select", "to_csv", "to_markdown",
 ]  # fmt: skip
 
 Row = dict[str, Any]
@@ -62,6 +63,41 @@ def point(rows: Sequence[Row], index: int) -> Row:
     if not 0 <= index < len(rows):
         raise ValueError(f"sweep_index={index} must be in [0, {len(rows)}).")
     return rows[index]
+
+
+def select(
+    rows: Sequence[Row], config: ConfigDict, filters: Sequence[str] = (), chunk: str = "1/1"
+) -> list[int]:
+    """Returns the numbers of some points.
+
+    Args:
+        rows: the overrides of all points.
+        config: the config that they override.
+        filters: "FIELD=VALUE" each; a point has all of these values, by itself or by the config.
+        chunk: "K/N", the K-th of N equal parts of these points, K from 1: one for each task of an
+            array job.
+
+    Raises:
+        ValueError: a filter or a chunk that is none, an unknown field, or no point.
+    """
+    numbers = list(range(len(rows)))
+    for text in filters:
+        name, equals, wanted = text.partition("=")
+        problem = fields.unknown_field(config, name) if equals else "it must be FIELD=VALUE."
+        if problem is not None:
+            raise ValueError(f"filter={text!r}: {problem}")
+        given = config.copy_and_resolve_references()
+        fields.assign_text(given, name, wanted)
+        flat = given.to_dict()
+        value = functools.reduce(lambda node, key: node[key], name.split("."), flat)
+        base = functools.reduce(lambda node, key: node[key], name.split("."), config.to_dict())
+        numbers = [k for k in numbers if rows[k].get(name, base) == value]
+    part, slash, parts = chunk.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"chunk={chunk!r} must be K/N with K in 1..N.")
+    if not numbers:
+        raise ValueError(f"filter={list(filters)}: none of the {len(rows)} points is left.")
+    return numbers[int(part) - 1 :: int(parts)]
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:

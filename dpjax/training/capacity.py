@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpjax.build import Run
 from dpjax.data import Dataset, Units
 from dpjax.models import Params
 from dpjax.runtime import hosts, sharding
 from dpjax.training import phases
+from dpjax.training.feed import Chunk
 from dpjax.training.phases import Prepared
 
-__all__ = ["DoesNotFit", "largest", "peak_bytes", "physical_batch"]
+__all__ = ["DoesNotFit", "estimate", "largest", "peak_bytes", "physical_batch"]
 
 
 class DoesNotFit(ValueError):
@@ -102,14 +106,46 @@ def peak_bytes(prepared: Prepared, params: Params, train: Dataset | Units) -> Ca
     resident = _bytes(state) if layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:
-        padding = train.batch(np.full(1, -1), seed=0, step=0)
-        batch = {n: np.zeros((size, *x.shape[1:]), x.dtype) for n, x in padding.items()}
-        batch["mask"] = np.zeros(size, bool)
+        batch = _made_batch(train, size)
         step = jnp.zeros((), jnp.int32)
         chunk = _program_bytes(steps.accumulate, totals, *parts, like(batch, by_row), step, hyper)
         return max(resident + chunk, update)
 
     return need
+
+
+def _made_batch(train: Dataset | Units, size: int) -> dict[str, np.ndarray]:
+    """A chunk of zeros, none of them padding, in the shapes of the data."""
+    padding = train.batch(np.full(1, -1), seed=0, step=0)
+    batch = {name: np.zeros((size, *x.shape[1:]), x.dtype) for name, x in padding.items()}
+    return {**batch, "mask": np.ones(size, bool)}
+
+
+def estimate(run: Run) -> tuple[float, int]:
+    """Estimates a run from one step of every phase, on made data and with noise of its own.
+
+    Returns:
+        Seconds of all steps, without compilation, reading and evaluation; and the bytes that they
+        need on one device.
+    """
+    prepared = phases.prepare(run, 0)
+    size = physical_batch(run.config, prepared, run.params, run.train)
+    seconds, most = 0.0, 0
+    for one in prepared:
+        most = max(most, peak_bytes(one, run.params, run.train)(size))
+        frozen, state = one.begin(run.params, None)
+        chunks = max(1, math.ceil(one.phase.batch_size / size))
+        local = sharding.local_rows(size, one.layout.mesh)
+        batch = {name: x[local] for name, x in _made_batch(run.train, size).items()}
+        for _ in range(2):  # the first compiles
+            began = time.perf_counter()
+            feed = itertools.chain(
+                itertools.repeat(Chunk(batch, size, False), chunks - 1), [Chunk(batch, size, True)]
+            )
+            state, facts, _ = one.execute(state, frozen, 0, feed)
+            jax.block_until_ready((state, facts))
+        seconds += one.phase.steps * (time.perf_counter() - began)
+    return seconds, most
 
 
 def _bytes(tree: Any) -> int:

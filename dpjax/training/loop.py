@@ -112,7 +112,7 @@ def _train(run: Run, workdir: Workdir, stop: Callable[[int], bool]) -> dict[str,
             run, workdir, checkpoints, spending, private_seed, name, prepared, size, evaluate, stop
         )
         done, params, state = _resume(job)
-        workdir.drop_metrics_after(done)
+        workdir.drop_metrics_after(done or -1)
         for index, one in enumerate(prepared):
             # A phase that ended at `done` is entered too: it executes no step, but rebuilds all
             # parameters from its final state. What earlier phases trained is in the checkpoint.
@@ -188,6 +188,10 @@ def _run_phase(
         tree = {"state": state, "earlier": earlier}
         job.checkpoints.save(step, tree, {**about, "charged": job.spending.charged}, loss)
 
+    if not done and not index:  # what training starts from, as step 0
+        row = results.row(run, job.evaluate, state, frozen)
+        job.workdir.append_metrics(0, row if run.ledger is None else {**row, "epsilon": 0.0})
+
     chunks = feed.physical_chunks(
         run.train, phase, run.layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
         steps=range(start, span.stop), first=span.start,
@@ -209,7 +213,7 @@ def _run_phase(
                 raise Preempted(f"stopped after step {done} as asked; the same command resumes.")
             loss = None
             if end % _eval_every(config, _total(run)) == 0 or end == span.stop:
-                row: dict[str, Any] = results.row(run, job.evaluate, state, frozen)
+                row = results.row(run, job.evaluate, state, frozen)
                 loss = row[f"{results.prefix(run)}nll"]
                 if run.ledger is not None:
                     row["epsilon"] = ledger_after(run, end).spent()

@@ -28,6 +28,8 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
         if not epsilons:
             continue
         wide, high = (len({row[axis] for row in rows}) for axis in ("C", "B"))
+        finite = [row[_ACC] for row in rows if math.isfinite(row[_ACC])]
+        limits = (min(finite), max(finite)) if finite else None
         figure, panels = plt.subplots(
             1, len(epsilons), squeeze=False, layout="constrained",
             figsize=(max(6.0, (1.6 + 0.62 * wide) * len(epsilons)), max(3.4, 1.8 + 0.5 * high)),
@@ -35,7 +37,8 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
         for axes, epsilon in zip(panels[0], epsilons):
             cells = {(row["C"], row["B"]): row for row in rows if row["epsilon"] == epsilon}
             study.heatmap(
-                axes, {cell: row[_ACC] for cell, row in cells.items()}, text="{:.1f}",
+                axes, {cell: row[_ACC] for cell, row in cells.items()}, limits=limits,
+                text="{:.1f}",
                 xlabel="clip bound C [gradient norm]",
                 ylabel="batch size B [examples]" if axes is panels[0][0] else "",
                 title=f"{_ACC}, epsilon = {epsilon:g}",
@@ -46,7 +49,7 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
         figure.suptitle(name)
         caption = (
             f"{name}: held-out accuracy by C and B, each cell at its best learning rate, which is "
-            "in brackets; every panel has colors of its own"
+            "in brackets; all panels share one scale of colors"
         )
         found.append(Figure(f"grid_{number}", caption, figure))
     return found

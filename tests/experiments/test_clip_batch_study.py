@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpjax import build, config, dp, heads, models
-from dpjax.build import planner
+from dpjax.build import fields, planner
 from dpjax.commands import cli
 from dpjax.models import finetune
 from dpjax.search import sweep
@@ -45,7 +45,7 @@ def looked_at(path):
 
 def rebuilt(result):
     """The run of a finished point, its weights before and after."""
-    settings = config.load(f"{FILE}:smoke")
+    settings = fields.load(f"{FILE}:smoke")
     sweep.apply(settings, result.overrides)
     run = build.build(settings)
     last = {
@@ -162,7 +162,7 @@ def test_class_accuracy_counts(finished):
 
 
 def test_a_run_through_the_whole_model_is_looked_at_too():
-    settings = config.load(f"{FILE}:smoke")
+    settings = fields.load(f"{FILE}:smoke")
     sweep.apply(settings, {"finetune": "film", "private_seed": 0, "dp.bound": 0.5})
     run = build.build(settings)
     found = clip_diagnosis.of_run(run, run.params, run.params)
@@ -210,7 +210,7 @@ def test_cumulative_noise_is_the_published_table(size):
 
 @pytest.mark.parametrize("size", study.SIZES)
 def test_points_are_grids_over_rate_batch_and_bound(size):
-    base = config.load(f"{FILE}:{size}")
+    base = fields.load(f"{FILE}:{size}")
     found = list(clip_batch.sweep(size))
     assert len({json.dumps(point, sort_keys=True) for point in found}) == len(found)
     sample = found if size != "paper" else found[::500]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpjax import data, heads
+from dpjax.build import fields
 from experiments.head_grid import blocks as head_blocks
 from experiments.head_grid import grid as head_grid
 
@@ -142,7 +143,7 @@ def test_full_grid_is_well_formed():
 @pytest.mark.real_data
 def test_cifar10_features():
     """Eight images of CIFAR-10 through EfficientNet-Lite0; $DPJAX_DATA_DIR holds the data set."""
-    config = head_grid.configs.load(
+    config = fields.load(
         f"{os.path.dirname(os.path.dirname(__file__))}/../configs/cifar10.py:lite0"
     )
     try:

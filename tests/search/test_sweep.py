@@ -111,3 +111,32 @@ def test_local_sweep_lists_failures_and_does_what_is_missing(study, tmp_path, ca
     # Three learning rates, one program.
     for name in ("accumulate", "update"):
         assert len(list((tmp_path / "xla").glob(f"jit_{name}-*-cache"))) == 1
+
+
+def test_a_part_of_the_points_is_listed_and_run(tmp_path, capsys):
+    rows = [{"dp.epsilon": e, "private_seed": s} for e in (1.0, 2.0) for s in (0, 1, 2)]
+    rows.append({"finetune": "head"})  # epsilon 2 by the config
+    config = tiny_config()
+    assert sweep.select(rows, config) == list(range(7))
+    assert sweep.select(rows, config, ["dp.epsilon=2"]) == [3, 4, 5, 6]
+    assert sweep.select(rows, config, ["dp.epsilon=2.0", "private_seed=1"]) == [4]
+    parts = [sweep.select(rows, config, chunk=f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(number for part in parts for number in part) == list(range(7))
+    assert {len(part) for part in parts} == {2, 3}
+    for options, text in (
+        ({"filters": ["dp.epsilno=1"]}, "'epsilon'"),
+        ({"filters": ["dp.epsilon"]}, "FIELD=VALUE"),
+        ({"filters": ["dp.epsilon=one"]}, "must be a number"),
+        ({"filters": ["dp.epsilon=3"]}, "none of the 7 points"),
+        ({"chunk": "4/3"}, "K in 1..N"),
+        ({"chunk": "2"}, "K in 1..N"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            sweep.select(rows, config, **options)
+    (tmp_path / "s.py").write_text(STUDY)
+    argv = ["sweep", f"--config={tmp_path / 's.py'}", f"--workdir={tmp_path / 'w'}", "--list"]
+    assert cli.main([*argv, "--chunk=2/2"]) == 0
+    out = capsys.readouterr().out
+    assert "| 1 | 1e+38 | sgd | waiting |" in out
+    assert "1 of 3 points" in out
+    assert not (tmp_path / "w").exists()

@@ -252,6 +252,19 @@ def test_recipes_are_part_of_what_a_run_is(adaptive, change):
     assert run.train.digest not in str(loop.identity(run, 5))
 
 
+def test_a_kept_optimizer_goes_on_as_if_linear_probing_had_not_ended(tmp_path):
+    """Moments and their age: a head that is trained in both phases takes the steps of one phase."""
+    train(tmp_path / "one", dp=None, optimizer__learning_rate=0.03)
+    run, _ = train(
+        tmp_path / "two", dp=None, optimizer__learning_rate=0.03, lp__fraction=0.5,
+        lp__keep_optimizer=True,
+    )  # fmt: skip
+    assert [phase.training for phase in run.phases] == [0, 1]
+    want = weights(tmp_path / "one")
+    for name, leaf in weights(tmp_path / "two").items():
+        np.testing.assert_allclose(leaf, want[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 def test_kept_moments_are_those_of_the_head_and_fresh_ones_the_rest(tmp_path):
     """One step after linear probing: with moments kept, the head's differ by b1 times them."""
     changes = {"finetune": "film", "lp__fraction": 0.8, "epochs": 0.62, "ema": 0.9}
@@ -264,8 +277,14 @@ def test_kept_moments_are_those_of_the_head_and_fresh_ones_the_rest(tmp_path):
     with Checkpoints(path / "checkpoints", keep=2) as checkpoints:
         like = phases.checkpoint_like(phases.prepare(run, 5)[0], run.params)
         probed = checkpoints.load(4, like)["state"]
-    (fresh, kept), before = (states[k].opt[1][0] for k in (False, True)), probed.opt[1][0]
-    assert fresh.count == kept.count == 1
+
+    def adam(state, part):
+        return state.opt[1].inner_states[part].inner_state[0]
+
+    fresh, kept, before = states[False].opt[1][0], adam(states[True], "kept"), adam(probed, "kept")
+    new = adam(states[True], "new")
+    assert (fresh.count, kept.count, new.count) == (1, 5, 1)
+    assert states[True].opt[1].inner_states["kept"].inner_state[1].count == 1  # of the schedule
     for name, decay in (("mu", 0.9), ("nu", 0.999)):
         want, got, old = (getattr(s, name) for s in (fresh, kept, before))
         np.testing.assert_allclose(
@@ -276,7 +295,7 @@ def test_kept_moments_are_those_of_the_head_and_fresh_ones_the_rest(tmp_path):
         rest = {k: v for k, v in models.flatten(want).items() if not k.startswith("head")}
         assert rest
         for path_, leaf in rest.items():
-            np.testing.assert_array_equal(models.flatten(got)[path_], leaf)
+            np.testing.assert_array_equal(models.flatten(getattr(new, name))[path_], leaf)
     # The average goes on where leaves do, and begins at the start of those that begin to train.
     average = states[False].average
     assert states[False].step == 5
@@ -309,3 +328,9 @@ def test_the_planner_chooses_the_batch():
 def test_models_without_sizes_are_named_without_one():
     assert build.model.model_title(config(model__name="resnet8").model) == "resnet8"
     assert build.model.model_title(config().model) == "vit mini"
+
+
+@pytest.mark.parametrize("fraction", [0.97, 0.04])
+def test_a_phase_without_a_step_is_refused(fraction):
+    with pytest.raises(ValueError, match=rf"lp\.fraction={fraction} of 6 steps leaves none to"):
+        build.build(config(lp__fraction=fraction))

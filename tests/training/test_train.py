@@ -379,7 +379,7 @@ MISTAKES = {
         {"dp__adaptive__quantile": 0.5, "dp__bound_schedule": ((0.0, 1.0),)},
         "exclude each other",
     ),
-    "share": ({"dp__temperature__share": 1.5}, "dp.temperature: share=1.5"),
+    "share": ({"dp__temperature__share": 1.5}, "dp.temperature.share=1.5"),
     "temperature of replaced examples": (
         {"dp__temperature__share": 0.1, "dp__sampler": "fixed_size"},
         "fixed_size",
@@ -390,7 +390,7 @@ MISTAKES = {
     ),
     "temperature steps": (
         {"dp__temperature__share": 0.1, "dp__temperature__steps": 0},
-        "dp.temperature: steps=0",
+        "dp.temperature.steps=0",
     ),
 }
 
