@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from dp_accounting import DpEvent
 from scipy.special import log_ndtr, ndtr
 
 from dpjax.dp import accounting
@@ -206,20 +207,19 @@ def _cost_by_part(
     mechanisms: Sequence[Mechanism], parts: Sequence[str], steps: Sequence[int], delta: float
 ) -> dict[str, float]:
     """Epsilon of so many steps of each mechanism, by the part of the data that it reads."""
-    # Steps of equal law are counted together: composed apart, they would only add rounding.
-    by_part: dict[str, dict[Mechanism, int]] = {}
+    by_part: dict[str, list[DpEvent]] = {}
     for mechanism, part, number in zip(mechanisms, parts, steps, strict=True):
-        law = dataclasses.replace(mechanism, steps=1)
-        laws = by_part.setdefault(part, {})
-        laws[law] = laws.get(law, 0) + number
+        events = by_part.setdefault(part, [])
+        if number:
+            events.append(mechanism.event(number))
     return {
         part: accounting.epsilon(
-            [law.event(number) for law, number in laws.items() if number],
+            events,
             delta,
             accountant=shared_accountant(mechanisms),
             relation=mechanisms[0].relation,
         )
-        for part, laws in by_part.items()
+        for part, events in by_part.items()
     }
 
 
