@@ -24,7 +24,7 @@ from dpjax.runtime import read_jsonl
 
 
 def figures(workdir: Path) -> list[Path]:
-    """Draws `learning_curve.png` and `reliability.png`.
+    """Draws `learning_curve.png` and, for a classifier, `reliability.png`.
 
     Args:
         workdir: of a run that has been evaluated.
@@ -40,7 +40,9 @@ def figures(workdir: Path) -> list[Path]:
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     rows = list(read_jsonl(workdir / "metrics.jsonl"))
     final = json.loads((workdir / "eval.json").read_text())
-    return [_learning_curve(workdir, rows), _reliability(workdir, final)]
+    curve = _learning_curve(workdir, rows)
+    # A language model has no classes whose probabilities could be checked.
+    return [curve, _reliability(workdir, final)] if "reliability" in final else [curve]
 
 
 def study(workdir: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Guides, for reading; there is no code here.
 
 .. include:: own_model_and_data.md
+.. include:: language_models.md
 .. include:: recipes.md
 .. include:: pods.md
 .. include:: threat_model.md

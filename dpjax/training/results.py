@@ -87,7 +87,9 @@ def finish(
         if workdir.writes:
             save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
     workdir.write("model.json", predictor.description(run))
-    workdir.write("eval.json", {**results, **metrics.diagrams(sums, names)})
+    # A language model has no classes to draw diagrams of.
+    shown = metrics.diagrams(sums, names) if isinstance(sums, metrics.EvalSums) else {}
+    workdir.write("eval.json", {**results, **shown})
     return results
 
 
