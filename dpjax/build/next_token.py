@@ -57,6 +57,11 @@ def check(config: ConfigDict, spec: models.InputSpec | models.TextSpec) -> None:
             f"dp.temperature.share={config.dp.temperature.share} must be 0 for task='causal_lm': "
             "a temperature is fitted to classes."
         )
+    if config.data.label_key is not None:
+        raise ValueError(
+            f"data.label_key={config.data.label_key!r} must be None for task='causal_lm': text has "
+            "no labels."
+        )
     if config.lp.fraction:
         raise ValueError(
             f"lp.fraction={config.lp.fraction} must be 0 for task='causal_lm': the output layer is "
@@ -65,11 +70,13 @@ def check(config: ConfigDict, spec: models.InputSpec | models.TextSpec) -> None:
 
 
 def opened(config: ConfigDict, spec: models.TextSpec) -> Callable[..., data.Dataset]:
-    """Returns the reader of a split of text, `(name, *, split, data_dir) -> Dataset`."""
+    """Returns the reader of a split, `(name, *, split, data_dir, unit=None) -> Dataset`."""
     section = config.data
     codec = models.text_codec(models.locate(section.tokenizer), spec, end=section.end_token)
 
-    def read(name: str, *, split: str, data_dir: str | None) -> data.Dataset:
+    def read(
+        name: str, *, split: str, data_dir: str | None, unit: str | None = None
+    ) -> data.Dataset:
         return data.load_causal(
             name,
             split=split,
@@ -79,7 +86,7 @@ def opened(config: ConfigDict, spec: models.TextSpec) -> Callable[..., data.Data
             # Held-out text is measured whole.
             long_records=section.long_records if split == section.train_split else "split",
             template=section.template,
-            unit=section.unit,
+            unit=unit,
         )
 
     return read

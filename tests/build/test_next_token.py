@@ -161,6 +161,7 @@ def test_metrics_of_tokens():
         ({"data__template": "{prompt}"}, r"data\.template="),
         ({"data__unit_records": 4}, r"data\.unit_records=4"),
         ({"lp__fraction": 0.5}, r"lp\.fraction=0\.5"),
+        ({"data__label_key": "kind"}, r"data\.label_key='kind'"),
         ({"data__flip": True}, "augmentations are for images"),
         ({"data__tokenizer": "nowhere.json"}, r"no weight file nowhere\.json"),
         ({"data__tokenizer": "minilm_l6_tokenizer"}, r"name the tokenizer\.json"),
