@@ -34,18 +34,19 @@ def add_arguments(parser: cli.Parser) -> None:
         "--weights", metavar="FILE", help="of the workdir, such as weights_ema.safetensors",
     )  # fmt: skip
 
-    text = parser.add_argument_group("of a language model")
-    text.add_argument("--max_tokens", type=int, default=64, help="the most tokens to add")
-    text.add_argument(
+    parser.add_argument(
+        "--max_tokens", type=int, default=64, help="of a language model: the most tokens to add"
+    )
+    parser.add_argument(
         "--temperature", type=float, default=1.0, help="0 takes the most likely token"
     )
-    text.add_argument(
+    parser.add_argument(
         "--top_p", type=float, default=1.0, help="share of the probability to sample from"
     )
-    text.add_argument(
+    parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="ends a continuation"
     )
-    text.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
 
 
 @cli.mistakes()
