@@ -25,6 +25,8 @@ def default() -> ConfigDict:
         {
             # Public randomness: initialization, augmentation, subsets.
             "seed": 0,
+            # classification, or causal_lm: predict the next token of text, with model.name=decoder
+            "task": "classification",
             # Secret randomness: batches and noise. None draws it from the operating system, once
             # per run. A number makes the run repeatable and is for study, not for release.
             "private_seed": placeholder(int),
@@ -45,6 +47,11 @@ def default() -> ConfigDict:
                 "unit": placeholder(str),
                 "unit_records": 1,  # the most records of a unit that a step reads; their mean loss
                 "tokenizer": "minilm_l6_tokenizer",  # for text: file, or name of a published one
+                # Of causal_lm. `name` is then a folder with SPLIT.jsonl (lines with text, or with
+                # prompt and response) or with folders SPLIT of .txt files.
+                "long_records": "cut",  # to the context; split: a record is a unit of windows
+                "template": "{prompt}{response}",  # what comes before the response is not predicted
+                "end_token": placeholder(str),  # ends every record; None: the tokenizer's own
                 # Images of many sizes: crop and resize to this side while reading. None: as stored.
                 "host_image_size": placeholder(int),
                 "pad": 0,  # black border around the stored image, in its pixels
@@ -59,7 +66,8 @@ def default() -> ConfigDict:
             },
             "model": {
                 "name": "vit",  # vit, resnet8, resnet_v2, wide_resnet, efficientnet_lite,
-                # text_encoder, or MODULE:FUNCTION of yours (num_classes, head_init, dtype -> Model)
+                # text_encoder, decoder, or MODULE:FUNCTION of yours (num_classes, head_init, dtype
+                # -> Model)
                 "size": "mini",  # of the named family; for vit: mini, ti16, s16, b16
                 # Overrides of the size's fields, such as depth or image_size; keywords of yours.
                 "options": {},

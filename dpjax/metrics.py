@@ -7,6 +7,7 @@ prediction is its largest softmax probability; bins have equal width and are ope
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "PRIVATE", "EvalSums", "Reliability", "diagrams", "eval_sums", "labeled", "lookup",
-    "reliability", "summarize",
+    "PRIVATE", "EvalSums", "Reliability", "TokenFacts", "TokenSums", "diagrams", "eval_sums",
+    "labeled", "lookup", "reliability", "summarize", "token_sums",
 ]  # fmt: skip
 
 _CONFUSION_CLASSES = 50  # with more, a confusion matrix is neither readable nor small
@@ -62,6 +63,31 @@ class EvalSums(NamedTuple):
         if not isinstance(other, EvalSums):
             return NotImplemented
         return EvalSums(*(a + b for a, b in zip(self, other)))
+
+
+class TokenFacts(NamedTuple):
+    """What a language model makes of each example, float32 `[batch]`."""
+
+    nll: jax.Array  # negative log-likelihood of the target tokens together, in nats
+    correct: jax.Array  # target tokens that are the most likely ones
+    tokens: jax.Array  # target tokens
+    bytes: jax.Array  # UTF-8 bytes of text that they stand for
+
+
+class TokenSums(NamedTuple):
+    """`TokenFacts` summed over real examples, with their number. `a + b` joins disjoint chunks."""
+
+    count: jax.Array  # type: ignore[assignment]
+    nll: jax.Array
+    correct: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+
+    def __add__(self, other: Any) -> TokenSums:
+        """Elementwise; without this, tuples would concatenate."""
+        if not isinstance(other, TokenSums):
+            return NotImplemented
+        return TokenSums(*(a + b for a, b in zip(self, other)))
 
 
 class Reliability(NamedTuple):
@@ -130,10 +156,17 @@ def eval_sums(
     )
 
 
-def summarize(sums: EvalSums, class_names: Sequence[str] = ()) -> dict[str, float]:
+def token_sums(facts: TokenFacts, mask: jax.Array) -> TokenSums:
+    """Returns the sums of one chunk; padding (mask False) contributes exactly zero."""
+    return TokenSums(jnp.sum(mask, dtype=jnp.float32), *(_sum(mask, value) for value in facts))
+
+
+def summarize(sums: EvalSums | TokenSums, class_names: Sequence[str] = ()) -> dict[str, float]:
     """Returns flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/NAME, ...
 
-    Classes without examples have no entry. `mce` is the largest gap over non-empty bins.
+    Classes without examples have no entry. `mce` is the largest gap over non-empty bins. Of a
+    language model: accuracy and nll of a target token, perplexity = exp(nll), and bits_per_byte,
+    which does not depend on the tokenizer (absent for text of no bytes).
 
     Args:
         sums: over all examples.
@@ -141,12 +174,14 @@ def summarize(sums: EvalSums, class_names: Sequence[str] = ()) -> dict[str, floa
             and so is a missing one.
 
     Raises:
-        ValueError: no example was counted.
+        ValueError: no example was counted, or no target token.
     """
     total = float(sums.count)
     if not total > 0:
         raise ValueError(f"count={total} must be > 0: no example was evaluated.")
     sums = jax.device_get(sums)
+    if isinstance(sums, TokenSums):
+        return _summarize_tokens(sums)
     diagram = reliability(sums)
     gaps = np.abs(diagram.accuracy - diagram.confidence)
     numbers = [str(label) for label in range(len(sums.class_count))]
@@ -165,6 +200,21 @@ def summarize(sums: EvalSums, class_names: Sequence[str] = ()) -> dict[str, floa
         "ece": float(np.dot(diagram.count, gaps) / total),
         "mce": float(np.max(gaps)),
         **per_class,
+    }
+
+
+def _summarize_tokens(sums: TokenSums) -> dict[str, float]:
+    tokens, nll, size = float(sums.tokens), float(sums.nll), float(sums.bytes)
+    if not tokens > 0:
+        raise ValueError(f"tokens={tokens} must be > 0: no token was to be predicted.")
+    # Above e^700 a float overflows; such a model is as useless as one of infinite perplexity.
+    perplexity = math.exp(nll / tokens) if nll / tokens < 700 else math.inf
+    bits = {"bits_per_byte": nll / math.log(2) / size} if size else {}
+    return {
+        "accuracy": float(sums.correct) / tokens,
+        "nll": nll / tokens,
+        "perplexity": perplexity,
+        **bits,
     }
 
 

@@ -389,12 +389,17 @@ def _next_bound(hyper: Hyper, state: TrainState, below: jax.Array) -> jax.Array:
 
 
 def eval_step(
-    apply: Callable[[Params, jax.Array], jax.Array], num_classes: int, layout: Layout
-) -> Callable[[Params, Batch], metrics.EvalSums]:
-    """Returns the jitted `(params, batch) -> EvalSums`; the parameters are gathered, sums add."""
+    apply: Callable[[Params, jax.Array], Any], num_classes: int, layout: Layout
+) -> Callable[[Params, Batch], Any]:
+    """Returns the jitted `(params, batch) -> EvalSums`; the parameters are gathered, sums add.
 
-    def step(params: Params, batch: Batch) -> metrics.EvalSums:
+    Where `apply` returns `metrics.TokenFacts` in place of logits, the sums are `TokenSums`.
+    """
+
+    def step(params: Params, batch: Batch) -> Any:
         logits = apply(params, batch["input"])
+        if isinstance(logits, metrics.TokenFacts):
+            return metrics.token_sums(logits, batch["mask"])
         return metrics.eval_sums(logits, batch["label"], batch["mask"], num_classes)
 
     return jax.jit(step, out_shardings=replicated(layout.mesh))

@@ -10,7 +10,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from dpjax.build import data, loss, model, optimizer, privacy, schedules
+from dpjax.build import data, loss, model, next_token, optimizer, privacy, schedules
 from dpjax.build.run import Run
 from dpjax.config import without_infinite_budget
 from dpjax.data import Dataset
@@ -48,6 +48,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     optimizer.check(config.optimizer, private=config.dp is not None)
     schedules.batch_sizes(config, None)
     spec = model.tuned(config, num_classes=2).model.input  # however many classes there will be
+    next_token.check(config, spec)
     loss.check(spec, config.data)
     data.check(config.data)
     weights = model.weights_file(config.model)
@@ -58,7 +59,10 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     tuning = model.tuned(config, train.num_classes)
     params = model.initial(tuning.model, config, weights)
     apply, loss_fn = loss.functions(tuning.model, config.data, train.shape)
-    check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
+    if config.task == "causal_lm":
+        next_token.independent(tuning.model, params, train.shape)
+    else:
+        check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = schedules.phases(config, tuning, sizes, len(train))
     return Run(

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpjax import data, models
+from dpjax.build import next_token
 from dpjax.files import resolve, returned
 
 __all__ = ["check", "given", "opened"]
@@ -36,12 +37,13 @@ def check(config: ConfigDict) -> None:
             "class, >= 1."
         )
     limit = config.unit_records
-    if limit < 1 or (config.unit is None and limit != 1):
+    whole = config.unit is None and config.long_records == "cut"  # a record is an example
+    if limit < 1 or (whole and limit != 1):
         raise ValueError(
             f"data.unit_records={limit} must be >= 1, and 1 unless data.unit names whose data a "
-            "record is."
+            "record is, or data.long_records='split' makes a record a unit of windows."
         )
-    if config.unit is not None and isinstance(config.subset, int):
+    if not whole and isinstance(config.subset, int):
         raise ValueError(
             f"data.subset={config.subset} shots per class would divide units: give a fraction."
         )
@@ -61,6 +63,8 @@ def opened(
         reader: Callable[..., data.Dataset] = lambda name, *, split, data_dir: returned(  # noqa: E731
             "data.name", own, function(split), data.Dataset
         )
+    elif config.task == "causal_lm" and isinstance(spec, models.TextSpec):
+        reader = next_token.opened(config, spec)
     elif isinstance(spec, models.InputSpec):
         size, resample = config.data.host_image_size, config.data.resample
         label_key = config.data.label_key
@@ -95,7 +99,8 @@ def opened(
 
 def in_units(config: ConfigDict, train: data.Dataset) -> data.Dataset | data.Units:
     """Groups training data by unit, if `config.data.unit` asks for it."""
-    if config.data.unit is None:
+    windows = config.task == "causal_lm" and config.data.long_records == "split"
+    if config.data.unit is None and not windows:
         return train
     if train.units is None:
         raise ValueError(

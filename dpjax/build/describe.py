@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpjax import dp
+from dpjax import dp, models
 from dpjax.build.model import model_title
 from dpjax.build.run import Phase, Run
 from dpjax.config import MAY_CHANGE
@@ -30,7 +30,7 @@ def describe(run: Run) -> str:
     rows: dict[str, Any] = {
         "data set": f"{run.train.name}, split {run.train.split} (held out: {run.test.split})",
         "examples N": _size(run),
-        "classes": run.train.num_classes,
+        **_kind(run),
         "model": f"{model_title(config.model)}, weights {config.model.weights}",
         "parameters": f"{finetune.count(trainable):,} trainable ({config.finetune}), "
         f"{finetune.count(frozen):,} frozen",
@@ -72,13 +72,22 @@ def describe(run: Run) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
+def _kind(run: Run) -> dict[str, Any]:
+    spec = run.model.input
+    if run.config.task == "causal_lm" and isinstance(spec, models.TextSpec):
+        long = "windows of" if run.config.data.long_records == "split" else "cut to"
+        return {"task": f"next token: {long} {spec.max_length:,} tokens of {spec.vocab_size:,}"}
+    return {"classes": run.train.num_classes}
+
+
 def _size(run: Run) -> str:
     train = run.train
     size = f"{len(train):,} (held out {len(run.test):,})"
     if isinstance(train, Units):
+        parts = "records" if run.config.data.unit else "windows"
         size += (
-            f": units by {run.config.data.unit!r}, with {len(train.records):,} records, of which a "
-            f"step reads at most {train.limit} each"
+            f": units by {run.config.data.unit or 'record'!r}, with {len(train.records):,} "
+            f"{parts}, of which a step reads at most {train.limit} each"
         )
     return size
 
@@ -133,6 +142,8 @@ def _unit(run: Run) -> str:
     """Whom the guarantee protects, in words."""
     if not isinstance(run.train, Units):
         return "one training example"
+    if run.config.data.unit is None:
+        return "one training record, with all of its windows"
     return f"all training records of one unit, which data.unit={run.config.data.unit!r} names"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dpjax import data, models
+from dpjax.build import next_token
 from dpjax.files import resolve
 from dpjax.models import Model, Params
 from dpjax.step import LossFn
@@ -37,12 +39,16 @@ def check(spec: models.InputSpec | models.TextSpec, config: ConfigDict) -> None:
 
 def functions(
     net: Model, config: ConfigDict, shape: tuple[int, ...]
-) -> tuple[Callable[[Params, jax.Array], jax.Array], LossFn]:
+) -> tuple[Callable[[Params, jax.Array], Any], LossFn]:
     """Returns the prediction on raw inputs, and the loss of one raw example.
+
+    Those of a language model are in `next_token`.
 
     An example that has `record` is a unit of several records: `input` [records, ...], `label`
     [records], `record` [records] bool. Its loss is the mean over the records that are there.
     """
+    if isinstance(net.input, models.TextSpec) and net.input.causal:
+        return next_token.functions(net)
     prepare = preparation(net.input, config, shape)
     augment = augmentation(net.input, config)
 

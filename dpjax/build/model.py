@@ -31,6 +31,7 @@ _MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
     "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
     "resnet8": (models.resnet8, None),
     "text_encoder": (models.text_encoder, models.TEXT_SIZES),
+    "decoder": (models.decoder, models.DECODERS),
 }
 
 

@@ -206,8 +206,9 @@ def description(run: Run) -> dict[str, Any]:
     The fields "model", "data" and "seed" are those of the config. None depends on an example.
     """
     config = run.config
-    kept = ("host_image_size", "pad", "resample", "tokenizer")
+    kept = ("host_image_size", "pad", "resample", "tokenizer", "end_token")
     return {
+        "task": config.task,
         "class_names": list(run.train.class_names),
         "shape": list(run.train.shape),
         "model": json.loads(config.model.to_json()),
@@ -235,6 +236,11 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Pr
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
     about = json.loads((folder / "model.json").read_text())
+    if about.get("task") == "causal_lm":
+        raise ValueError(
+            f"{str(folder)!r} is a language model: dpjax predict writes text with it, and so does "
+            "dpjax.build.generator.load."
+        )
     config = default()
     with config.unlocked():
         config.model.update(about["model"])

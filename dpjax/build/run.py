@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -73,7 +73,8 @@ class Run(NamedTuple):
         model: the model that runs.
         params: all parameters at the start.
         merge: turns trained parameters into plain weights.
-        apply: `(params, uint8 inputs [batch, ...]) -> logits`.
+        apply: `(params, stored inputs [batch, ...]) -> logits`, or `metrics.TokenFacts` of a
+            language model.
         loss_fn: `(params, example) -> loss` of one example.
         rule: clipping rule, at the first phase's bound; None without privacy.
         adaptive: how the bound follows a quantile; None if it does not.
@@ -90,7 +91,7 @@ class Run(NamedTuple):
     model: Model
     params: Params
     merge: Callable[[Params], Params]
-    apply: Callable[[Params, jax.Array], jax.Array]
+    apply: Callable[[Params, jax.Array], Any]
     loss_fn: LossFn
     rule: dp.ClipRule | None
     adaptive: dp.QuantileBound | None

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dpjax import audit, build, dp, models
-from dpjax.build import predictor
+from dpjax.build import generator, predictor
 from dpjax.commands import cli
 from dpjax.files import choose
 from dpjax.runtime import Workdir
@@ -56,21 +56,26 @@ def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     statement = _statement(workdir, config)
-    trained = predictor.load(workdir)
-    theirs = None if layout == "dpjax" else _theirs(config, trained, layout)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    trained.save(temporary)
-    if theirs is not None:
-        tensors, about = theirs
-        (temporary / "weights.safetensors").unlink()
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    if generator.is_language_model(workdir):
+        generator.save(workdir, temporary, layout=layout)
+        card = _text_card(workdir, config, layout)
+    else:
+        trained = predictor.load(workdir)
+        theirs = None if layout == "dpjax" else _theirs(config, trained, layout)
+        trained.save(temporary)
+        if theirs is not None:
+            tensors, about = theirs
+            (temporary / "weights.safetensors").unlink()
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            (temporary / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        card = _card(workdir, config, trained, layout)
     if statement is not None:
         (temporary / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
         (temporary / "privacy.md").write_text(dp.to_markdown(statement))
-    (temporary / "README.md").write_text(_card(workdir, config, trained, layout))
+    (temporary / "README.md").write_text(card)
     temporary.replace(folder)
     return sorted(folder.iterdir())
 
@@ -134,6 +139,37 @@ def _card(workdir: Path, config: ConfigDict, trained: predictor.Predictor, layou
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _text_card(workdir: Path, config: ConfigDict, layout: str) -> str:
+    """Returns the model card of a language model."""
+    start = config.model.weights
+    use = {
+        "dpjax": ['dpjax predict --workdir=FOLDER --input="Once upon"'],
+        "transformers": ["from transformers import AutoModelForCausalLM", "",
+                         'model = AutoModelForCausalLM.from_pretrained("FOLDER")'],
+    }[layout]  # fmt: skip
+    return "\n".join(
+        [
+            f"# {build.model.model_title(config.model)}, fine-tuned on private text",
+            "",
+            f"A causal language model. Trained: `{config.finetune}`, starting from "
+            + (f"`{Path(start).name}`." if start else "random weights."),
+            "",
+            "## Privacy",
+            "",
+            *_guarantee(workdir),
+            "",
+            "It does not cover what many records say, or what the initial weights knew.",
+            "",
+            "## Use",
+            "",
+            "```",
+            *use,
+            "```",
+            "",
+        ]
+    )
 
 
 _USE = {

@@ -23,6 +23,7 @@ _WEIGHTS = {
     "vit_s16_augreg": "vit s16",
     "vit_b16_augreg": "vit b16",
     "bit_m_r50x1": "resnet_v2 r50x1",
+    "smollm2_135m_instruct": "decoder smollm2_135m",
 }
 
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(family: str, size: str) -> tuple[str, str]:
-    """The input of a model, and how many parameters it has without its head."""
+    """The input of a model, and how many parameters it has without a new head."""
     import jax
 
     from dpjax import build, models
@@ -57,8 +58,10 @@ def _facts(family: str, size: str) -> tuple[str, str]:
     config.size = size or config.size
     net = build.model.model(config, 2)
     params = jax.eval_shape(net.init, jax.random.key(0))
-    count = models.finetune.count({k: v for k, v in params.items() if k != net.head})
     spec = net.input
+    pretrained = isinstance(spec, models.TextSpec) and spec.causal
+    new = None if pretrained else net.head
+    count = models.finetune.count({k: v for k, v in params.items() if k != new})
     if isinstance(spec, models.TextSpec):
         return f"{spec.max_length} tokens", f"{count:,}"
     return f"{spec.image_size} x {spec.image_size} x {spec.channels}", f"{count:,}"

@@ -6,7 +6,8 @@ INPUT is an image, or a folder of images (sub-folders included); for a model of 
 a .txt file with one text a line, a .csv or .jsonl file with a column or field "text", or a folder
 of .txt files with one text each. Prints the class of every input and its probability; --output
 writes a CSV file with the probabilities of all classes. A temperature that the run fitted privately
-is part of its weights.
+is part of its weights. A language model continues every text, by up to --max_tokens tokens, and
+--output gets its continuations.
 Exit codes: 0 all predicted, 1 some inputs could not be read and are named, 2 a mistake.
 """
 
@@ -33,10 +34,24 @@ def add_arguments(parser: cli.Parser) -> None:
         "--weights", metavar="FILE", help="of the workdir, such as weights_ema.safetensors",
     )  # fmt: skip
 
+    parser.add_argument(
+        "--max_tokens", type=int, default=64, help="of a language model: the most tokens to add"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the most likely token"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a continuation"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+
 
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
-    from dpjax.build import predictor
+    from dpjax.build import generator, predictor
     from dpjax.files import replacing
 
     if args.output is not None:
@@ -45,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--output={str(args.output)!r} must end in .csv.")
         if not args.output.parent.is_dir():
             raise ValueError(f"--output={str(args.output)!r}: its folder does not exist.")
+    if generator.is_language_model(args.workdir):
+        return _generate(args)
     trained = predictor.load(args.workdir, weights=args.weights)
     read = _images if trained.tokenize is None else _texts
     items = read(args.input)
@@ -62,6 +79,29 @@ def run(args: argparse.Namespace) -> int:
     if unreadable:
         print(f"dpjax predict: {unreadable} of {len(items)} inputs not read", file=sys.stderr)
     return int(unreadable > 0)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from dpjax.build import generator
+    from dpjax.files import replacing
+
+    speak = generator.load(args.workdir, weights=args.weights)
+    items = _texts(args.input)
+    if not items:
+        raise ValueError(f"--input={args.input!r} holds nothing to continue.")
+    texts = speak(
+        [text for _, text in items], max_tokens=args.max_tokens, temperature=args.temperature,
+        top_p=args.top_p, stop=args.stop, seed=args.seed,
+    )  # fmt: skip
+    if args.output is None:
+        print("\n".join(before + after for (_, before), after in zip(items, texts)))
+        return 0
+    with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["input", "continuation"])
+        rows.writerows((name, after) for (name, _), after in zip(items, texts))
+    print(f"{len(texts)} continuations in {args.output}")
+    return 0
 
 
 def _table(trained: Any, items: list[tuple[str, Any]]) -> tuple[list[tuple[str, str, Any]], int]:

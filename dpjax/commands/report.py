@@ -29,7 +29,7 @@ _WRITTEN = 20  # classes of a confusion matrix whose shares are written into it
 
 
 def figures(workdir: Path) -> list[Path]:
-    """Draws `learning_curve.png`, `reliability.png` and, for up to 50 classes, `confusion.png`.
+    """Draws `learning_curve.png` and, of a classifier, `reliability.png` and `confusion.png`.
 
     Args:
         workdir: of a run that has been evaluated.
@@ -44,7 +44,10 @@ def figures(workdir: Path) -> list[Path]:
         if not (workdir / name).is_file():
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     rows = list(read_jsonl(workdir / "metrics.jsonl"))
-    drawn = [_learning_curve(workdir, rows), _reliability(workdir), _confusion(workdir)]
+    drawn: list[Path | None] = [_learning_curve(workdir, rows)]
+    names = {name.rpartition("/")[2] for name in json.loads((workdir / "eval.json").read_text())}
+    if "reliability" in names:  # a language model has no classes
+        drawn += [_reliability(workdir), _confusion(workdir)]
     return [path for path in drawn if path is not None]
 
 

@@ -1,6 +1,7 @@
 """Random-access data sets: preparing, opening, choosing subsets, and feeding them to the step."""
 
 from dpjax.data import prepare
+from dpjax.data.causal import LONG_RECORDS, check_template, load_causal, windows
 from dpjax.data.dataset import Dataset, Source, distinct_rows, from_arrays, splits_overlap
 from dpjax.data.directory import open_directory
 from dpjax.data.images import ImageSpec, fit
@@ -12,18 +13,21 @@ from dpjax.data.subsets import holdout, random_share, subset
 from dpjax.data.units import Units
 
 __all__ = [
+    "LONG_RECORDS",
     "Dataset",
     "ImageSpec",
     "Prefetcher",
     "Source",
     "Units",
     "chain",
+    "check_template",
     "chunks",
     "distinct_rows",
     "fit",
     "from_arrays",
     "holdout",
     "load",
+    "load_causal",
     "load_text",
     "open_directory",
     "prepare",
@@ -35,4 +39,5 @@ __all__ = [
     "random_shift",
     "splits_overlap",
     "subset",
+    "windows",
 ]

@@ -2,6 +2,7 @@
 
 .. include:: own_model_and_data.md
 .. include:: libraries.md
+.. include:: language_models.md
 .. include:: recipes.md
 .. include:: pods.md
 .. include:: threat_model.md

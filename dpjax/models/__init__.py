@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpjax.models import finetune
 from dpjax.models.bare import MODULE_INPUT, from_module, is_module
+from dpjax.models.generate import Generator, generate
 from dpjax.models.model import (
     InputSpec,
     Model,
@@ -15,27 +16,32 @@ from dpjax.models.model import (
     unflatten,
 )
 from dpjax.models.nets import (
+    DECODERS,
     LITE0,
     RESNETS,
     SIZES,
     TEXT_SIZES,
     WRN_16_4,
+    DecoderConfig,
     EfficientNetConfig,
     MBConvStage,
     ResNetConfig,
     TextConfig,
     ViTConfig,
     WideResNetConfig,
+    decoder,
     efficientnet_lite,
     layout_config,
+    output_logits,
     resnet8,
     resnet_v2,
     text_encoder,
+    to_hugging_face,
     to_layout,
     vision_transformer,
     wide_resnet,
 )
-from dpjax.models.tokens import tokenizer
+from dpjax.models.tokens import TextCodec, text_codec, tokenizer
 from dpjax.models.validate import check_examples_independent, probe
 from dpjax.models.weights import (
     WEIGHTS,
@@ -49,6 +55,7 @@ from dpjax.models.weights import (
 )
 
 __all__ = [
+    "DECODERS",
     "LITE0",
     "MODULE_INPUT",
     "RESNETS",
@@ -56,36 +63,44 @@ __all__ = [
     "TEXT_SIZES",
     "WEIGHTS",
     "WRN_16_4",
+    "DecoderConfig",
     "EfficientNetConfig",
+    "Generator",
     "InputSpec",
     "MBConvStage",
     "Model",
     "Params",
     "ResNetConfig",
+    "TextCodec",
     "TextConfig",
     "TextSpec",
     "ViTConfig",
     "WideResNetConfig",
     "availability",
     "check_examples_independent",
+    "decoder",
     "dense_head",
     "efficientnet_lite",
     "finetune",
     "flatten",
     "from_linen",
     "from_module",
+    "generate",
     "is_module",
     "layout_config",
     "load_plain",
     "load_weights",
     "locate",
+    "output_logits",
     "probe",
     "read_tensors",
     "resnet8",
     "resnet_v2",
     "save_weights",
     "sha256",
+    "text_codec",
     "text_encoder",
+    "to_hugging_face",
     "to_layout",
     "tokenizer",
     "unflatten",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dpjax.models import lora as adapters
-from dpjax.models.model import Model, Params, flatten, unflatten
+from dpjax.models.model import Model, Params, TextSpec, flatten, unflatten
 
 __all__ = [
     "FineTuning",
@@ -61,13 +61,23 @@ def _in_head(model: Model) -> Predicate:
     return lambda path: path.split("/")[0] == model.head
 
 
+def _in_new_head(model: Model) -> Predicate:
+    """The head that other sets train too, being new; that of a language model is pretrained."""
+    pretrained = isinstance(model.input, TextSpec) and model.input.causal
+    return (lambda path: False) if pretrained else _in_head(model)
+
+
+def _with_new_head(pattern: str, flags: int = 0) -> FineTuningSet:
+    return combine([regex(pattern, flags=flags), lambda model: _plain(model, _in_new_head(model))])
+
+
 def full() -> FineTuningSet:
     """All parameters."""
     return lambda model: _plain(model, lambda path: True)
 
 
 def head() -> FineTuningSet:
-    """The classification head: linear probing."""
+    """The classification head, or the output layer of a language model: linear probing."""
     return lambda model: _plain(model, _in_head(model))
 
 
@@ -78,13 +88,13 @@ _BLOCK = re.compile(r"^(?:stages_(\d+))?_?(?:blocks_(\d+))?(?=/)")
 
 
 def film() -> FineTuningSet:
-    """Scales and biases of all normalization layers, and the head (arXiv 2510.20616)."""
-    return combine([regex(_NORM_AFFINE.pattern, flags=re.IGNORECASE), head()])
+    """Scales and biases of all normalization layers, and a new head (arXiv 2510.20616)."""
+    return _with_new_head(_NORM_AFFINE.pattern, re.IGNORECASE)
 
 
 def bias() -> FineTuningSet:
-    """All biases, and the head: BiTFiT (arXiv 2210.00036)."""
-    return combine([regex(_BIAS.pattern), head()])
+    """All biases, and a new head: BiTFiT (arXiv 2210.00036)."""
+    return _with_new_head(_BIAS.pattern)
 
 
 def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
@@ -107,7 +117,7 @@ def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
         if first + last > len(names):
             raise ValueError(f"first={first}, last={last} exceed the model's {len(names)} blocks.")
         selected = set(names[:first]) | set(names[len(names) - last :])
-        in_head = _in_head(model)
+        in_head = _in_new_head(model)
 
         def trainable(path: str) -> bool:
             return in_head(path) or _block(path) in selected
@@ -128,7 +138,7 @@ def lora(*, rank: int = 8, targets: str = "attn/(query|value)$") -> FineTuningSe
 
     def make(model: Model) -> FineTuning:
         adapted = adapters.adapt(model, rank=rank, targets=targets)
-        in_head = _in_head(model)
+        in_head = _in_new_head(model)
         return FineTuning(
             adapted,
             lambda path: in_head(path) or path.split("/")[0] == adapters.KEY,

@@ -73,11 +73,13 @@ class TextSpec:
         max_length: number of tokens of every (padded or truncated) sequence.
         vocab_size: token ids are in [0, vocab_size).
         pad_id: id of the padding token, which the model masks out.
+        causal: whether the model predicts every next token, instead of a class of the whole.
     """
 
     max_length: int
     vocab_size: int
     pad_id: int = 0
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 1:

@@ -1,17 +1,20 @@
-"""Turns text into the token ids of a text encoder, with the `tokenizers` library."""
+"""Turns text into token ids, with the `tokenizers` library."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpjax.models.model import TextSpec
 
-__all__ = ["Tokenize", "tokenizer"]
+__all__ = ["Encoded", "TextCodec", "Tokenize", "text_codec", "tokenizer"]
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 
@@ -34,6 +37,25 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
         ValueError: the file is not a tokenizer, or its vocabulary or padding does not fit the
             model.
     """
+    library = _open(path, spec)
+    padding = library.id_to_token(spec.pad_id)
+    if padding is None:
+        raise ValueError(f"{path} has no token for pad_id={spec.pad_id}.")
+    library.enable_truncation(max_length=spec.max_length)
+    library.enable_padding(length=spec.max_length, pad_id=spec.pad_id, pad_token=padding)
+
+    def tokenize(texts: Sequence[str]) -> np.ndarray:
+        ids = [encoding.ids for encoding in library.encode_batch(list(texts))]
+        return np.asarray(ids, np.int32).reshape(-1, spec.max_length)
+
+    content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    facts = (metadata.version("tokenizers"), spec.max_length, spec.pad_id, content)
+    tokenize.digest = " ".join(map(str, facts))  # type: ignore[attr-defined]
+    return tokenize
+
+
+def _open(path: str, spec: TextSpec) -> Any:
+    """Opens a `tokenizer.json` whose vocabulary fits a model; raises what `tokenizer` does."""
     try:
         import tokenizers
     except ImportError as error:
@@ -49,17 +71,74 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
             f"{path} has {library.get_vocab_size()} tokens, but the model has "
             f"vocab_size={spec.vocab_size}."
         )
-    padding = library.id_to_token(spec.pad_id)
-    if padding is None:
-        raise ValueError(f"{path} has no token for pad_id={spec.pad_id}.")
-    library.enable_truncation(max_length=spec.max_length)
-    library.enable_padding(length=spec.max_length, pad_id=spec.pad_id, pad_token=padding)
+    return library
 
-    def tokenize(texts: Sequence[str]) -> np.ndarray:
-        ids = [encoding.ids for encoding in library.encode_batch(list(texts))]
-        return np.asarray(ids, np.int32).reshape(-1, spec.max_length)
 
-    content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    facts = (tokenizers.__version__, spec.max_length, spec.pad_id, content)
-    tokenize.digest = " ".join(map(str, facts))  # type: ignore[attr-defined]
-    return tokenize
+# How the tokenizers of published decoders call the token that ends a text.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+class Encoded(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+        ids: the tokens.
+        ends: where each token ends in the text, in UTF-8 bytes; it never falls.
+    """
+
+    ids: list[int]
+    ends: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCodec:
+    """The tokenizer of a language model, in both directions.
+
+    Attributes:
+        library: a `tokenizers.Tokenizer`.
+        end: id of the token that ends a text; None if there is none.
+    """
+
+    library: Any
+    end: int | None
+
+    def encode(self, text: str, *, special: bool = True) -> Encoded:
+        """Returns the tokens of a text.
+
+        Args:
+            text: any text.
+            special: adds what the tokenizer puts around a text, such as a token of its beginning.
+        """
+        encoding = self.library.encode(text, add_special_tokens=special)
+        # Offsets count characters; special tokens have none, and keep the place before them.
+        bytes_before = np.cumsum([0, *(len(char.encode()) for char in text)])
+        ends = np.maximum.accumulate([0, *(int(bytes_before[b]) for _, b in encoding.offsets)])
+        return Encoded(list(encoding.ids), ends[1:].tolist())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, without special ones."""
+        text: str = self.library.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def text_codec(path: str, spec: TextSpec, *, end: str | None = None) -> TextCodec:
+    """Returns the tokenizer of a language model, from its `tokenizer.json`.
+
+    Args:
+        path: the file.
+        spec: the expected input of the model.
+        end: the token that ends a text; None takes the first of the usual ones that exists.
+
+    Raises:
+        ImportError: the `tokenizers` library is not installed.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a tokenizer, does not fit the model, or has no token `end`.
+    """
+    library = _open(path, spec)
+    library.no_truncation()
+    library.no_padding()
+    ids = [library.token_to_id(token) for token in (_ENDS if end is None else (end,))]
+    known = [i for i in ids if i is not None]
+    if end is not None and not known:
+        raise ValueError(f"{path} has no token {end!r}.")
+    return TextCodec(library, known[0] if known else None)

@@ -25,7 +25,7 @@ __all__ = [
 
 Row = dict[str, Any]
 
-_METRICS = ("accuracy", "nll", "ece", "mce")  # of eval.json
+_METRICS = ("accuracy", "nll", "ece", "mce", "perplexity", "bits_per_byte")  # of eval.json
 STOPPED = 75
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,24 +76,24 @@ class Evaluator:
     """Sums metrics over the whole held-out set.
 
     Attributes:
-        apply: `(params, inputs) -> logits`.
+        apply: `(params, inputs) -> logits`, or `metrics.TokenFacts`.
         test: the held-out set.
         num_classes: number of classes of the labels.
         layout: determines which rows this host reads.
         size: rows at a time, over all hosts.
     """
 
-    apply: Callable[[Params, jax.Array], jax.Array]
+    apply: Callable[[Params, jax.Array], Any]
     test: Dataset
     num_classes: int
     layout: Layout
     size: int
 
     @functools.cached_property
-    def _step(self) -> Callable[[Params, Batch], metrics.EvalSums]:
+    def _step(self) -> Callable[[Params, Batch], Any]:
         return eval_step(self.apply, self.num_classes, self.layout)
 
-    def __call__(self, params: Params) -> metrics.EvalSums:
+    def __call__(self, params: Params) -> metrics.EvalSums | metrics.TokenSums:
         mesh, total = self.layout.mesh, None
         local_rows = sharding.local_rows(self.size, mesh)
         for chunk in dp.chunks(np.arange(len(self.test)), self.size):

@@ -99,8 +99,12 @@ def finish(
     return {name: value for name, value in content.items() if isinstance(value, float)}
 
 
-def evaluation(run: Run, results: Mapping[str, float], sums: metrics.EvalSums) -> dict[str, Any]:
+def evaluation(
+    run: Run, results: Mapping[str, float], sums: metrics.EvalSums | metrics.TokenSums
+) -> dict[str, Any]:
     """Returns the content of `eval.json`: metrics and what figures show, each under its label."""
+    if isinstance(sums, metrics.TokenSums):  # a language model has no classes to draw
+        return metrics.labeled(results, run.evaluates_on_private_data)
     shown = metrics.diagrams(sums, run.train.class_names)
     names = {"class_names": shown.pop("class_names")}
     return {**metrics.labeled({**results, **shown}, run.evaluates_on_private_data), **names}

@@ -29,6 +29,10 @@ def make_model(case: str, classes: int, dtype: str) -> Any:
             vocab_size=30_522, max_length=128, width=256, depth=4, heads=4, mlp=1024
         )
         return models.text_encoder(config, classes, **common)
+    if case in ("smollm2_4", "smollm2_135m"):  # the first has 4 of its 30 blocks
+        config = models.DECODERS["smollm2_135m"]
+        depth = 4 if case == "smollm2_4" else config.depth
+        return models.decoder(type(config)(**{**vars(config), "depth": depth}), dtype=dtype)
     raise ValueError(f"case={case!r} is unknown.")
 
 
@@ -36,7 +40,10 @@ def make_batch(spec: Any, batch: int, classes: int) -> dict[str, np.ndarray]:
     """Random inputs of a model and labels, the same in every process."""
     rng = np.random.default_rng(0)
     example = spec.example()
-    if example.dtype == np.int32:
+    if getattr(spec, "causal", False):  # tokens, targets and their bytes
+        shape = (batch, 3, *example.shape)
+        inputs = rng.integers(1, spec.vocab_size, shape, dtype=np.int32)
+    elif example.dtype == np.int32:
         inputs = rng.integers(1, spec.vocab_size, (batch, *example.shape), dtype=np.int32)
     else:
         inputs = rng.normal(size=(batch, *example.shape)).astype(np.float32)

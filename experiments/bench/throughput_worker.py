@@ -37,7 +37,7 @@ def jax_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]
     import jax.numpy as jnp
     import optax
 
-    from dpjax import dp
+    from dpjax import build, dp
     from dpjax.models import finetune
 
     if spec["engine"] == "jax_privacy" and importlib.util.find_spec("jax_privacy") is None:
@@ -47,6 +47,8 @@ def jax_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]
         "head": finetune.head(),
     }  # fmt: skip
     net = make_model(spec["case"], spec["classes"], spec["dtype"])
+    if getattr(net.input, "causal", False):
+        sets["lora"] = finetune.lora(rank=16, targets="attn/|mlp/")
     try:
         tuning = sets[spec["set"]](net)
     except ValueError as error:
@@ -63,6 +65,16 @@ def jax_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]
 
     def mean_loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
         return jnp.mean(loss_fn(params, frozen, batch))  # the ordinary batched forward pass
+
+    if getattr(net.input, "causal", False):
+        facts_of, loss_of = build.next_token.functions(tuning.model)
+
+        def loss_fn(params: Any, frozen: Any, example: Any) -> jax.Array:
+            return loss_of(finetune.join(params, frozen), example)
+
+        def mean_loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
+            facts = facts_of(finetune.join(params, frozen), batch["input"])
+            return jnp.mean(facts.nll / facts.tokens)
 
     def ours(method: str) -> Callable[..., Any]:
         def gradient(params: Any, frozen: Any, batch: Any, mask: Any) -> Any:

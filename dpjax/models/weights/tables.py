@@ -7,6 +7,7 @@ fits exactly, or is rejected with a message that names every difference.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -67,10 +68,13 @@ class Source:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """Reads all tensors of a `.npz` or `.safetensors` file, or of a state dict that torch saved.
+    """Reads all tensors of a `.npz`, `.safetensors` or `.gguf` file, or of torch's state dict.
+
+    A `.safetensors.index.json` stands for all the files that it names, which lie beside it.
 
     Raises:
         FileNotFoundError: the file does not exist.
+        ImportError: a `.gguf` file needs the `gguf` package.
         ValueError: it has another suffix, is damaged, is a git-LFS pointer or a web page in place
             of the file, or holds tensors of a type that NumPy does not have.
     """
@@ -78,8 +82,10 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weight file {path}.")
     suffix = os.path.splitext(path)[1]
-    if suffix not in (".npz", ".safetensors", *_TORCH):
-        raise ValueError(f"{path} must end in .npz, .safetensors, {', '.join(_TORCH)}.")
+    if path.endswith(".safetensors.index.json"):
+        return _read_sharded(path)
+    if suffix not in (".npz", ".safetensors", ".gguf", *_TORCH):
+        raise ValueError(f"{path} must end in .npz, .safetensors, .gguf, {', '.join(_TORCH)}.")
     with open(path, "rb") as file:
         start = file.read(256).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -90,6 +96,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
         )
     if suffix in _TORCH:
         return read_torch_pickle(path)
+    if suffix == ".gguf":
+        return _read_gguf(path)
     try:
         if suffix == ".npz":
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -114,6 +122,39 @@ def _unknown_types(path: str) -> list[str]:
         return []
     return sorted(names - {"F64", "F32", "F16", "BF16", "BOOL", "I8", "I16", "I32", "I64",
                            "U8", "U16", "U32", "U64"})  # fmt: skip
+
+
+def _read_sharded(path: str) -> Tensors:
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = dict(json.load(file)["weight_map"])
+        shards = [str(shard) for shard in dict.fromkeys(names.values())]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as an index of weights: {error!r}") from error
+    outside = [shard for shard in shards if os.path.basename(shard) != shard]
+    if outside:
+        raise ValueError(f"{path} names {outside[0]!r}, which does not lie beside it.")
+    tensors: Tensors = {}
+    for shard in shards:
+        tensors |= read_tensors(os.path.join(os.path.dirname(path), shard))
+    missing = sorted(set(names) - set(tensors))
+    if missing:
+        raise ValueError(f"{path} names {missing[0]!r}, which none of its files has.")
+    return tensors
+
+
+def _read_gguf(path: str) -> Tensors:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(f"{path} needs the gguf package: pip install gguf.") from error
+    try:
+        return {
+            one.name: gguf.dequantize(one.data, one.tensor_type)
+            for one in gguf.GGUFReader(path).tensors
+        }
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"{path} cannot be read as .gguf: {error}") from error
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

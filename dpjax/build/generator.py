@@ -1,0 +1,98 @@
+"""A finished run of a language model becomes text, or a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from safetensors.numpy import save_file
+
+from dpjax import models
+from dpjax.build import model
+from dpjax.config import default
+
+__all__ = ["is_language_model", "load", "save"]
+
+
+def is_language_model(directory: str | os.PathLike[str]) -> bool:
+    """Whether a finished or exported run is of a language model."""
+    file = Path(directory).expanduser() / "model.json"
+    return file.is_file() and json.loads(file.read_text()).get("task") == "causal_lm"
+
+
+def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> models.Generator:
+    """Returns the generator of a finished run, or of an export, with adapters merged.
+
+    Args:
+        directory: the work directory of a run, or what `dpjax export` wrote.
+        weights: file in it; by default its weights.
+
+    Raises:
+        ValueError: it has not finished, or is not of a language model.
+        FileNotFoundError: the tokenizer that the run names is gone.
+    """
+    folder = Path(directory).expanduser()
+    known = ("weights.safetensors", "model.safetensors")
+    weights = weights or next((name for name in known if (folder / name).is_file()), known[0])
+    for name in ("model.json", weights):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
+    if not is_language_model(folder):
+        raise ValueError(f"{str(folder)!r} is no run of a language model.")
+    about = json.loads((folder / "model.json").read_text())
+    config = default()
+    with config.unlocked():
+        config.model.update(about["model"])
+    shape = model.size("model.options", models.DECODERS, config.model)
+    net = models.decoder(shape, dtype=config.model.dtype)
+    like: Any = jax.eval_shape(net.init, jax.random.key(0))
+    params = net.load(like, str(folder / weights))
+    spec = models.TextSpec(shape.max_length, shape.vocab_size, causal=True)
+    codec = models.text_codec(_tokenizer(folder, about), spec, end=about["data"]["end_token"])
+    return models.Generator(shape, params, codec, config.model.dtype)
+
+
+def save(
+    workdir: str | os.PathLike[str], folder: str | os.PathLike[str], *, layout: str = "transformers"
+) -> None:
+    """Writes weights with adapters merged, shape and tokenizer of a finished run.
+
+    Args:
+        workdir: of the run.
+        folder: to write; it may exist.
+        layout: "transformers", whose `AutoModelForCausalLM.from_pretrained(folder)` reads it, or
+            "dpjax" (our parameter paths). `load` reads both.
+
+    Raises:
+        ValueError: as for `load`, or another layout.
+        FileNotFoundError: the tokenizer is gone.
+    """
+    workdir, folder = Path(workdir).expanduser(), Path(folder)
+    if layout not in ("dpjax", "transformers"):
+        raise ValueError(f"format={layout!r} must be dpjax or transformers for a language model.")
+    trained = load(workdir)
+    about = json.loads((workdir / "model.json").read_text())
+    tokenizer = Path(_tokenizer(workdir, about)).read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "dpjax":
+        models.save_weights(trained.params, folder / "weights.safetensors")
+    else:
+        tensors, shape = models.to_hugging_face(trained.params, trained.config)
+        if trained.codec.end is not None:
+            shape["eos_token_id"] = trained.codec.end
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    # The weights are whole, so those they started from, perhaps a path of this machine, are not
+    # needed again.
+    about["model"]["weights"], about["data"]["tokenizer"] = None, "tokenizer.json"
+    (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _tokenizer(folder: Path, about: dict[str, Any]) -> str:
+    named = about["data"]["tokenizer"]
+    own = folder / named
+    return str(own) if own.is_file() else models.locate(named)
