@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from dp_accounting import DpEvent
+
 from dpjax.dp import accounting
 from dpjax.dp.mechanism import Mechanism, shared_accountant
 
@@ -172,20 +174,16 @@ class Ledger:
 
     def _cost_by_part(self, steps: Sequence[int]) -> dict[str, float]:
         """Epsilon of so many steps of each phase, by part."""
-        # Steps of equal law are counted together: composed apart, they would only add rounding.
-        parts: dict[str, dict[Mechanism, int]] = {}
+        parts: dict[str, list[DpEvent]] = {}
         for phase, number in zip(self.phases, steps, strict=True):
-            law = dataclasses.replace(phase.mechanism, steps=1)
-            laws = parts.setdefault(phase.part, {})
-            laws[law] = laws.get(law, 0) + number
+            events = parts.setdefault(phase.part, [])
+            if number:
+                events.append(phase.mechanism.event(number))
         return {
             part: accounting.epsilon(
-                [law.event(number) for law, number in laws.items() if number],
-                self.delta,
-                accountant=self.accountant,
-                relation=self.relation,
+                events, self.delta, accountant=self.accountant, relation=self.relation
             )
-            for part, laws in parts.items()
+            for part, events in parts.items()
         }
 
 

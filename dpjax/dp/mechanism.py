@@ -21,7 +21,7 @@ from dpjax.dp import accounting, sampling
 from dpjax.dp.accounting.events import count, positive
 from dpjax.dp.adaptive import gradient_noise_multiplier
 from dpjax.dp.noise import gaussian
-from dpjax.dp.sampling import Factory, Sampler
+from dpjax.dp.sampling import Factory, RandomAllocation, Sampler
 
 __all__ = ["Mechanism", "calibrated", "calibrated_phases", "num_steps", "shared_accountant"]
 
@@ -125,12 +125,19 @@ class Mechanism:
                 of a run may have one number.
 
         Raises:
-            ValueError: a step that is not paid for, or a sampler that drew no valid batch.
+            ValueError: a step that is not paid for, a sampler whose epochs begin elsewhere, or one
+                that drew no valid batch.
         """
         if not first <= step < first + self.steps:
             raise ValueError(
                 f"step={step} must be in [{first}, {first + self.steps}): the mechanism pays for "
                 f"{self.steps} steps."
+            )
+        begin = getattr(self.sampler, "first_step", first)
+        if begin != first:
+            raise ValueError(
+                f"first={first} must be the sampler's first_step={begin}, where its epochs begin: "
+                "they are accounted for from there."
             )
         return sampling.draw(self.sampler, seed, step)
 
@@ -199,7 +206,8 @@ def calibrated(
         num_examples: N, a public constant.
         batch_size: expected batch size B in [1, N]; B = N is full batch.
         steps: T; or give `epochs`.
-        epochs: E, for T = round(E N / B).
+        epochs: E, for T = round(E N / B); for "random_allocation" T = round(E t), with
+            t = round(N / B) steps per epoch.
         sampler: a name in `sampling.SAMPLERS`, or a function or class of yours that makes a
             sampler from `num_examples`, `batch_size` and the options; "poisson" with B = N is a
             full batch.
@@ -207,7 +215,7 @@ def calibrated(
         **options: of the sampler, such as `max_batch_size` of "truncated_poisson".
 
     Returns:
-        A mechanism with q = B/N.
+        A mechanism with q = B/N; for "random_allocation" q = 1/t.
 
     Guarantees:
         By the accountant that was asked for, its epsilon is at most `epsilon`.
@@ -222,7 +230,10 @@ def calibrated(
     if (steps is None) == (epochs is None):
         raise ValueError(f"give one of steps={steps} and epochs={epochs}.")
     if steps is None:
-        steps = num_steps(num_examples, batch_size, epochs or 0.0)
+        expected: float = batch_size
+        if sampler == "random_allocation":  # whole epochs stay whole
+            expected = num_examples / max(1, round(num_examples / batch_size))
+        steps = num_steps(num_examples, expected, epochs or 0.0)
     (mechanism,) = calibrated_phases(
         epsilon=epsilon,
         delta=delta,
@@ -285,19 +296,12 @@ def calibrated_phases(
         if not 1 <= size <= num_examples:
             raise ValueError(f"batch_size={size} must be in [1, num_examples={num_examples}].")
     accounting.check_budget(epsilon, delta, num_examples=num_examples)
-    phases = [
-        Mechanism(
-            sampler=sampling.make(sampler, num_examples=num_examples, batch_size=size, **options),
-            steps=length,
-            noise_multiplier=ratio,
-        )
-        for size, length, ratio in zip(sizes, steps, ratios, strict=True)
-    ]
-    # Steps of equal law cost exactly what one phase of all of them does.
-    laws: dict[Mechanism, int] = {}
-    for phase in phases:
-        law = dataclasses.replace(phase, steps=1)
-        laws[law] = laws.get(law, 0) + phase.steps
+    phases = []
+    for size, length, ratio in zip(sizes, steps, ratios, strict=True):
+        law = sampling.make(sampler, num_examples=num_examples, batch_size=size, **options)
+        if isinstance(law, RandomAllocation):  # an epoch does not extend into another phase
+            law = dataclasses.replace(law, first_step=sum(p.steps for p in phases))
+        phases.append(Mechanism(sampler=law, steps=length, noise_multiplier=ratio))
     # Where all are equal, the event is the one of `calibrated`, and so is what is cached of it.
     scale = ratios[0] if len(set(ratios)) == 1 else 1.0
 
@@ -306,7 +310,7 @@ def calibrated_phases(
         return dataclasses.replace(mechanism, noise_multiplier=noise)
 
     sigma = accounting.calibrate_noise_multiplier(
-        lambda s: [scaled(law, s).event(length) for law, length in laws.items()],
+        lambda s: [scaled(phase, s).event() for phase in phases],
         epsilon=epsilon,
         delta=delta,
         accountant=accountant or shared_accountant(phases),

@@ -1,7 +1,7 @@
 """Samplers: which examples a batch holds, and the privacy event of drawing it so.
 
-A batch is a pure function of (seed, step) at O(batch) cost. A resumed run asks for the next step
-and replays nothing; every host can compute the batch of every step. A sampler carries its own
+A batch is a pure function of (seed, step) at O(batch) cost (of O(N) comparisons where an epoch
+is drawn as a whole). A resumed run asks for the next step and replays nothing; every host can compute the batch of every step. A sampler carries its own
 event, so that what is accounted is what was drawn.
 """
 
@@ -21,8 +21,8 @@ from dpjax.dp.accounting import events
 from dpjax.dp.accounting.cache import fingerprint
 
 __all__ = [
-    "PADDING", "SAMPLERS", "Factory", "FixedSize", "FullBatch", "Poisson", "Sampler",
-    "TruncatedPoisson", "check", "chunks", "draw", "generator", "make",
+    "PADDING", "SAMPLERS", "Factory", "FixedSize", "FullBatch", "Poisson", "RandomAllocation",
+    "Sampler", "TruncatedPoisson", "check", "chunks", "draw", "generator", "make",
 ]  # fmt: skip
 
 PADDING = -1
@@ -97,10 +97,9 @@ class Sampler(Protocol):
         """Returns the sorted, distinct indices of a batch, `[size]`, each in [0, N)."""
 
     def event(self, noise_multiplier: float, steps: int) -> DpEvent:
-        """Returns the event of the noised sums of any `steps` batches; for the noise, see `events`.
+        """Returns the event of the noised sums of a phase's first `steps` batches.
 
-        Steps of several phases are counted together, whichever they are, so the law of a batch must
-        not depend on the step.
+        For the noise, see `events`. Phases are composed as if they were independent of one another.
         """
 
 
@@ -215,6 +214,63 @@ class TruncatedPoisson:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomAllocation:
+    """Every example is in exactly one step of each epoch, drawn uniformly and independently.
+
+    An epoch has t steps; batch j holds the examples that drew j, so the expected size is N / t. The
+    draws of an epoch are a function of the seed and of its first step; they are made once, and kept
+    in 2 bytes for each example. A step compares them with its number (0.7 ms for 1.3 million
+    examples; sorting them once would make a step faster and an epoch slower). At equal epochs it needs 2 to 10 % less noise than Poisson sampling
+    (arXiv 2412.16802, 2502.08202; `accounting.allocation`).
+
+    >>> sampler = RandomAllocation(num_examples=6, steps_per_epoch=3)
+    >>> np.sort(np.concatenate([sampler.indices(0, step) for step in range(3, 6)]))
+    array([0, 1, 2, 3, 4, 5])
+
+    Attributes:
+        num_examples: N.
+        steps_per_epoch: t >= 1; 1 is a full batch in every step.
+        first_step: number of the step with which the first epoch begins. The event counts steps
+            from there, so each phase of a run has a sampler of its own: `Mechanism.indices` refuses
+            another first step.
+    """
+
+    num_examples: int
+    steps_per_epoch: int
+    first_step: int = 0
+    title: ClassVar[str] = "random allocation, one step per epoch"
+    relation: ClassVar[str] = "add_or_remove_one"
+    accountants: ClassVar[tuple[str, ...]] = ("pld",)
+
+    def __post_init__(self) -> None:
+        events.count("num_examples", self.num_examples)
+        events.count("steps_per_epoch", self.steps_per_epoch)
+        events.count("first_step + 1", self.first_step + 1)
+
+    @property
+    def sampling_prob(self) -> float:
+        return 1 / self.steps_per_epoch
+
+    def indices(self, seed: int, step: int) -> np.ndarray:
+        if step < self.first_step:
+            raise ValueError(f"step={step} must be >= first_step={self.first_step}.")
+        place = (step - self.first_step) % self.steps_per_epoch
+        return np.flatnonzero(
+            _epoch(seed, step - place, self.num_examples, self.steps_per_epoch) == place
+        )
+
+    def event(self, noise_multiplier: float, steps: int) -> DpEvent:
+        return events.allocation(noise_multiplier, self.steps_per_epoch, steps)
+
+
+@functools.lru_cache(maxsize=2)  # batches are prefetched across the end of an epoch
+def _epoch(seed: int, first: int, num_examples: int, steps: int) -> np.ndarray:
+    """The step that each example drew, counted from the epoch's first, `[num_examples]`."""
+    small = np.uint16 if steps <= 2**16 else np.uint32
+    return generator(seed, first).integers(steps, size=num_examples, dtype=small)
+
+
 Factory: TypeAlias = Callable[..., Sampler]
 
 
@@ -235,11 +291,18 @@ def _truncated(*, num_examples: int, batch_size: int, max_batch_size: int) -> Sa
     return TruncatedPoisson(**vars(law), max_batch_size=max_batch_size)
 
 
+def _allocation(*, num_examples: int, batch_size: int) -> Sampler:
+    return RandomAllocation(
+        num_examples=num_examples, steps_per_epoch=max(1, round(num_examples / batch_size))
+    )
+
+
 SAMPLERS: Mapping[str, Factory] = {
     "poisson": _poisson, "full_batch": _full_batch, "fixed_size": FixedSize,
-    "truncated_poisson": _truncated,
+    "truncated_poisson": _truncated, "random_allocation": _allocation,
 }  # fmt: skip
-"""Makes a sampler from N, the expected batch size and options; "poisson" of all is full batch."""
+"""Makes a sampler from N, the expected batch size and options; "poisson" of all is full batch, and
+"random_allocation" has round(N / B) steps per epoch, so that its expected size is near B."""
 
 
 def make(sampler: str | Factory, *, num_examples: int, batch_size: int, **options: Any) -> Sampler:
@@ -270,6 +333,8 @@ def make(sampler: str | Factory, *, num_examples: int, batch_size: int, **option
     made = factory(**keywords)
     check(made)
     expected = made.sampling_prob * made.num_examples
+    if isinstance(made, RandomAllocation):  # a whole number of steps in an epoch
+        batch_size = num_examples / max(1, round(num_examples / batch_size))
     if made.num_examples != num_examples or abs(expected - batch_size) > 1e-6 * batch_size:
         raise ValueError(
             f"sampler={made!r} must draw batch_size={batch_size} of num_examples={num_examples} in "

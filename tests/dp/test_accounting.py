@@ -226,7 +226,7 @@ def test_composition_is_dp_accountings_in_any_order(accountant):
         direct, grid = rdp.RdpAccountant(accountant_module._ORDERS), None
     expected = direct.compose(probe).compose(tune).get_epsilon(1e-5)
     for order in ([probe, tune], (tune, probe), dpa.ComposedDpEvent([probe, tune])):
-        assert spent(order, accountant=accountant, grid=grid) == pytest.approx(expected, rel=1e-9)
+        assert spent(order, accountant=accountant, grid=grid) == pytest.approx(expected, rel=1e-6)
     assert spent([probe, tune], accountant=accountant) == pytest.approx(expected, rel=3e-4)
     assert expected > max(spent(probe, accountant=accountant), spent(tune, accountant=accountant))
     assert spent([], accountant=accountant) == 0
@@ -411,8 +411,7 @@ def test_a_second_run_computes_nothing(fresh_cache, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(pld, "PLDAccountant", fail)
-    monkeypatch.setattr(rdp, "RdpAccountant", fail)
+    monkeypatch.setattr(accountant_module._Budget, "_computed", fail)
     assert accounting.calibrate_noise_multiplier(make_event, **budget) == first
     assert spent(make_event(1.0)) == value
     for change in (dict(epsilon=2.1), dict(delta=2e-5), dict(tol=1e-3), dict(grid=1e-3)):
@@ -660,7 +659,7 @@ def test_other_errors():
 def test_nan_from_an_accountant_is_an_error_and_not_stored(fresh_cache, monkeypatch):
     monkeypatch.setattr(pld.PLDAccountant, "get_epsilon", lambda self, delta: math.nan)
     with pytest.raises(ValueError, match="returned NaN"):
-        spent(accounting.full_batch(1.0, 1))
+        spent(dpa.LaplaceDpEvent(1.0))
     assert not fresh_cache.exists()
 
 

@@ -10,11 +10,18 @@ from dpjax.dp.accounting.accountant import (
     delta,
     epsilon,
     falling_root,
+    lower_epsilon,
 )
-from dpjax.dp.accounting.events import fixed_size, full_batch, poisson, truncated_poisson
+from dpjax.dp.accounting.events import (
+    allocation,
+    fixed_size,
+    full_batch,
+    poisson,
+    truncated_poisson,
+)
 
 __all__ = [
-    "ACCOUNTANTS", "RELATIONS", "Events", "calibrate_noise_multiplier", "check_budget",
-    "check_supported", "delta", "epsilon", "falling_root", "fixed_size", "full_batch", "poisson",
-    "truncated_poisson",
+    "ACCOUNTANTS", "RELATIONS", "Events", "allocation", "calibrate_noise_multiplier", "check_budget",
+    "check_supported", "delta", "epsilon", "falling_root", "fixed_size", "full_batch", "lower_epsilon",
+    "poisson", "truncated_poisson",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ __all__ = ["cached", "fingerprint"]
 _CODE = hashlib.sha256(
     b"".join(
         pathlib.Path(__file__).with_name(f"{name}.py").read_bytes()
-        for name in ("accountant", "events")
+        for name in ("accountant", "allocation", "composition", "events", "losses", "releases")
     )
 ).hexdigest()
 

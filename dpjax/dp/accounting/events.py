@@ -12,6 +12,7 @@ event measures noise in units of the sensitivity 2C, so `fixed_size` stores nois
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import numbers
@@ -20,8 +21,8 @@ from collections.abc import Callable, Collection
 import dp_accounting as dpa
 
 __all__ = [
-    "count", "doubled", "fixed_size", "fraction", "full_batch", "known", "map_leaves", "neighbors",
-    "num_sampled", "poisson", "positive", "truncated_poisson", "untruncated",
+    "AllocationDpEvent", "allocation", "count", "doubled", "fixed_size", "fraction", "full_batch", "known", "leaves", "map_leaves",
+    "neighbors", "normal", "poisson", "positive", "truncated_poisson",
 ]  # fmt: skip
 
 
@@ -114,6 +115,46 @@ def truncated_poisson(
     return dpa.SelfComposedDpEvent(event, count("steps", steps))
 
 
+@dataclasses.dataclass(frozen=True)
+class AllocationDpEvent(dpa.DpEvent):
+    """The Gaussian sums of one epoch, or of its first steps, each example in one random step.
+
+    Attributes:
+        noise_multiplier: noise standard deviation / C.
+        steps_per_epoch: t >= 2.
+        steps: how many of them are taken, in 1 .. t.
+    """
+
+    noise_multiplier: float
+    steps_per_epoch: int
+    steps: int
+
+
+def allocation(noise_multiplier: float, steps_per_epoch: int, steps: int) -> dpa.DpEvent:
+    """`steps` Gaussian sums; in each epoch, an example is in one step, which is drawn uniformly.
+
+    Only for accountant="pld", relation="add_or_remove_one". See `allocation.py` for the law, and for
+    the derivation of the bound (2412.16802, 2502.08202).
+
+    Args:
+      noise_multiplier: noise standard deviation / C (see the module), > 0.
+      steps_per_epoch: t; the expected batch size is N / t. At t = 1 all batches are full.
+      steps: number of noised sums released, >= 1. They begin with an epoch, and may end within one.
+    Raises:
+      ValueError: a field is out of range.
+    """
+    sigma, t = positive("noise_multiplier", noise_multiplier), count("steps_per_epoch", steps_per_epoch)
+    if t == 1:
+        return full_batch(sigma, steps)
+    epochs, rest = divmod(count("steps", steps), t)
+    parts: list[dpa.DpEvent] = []
+    if epochs:
+        parts.append(dpa.SelfComposedDpEvent(AllocationDpEvent(sigma, t, t), epochs))
+    if rest:
+        parts.append(AllocationDpEvent(sigma, t, rest))
+    return parts[0] if len(parts) == 1 else dpa.ComposedDpEvent(parts)
+
+
 def map_leaves(event: dpa.DpEvent, leaf: Callable[[dpa.DpEvent], dpa.DpEvent]) -> dpa.DpEvent:
     """Applies `leaf` below compositions and repetitions, not below sampling."""
     if isinstance(event, dpa.ComposedDpEvent):
@@ -155,21 +196,31 @@ def doubled(event: dpa.DpEvent) -> dpa.DpEvent:
     return event
 
 
-def untruncated(event: dpa.DpEvent) -> dpa.DpEvent:
-    """A truncated event without its truncation (cheaper in privacy: for rough looks only)."""
-    if isinstance(event, dpa.TruncatedSubsampledGaussianDpEvent):
-        gaussian = dpa.GaussianDpEvent(event.noise_multiplier)
-        return dpa.PoissonSampledDpEvent(event.sampling_probability, gaussian)
-    return event
+def leaves(event: dpa.DpEvent) -> dict[dpa.DpEvent, int]:
+    """Returns the events that a composition is made of, and how often each occurs."""
+    counts: dict[dpa.DpEvent, int] = {}
+
+    def add(event: dpa.DpEvent, count: int) -> None:
+        if isinstance(event, dpa.ComposedDpEvent):
+            for inner in event.events:
+                add(inner, count)
+        elif isinstance(event, dpa.SelfComposedDpEvent):
+            add(event.event, count * event.count)
+        elif not isinstance(event, dpa.NoOpDpEvent) and count:
+            counts[event] = counts.get(event, 0) + count
+
+    add(event, 1)
+    return counts
 
 
-def num_sampled(event: dpa.DpEvent) -> int:
-    """Number of discretized events that the PLD accountant convolves (plain Gaussians are not)."""
-    if isinstance(event, dpa.ComposedDpEvent):
-        return sum(num_sampled(e) for e in event.events)
-    if isinstance(event, dpa.SelfComposedDpEvent):
-        return event.count * num_sampled(event.event)
-    return 0 if isinstance(event, dpa.GaussianDpEvent) else 1
+def normal(event: dpa.DpEvent) -> dpa.DpEvent:
+    """Returns a composition with equal events counted together; the order does not matter."""
+    try:
+        repeated = [dpa.SelfComposedDpEvent(leaf, n) for leaf, n in leaves(event).items()]
+    except TypeError:  # an event that cannot be hashed
+        return event
+    ordered = sorted(repeated, key=repr)
+    return ordered[0] if len(ordered) == 1 else dpa.ComposedDpEvent(ordered)
 
 
 def positive(field: str, value: float) -> float:
