@@ -1,6 +1,7 @@
 """Chooses a batch size from N, epochs, epsilon and delta alone; no data is touched.
 
-The rule is that of Rehn et al. 2025 (2510.20616); see `plan`.
+The rule is that of Rehn et al. 2025 (2510.20616); see `plan`. The noise of Poisson sampling and
+that of random allocation stand side by side.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import math
 from collections.abc import Sequence
 
 from dpjax.dp import accounting
+from dpjax.dp.sampling import whole_steps
 
 __all__ = [
     "MIN_STEPS",
     "PLATEAU_TOLERANCE",
+    "SAMPLERS",
     "SAMPLING_NOISE",
     "Plan",
     "Row",
@@ -23,14 +26,34 @@ __all__ = [
     "plan",
 ]
 
+SAMPLERS = ("poisson", "random_allocation")
 MIN_STEPS = 40
 PLATEAU_TOLERANCE = 0.05
 SAMPLING_NOISE = 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What a budget asks of one sampler at one batch size.
+
+    Attributes:
+        sampler: its name.
+        steps: T; for random allocation round(E t), with t = round(N / B) steps per epoch.
+        noise_multiplier: sigma.
+        cumulative_noise: sigma sqrt(T).
+    """
+
+    sampler: str
+    steps: int
+    noise_multiplier: float
+    cumulative_noise: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One candidate batch size. Noise is in units of the clip bound, per coordinate.
+    """One candidate batch size, with the first sampler's noise.
+
+    Noise is in units of the clip bound, per coordinate.
 
     Attributes:
         batch_size: B, expected.
@@ -43,6 +66,7 @@ class Row:
         enough_steps: T >= min_steps.
         total_noise: of privacy and sampling over the run, see `plan`.
         above_plateau: total_noise over the lowest one with enough steps, minus 1.
+        other: the other samplers' noise at this batch size.
     """
 
     batch_size: int
@@ -55,6 +79,7 @@ class Row:
     enough_steps: bool
     total_noise: float
     above_plateau: float
+    other: tuple[Noise, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,30 +94,32 @@ class Suggestion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The table, the choice and its reason."""
+    """The table, the choice and its reason; `sampler_reason` compares samplers, if several."""
 
     num_examples: int
     epochs: float
     epsilon: float
     delta: float
+    samplers: tuple[str, ...]
     min_steps: int
     plateau_tolerance: float
     sampling_noise: float
     batch_size: int
     reason: str
+    sampler_reason: str
     rows: tuple[Row, ...]
     suggestions: tuple[Suggestion, ...]
 
 
 def candidates(num_examples: int) -> tuple[int, ...]:
-    """Batch sizes 256, 512, ... below N, and N itself.
+    """Batch sizes 16, 32, ... below N, and N itself.
 
-    >>> candidates(1500)
-    (256, 512, 1024, 1500)
+    >>> candidates(200)
+    (16, 32, 64, 128, 200)
     """
     doubling: list[int] = []
-    while 256 << len(doubling) < num_examples:
-        doubling.append(256 << len(doubling))
+    while 16 << len(doubling) < num_examples:
+        doubling.append(16 << len(doubling))
     return (*doubling, num_examples)
 
 
@@ -103,6 +130,7 @@ def plan(
     delta: float,
     *,
     batch_sizes: Sequence[int] | None = None,
+    samplers: Sequence[str] = ("poisson",),
     min_steps: int = MIN_STEPS,
     plateau_tolerance: float = PLATEAU_TOLERANCE,
     sampling_noise: float = SAMPLING_NOISE,
@@ -125,6 +153,7 @@ def plan(
         epsilon: budget in nats, > 0.
         delta: in (0, 1/N).
         batch_sizes: candidates, each in 1..N; by default `candidates(N)`.
+        samplers: of `SAMPLERS`; the rule is applied to the first, and the others stand beside it.
         min_steps: fewer steps are avoided where there is a choice. The paper found about 20 to be
             enough on CIFAR-100; heads on CIFAR-10 lost 0.9 to 1.7 points at 24 steps and at most
             0.4 at 49 (8 epochs, epsilon 1 to 8; `experiments/README.md`).
@@ -157,30 +186,44 @@ def plan(
     for size in sizes:
         if size != int(size) or not 1 <= size <= num_examples:
             raise ValueError(f"batch_sizes={size} must be in 1..num_examples={num_examples}.")
-    taken = [(int(size), steps) for size in sizes if (steps := round(epochs * num_examples / size))]
+    for name in samplers:
+        if name not in SAMPLERS:
+            raise ValueError(f"samplers={name!r} must be one of {SAMPLERS}.")
+    counts = [(int(size), _steps(samplers[0], int(size), num_examples, epochs)) for size in sizes]
+    taken = [(size, steps) for size, steps in counts if steps]
     if not taken:
         raise ValueError(f"epochs={epochs} is less than one step at batch_sizes={list(sizes)}.")
-    noise = [
-        noise_multiplier(b, t, num_examples=num_examples, epsilon=epsilon, delta=delta, tol=tol)
-        for b, t in taken
-    ]
-    cumulative = [sigma * math.sqrt(t) for sigma, (_, t) in zip(noise, taken)]
-    total = [math.hypot(c, sampling_noise * math.sqrt(epochs)) for c in cumulative]
+
+    def noise(sampler: str, size: int) -> Noise:
+        steps = _steps(sampler, size, num_examples, epochs) or 1
+        sigma = noise_multiplier(
+            size, steps, num_examples=num_examples, epsilon=epsilon, delta=delta, tol=tol,
+            sampler=sampler,
+        )  # fmt: skip
+        return Noise(
+            sampler=sampler, steps=steps, noise_multiplier=sigma,
+            cumulative_noise=sigma * math.sqrt(steps),
+        )  # fmt: skip
+
+    noises = [[noise(sampler, size) for sampler in samplers] for size, _ in taken]
+    sampled = sampling_noise * math.sqrt(epochs)
+    total = [math.hypot(first.cumulative_noise, sampled) for first, *_ in noises]
     lowest = min([n for n, (_, t) in zip(total, taken) if t >= min_steps] or total)
     rows = tuple(
         Row(
             batch_size=b,
             sampling_prob=b / num_examples,
             steps=t,
-            noise_multiplier=sigma,
-            cumulative_noise=c,
-            noise_over_prob=sigma * num_examples / b,
-            step_noise=sigma / b,
+            noise_multiplier=first.noise_multiplier,
+            cumulative_noise=first.cumulative_noise,
+            noise_over_prob=first.noise_multiplier * num_examples / b,
+            step_noise=first.noise_multiplier / b,
             enough_steps=t >= min_steps,
             total_noise=n,
             above_plateau=n / lowest - 1,
+            other=tuple(other),
         )
-        for (b, t), sigma, c, n in zip(taken, noise, cumulative, total)
+        for (b, t), (first, *other), n in zip(taken, noises, total)
     )
     chosen, reason = _choose(rows, min_steps, plateau_tolerance)
     left_out = [int(size) for size in sizes if size not in [b for b, _ in taken]]
@@ -191,11 +234,13 @@ def plan(
         epochs=epochs,
         epsilon=epsilon,
         delta=delta,
+        samplers=tuple(samplers),
         min_steps=min_steps,
         plateau_tolerance=plateau_tolerance,
         sampling_noise=sampling_noise,
         batch_size=chosen.batch_size,
         reason=reason,
+        sampler_reason=_compare(samplers[0], chosen),
         rows=rows,
         suggestions=_suggest(epsilon, chosen),
     )
@@ -209,15 +254,45 @@ def noise_multiplier(
     epsilon: float,
     delta: float,
     tol: float = 1e-4,
+    sampler: str = "poisson",
 ) -> float:
-    """Returns sigma for q = B/N and the given number of steps; B = N is the full batch."""
+    """Returns sigma for batches of B, expected, and a number of steps; B = N is the full batch."""
 
     def event(sigma: float) -> accounting.Events:
         if batch_size == num_examples:
             return accounting.full_batch(sigma, steps)
+        if sampler == "random_allocation":
+            return accounting.allocation(sigma, whole_steps(num_examples, batch_size), steps)
         return accounting.poisson(sigma, batch_size / num_examples, steps)
 
     return accounting.calibrate_noise_multiplier(event, epsilon=epsilon, delta=delta, tol=tol)
+
+
+def _steps(sampler: str, batch_size: int, num_examples: int, epochs: float) -> int:
+    """T, possibly 0; at random allocation an epoch has a whole number of steps."""
+    per_epoch = num_examples / batch_size
+    if sampler == "random_allocation":
+        per_epoch = whole_steps(num_examples, batch_size)
+    return round(epochs * per_epoch)
+
+
+def _compare(name: str, row: Row) -> str:
+    """Which sampler needs less noise at the chosen batch size, and what else speaks for it."""
+    if not row.other:
+        return ""
+    noises = {name: row.cumulative_noise, **{n.sampler: n.cumulative_noise for n in row.other}}
+    best = min(noises, key=lambda sampler: noises[sampler])
+    worst = max(noises, key=lambda sampler: noises[sampler])
+    if noises[worst] <= noises[best] * (1 + 1e-3):
+        return f"The samplers need equal noise at B={row.batch_size}: keep {name!r}."
+    less = 100 * (1 - noises[best] / noises[worst])
+    text = (
+        f"dp.sampler={best!r} needs {less:.2g}% less noise than {worst!r} at "
+        f"B={row.batch_size}, for the same guarantee"
+    )
+    if best == "random_allocation":
+        return f"{text}, and uses every example exactly once per epoch: it is recommended."
+    return f"{text}: it is recommended."
 
 
 def _choose(rows: Sequence[Row], min_steps: int, tolerance: float) -> tuple[Row, str]:

@@ -19,6 +19,7 @@ from dpjax.build import planner
 from dpjax.build.optimizer import optimizer
 from dpjax.build.privacy import with_noise
 from dpjax.build.run import Phase
+from dpjax.dp.sampling import whole_steps
 from dpjax.models import finetune
 
 __all__ = ["Schedule", "Stage", "batch_sizes", "bounds", "phases", "stages", "values"]
@@ -72,6 +73,7 @@ def stages(
     batch_sizes: Schedule,
     bounds: Schedule,
     cuts: Sequence[float] = (),
+    whole_epochs: bool = False,
 ) -> tuple[Stage, ...]:
     """Cuts a run wherever its batch size or its bound changes, and at `cuts`.
 
@@ -81,6 +83,7 @@ def stages(
         batch_sizes: schedule of B.
         bounds: schedule of C.
         cuts: further fractions of the epochs at which a stage ends.
+        whole_epochs: an epoch has round(N / B) steps in place of N / B, as random allocation does.
 
     Returns:
         The stages that have a step, in order. Ends are rounded to whole steps, not lengths, so the
@@ -102,7 +105,8 @@ def stages(
     passed, end = 0.0, 0
     for begin, until in zip(begins, [*begins[1:], 1.0]):
         size = at(batch_sizes, begin)
-        passed += (until - begin) * epochs * num_examples / size
+        per_epoch = whole_steps(num_examples, size) if whole_epochs else num_examples / size
+        passed += (until - begin) * epochs * per_epoch
         start, end = end, round(passed)
         if until == 1.0:
             end = max(end, 1)
@@ -112,7 +116,7 @@ def stages(
         for (begin, value), until in zip(schedule, [*[b for b, _ in schedule[1:]], 1.0]):
             if not any(begin <= stage.begin < until for stage in made):
                 raise ValueError(
-                    f"{field}={tuple(schedule)}: {value} would not see a single step, from "
+                    f"{field}={tuple(schedule)}: {value} lasts less than one step, from "
                     f"{begin:g} to {until:g} of {epochs:g} epochs."
                 )
     return tuple(made)
@@ -138,13 +142,15 @@ def batch_sizes(
             raise ValueError("batch_size='auto' and batch_size_schedule exclude each other.")
         if config.dp is None:
             raise ValueError("batch_size='auto' plans for a privacy budget, but dp=None has none.")
-        if config.dp.sampler != "poisson":
+        if config.dp.sampler not in planner.SAMPLERS:
             raise ValueError(
-                f"batch_size='auto' plans for dp.sampler='poisson', got {config.dp.sampler!r}."
+                f"batch_size='auto' plans for dp.sampler in {planner.SAMPLERS}, got "
+                f"{config.dp.sampler!r}."
             )
         if num_examples is None:
             return sizes, None
-        plan = planner.plan(num_examples, config.epochs, config.dp.epsilon, config.dp.delta)
+        budget = (config.epochs, config.dp.epsilon, config.dp.delta)
+        plan = planner.plan(num_examples, *budget, samplers=(config.dp.sampler,))
         sizes = ((0.0, plan.batch_size),)
     for _, size in sizes:
         whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
@@ -180,6 +186,7 @@ def phases(
         batch_sizes=sizes,
         bounds=bounds(config),
         cuts=[config.lp.fraction],
+        whole_epochs=config.dp is not None and config.dp.sampler == "random_allocation",
     )
     rate = config.lp.learning_rate or config.optimizer.learning_rate
     if not 0 < rate < math.inf:

@@ -3,12 +3,15 @@
     dpjax plan --num_examples=50000 --epochs=8 --epsilon=1 --delta=1e-5
     dpjax plan --config=quickstart --num_examples=4000 --plot=noise.png
 
-Prints a table (with --json one JSON object) of every batch size that doubles from 256 to the full
+Prints a table (with --json one JSON object) of every batch size that doubles from 16 to the full
 batch: q = B/N, T = round(E N / B), the noise multiplier sigma that the budget asks for, and what
-follows from it. Picks the batch size by the rule of Rehn et al. 2025 (2510.20616), explained in
-`dpjax.build.planner.plan`, and proposes ranges of the clip bound and the learning rate to search.
+follows from it. The noise of random allocation (dp.sampler=random_allocation) stands beside that of
+Poisson sampling, and one of the two is recommended. Picks the batch size by the rule of Rehn et al.
+2025 (2510.20616), explained in `dpjax.build.planner.plan`, and proposes ranges of the clip bound
+and the learning rate to search.
 
-With --config, epsilon, delta and epochs are read from the config where no flag gives them.
+With --config, epsilon, delta and epochs are read from the config where no flag gives them, and N
+from its data set, if that is prepared.
 Exit codes: 0 planned, 2 a mistake in the command or an impossible budget.
 """
 
@@ -20,28 +23,43 @@ import json
 import pathlib
 from typing import Any
 
-from dpjax.build import planner
+from ml_collections import ConfigDict
+
+from dpjax.build import data, model, planner, privacy
 from dpjax.commands import cli
+
+_TITLES = {"poisson": "Poisson sampling", "random_allocation": "random allocation"}
 
 
 def table(plan: planner.Plan) -> str:
     """The plan as text."""
     lines = [
         f"N={plan.num_examples}  epochs={plan.epochs:g}  epsilon={plan.epsilon:g}  "
-        f"delta={plan.delta:g}  (add or remove one example; Poisson sampling; PLD accountant)",
+        f"delta={plan.delta:g}  (add or remove one example)",
         "",
-        f"{'B':>8} {'q':>9} {'T':>7} {'sigma':>9} {'sigma sqrt(T)':>14} {'sigma/q':>9} "
-        f"{'sigma/B':>9}  plateau",
+        f"{'':>42}{_TITLES[plan.samplers[0]]:>24}"
+        + "".join(f"{_TITLES[name]:>26}" for name in plan.samplers[1:]),
+        f"{'B':>8} {'q':>9} {'T':>7} {'sigma/q':>9} {'sigma/B':>9} "
+        + " ".join(f"{'sigma':>9} {'sigma sqrt(T)':>14} " for _ in plan.samplers)
+        + " plateau",
     ]
     for row in plan.rows:
         note = f"{100 * row.above_plateau:+.1f}%" if row.enough_steps else "too few steps"
         mark = "  <- chosen" if row.batch_size == plan.batch_size else ""
         lines.append(
             f"{row.batch_size:>8} {row.sampling_prob:>9.4g} {row.steps:>7} "
-            f"{row.noise_multiplier:>9.4g} {row.cumulative_noise:>14.4g} "
-            f"{row.noise_over_prob:>9.4g} {row.step_noise:>9.2e}  {note}{mark}"
+            f"{row.noise_over_prob:>9.4g} {row.step_noise:>9.2e} "
+            + " ".join(
+                f"{sigma:>9.4g} {cumulative:>14.4g} "
+                for sigma, cumulative in [
+                    (row.noise_multiplier, row.cumulative_noise),
+                    *((noise.noise_multiplier, noise.cumulative_noise) for noise in row.other),
+                ]
+            )
+            + f" {note}{mark}"
         )
     lines += ["", plan.reason]
+    lines += [plan.sampler_reason] if plan.sampler_reason else []
     for item in plan.suggestions:
         lines += ["", f"{item.name}: search {item.low:g} to {item.high:g}"]
         lines += [f"  - {reason}" for reason in item.reasons]
@@ -58,6 +76,8 @@ def plot(
 ) -> None:
     """Draws sigma sqrt(T) against B as PNG, for a quarter, once and four times the epochs.
 
+    The candidates are those asked for, and the choice is marked.
+
     Args:
         path: of the PNG.
         num_examples: N.
@@ -72,6 +92,8 @@ def plot(
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
+    rule["samplers"] = tuple(rule.get("samplers", planner.SAMPLERS))[:1]
+    chosen = planner.plan(num_examples, epochs, epsilon, delta, **rule).batch_size
     all_epochs = (epochs / 4, epochs, 4 * epochs)
     all_epsilons = sorted({0.5, 1.0, 2.0, 8.0, float(epsilon)})
     colors = plt.get_cmap("viridis")
@@ -90,12 +112,14 @@ def plot(
             at = sizes.index(made.batch_size)
             axes.plot(sizes[at], noise[at], "o", ms=11, mfc="none", mec=color, mew=2)
         most = some_epochs * num_examples / rule.get("min_steps", planner.MIN_STEPS)
-        marks = planner.candidates(num_examples)
-        limits = (0.8 * marks[0], 1.25 * num_examples)
+        axes.axvline(chosen, color="0.6", lw=1, ls=":", zorder=0)
+        marks = rule.get("batch_sizes") or planner.candidates(num_examples)
+        marks = sorted(set(marks))
+        limits = (0.8 * marks[0], 1.25 * marks[-1])
         axes.axvspan(min(most, limits[1]), limits[1], color="0.9", zorder=0)
         axes.set(xscale="log", yscale="log", xlim=limits, title=f"{some_epochs:g} epochs")
         axes.set_xlabel("expected batch size B")
-        axes.set_xticks(marks[:-1:2] if len(marks) > 4 else marks)
+        axes.set_xticks(marks[:: -(-len(marks) // 6)])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("{x:g}")
@@ -103,7 +127,8 @@ def plot(
         axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("cumulative noise  sigma sqrt(T)  [clip bounds]")
-    panels[0].plot([], [], "o", ms=11, mfc="none", mec="0.3", mew=2, label="chosen")
+    panels[0].plot([], [], "o", ms=11, mfc="none", mec="0.3", mew=2, label="chosen for it")
+    panels[0].plot([], [], ":", color="0.6", label=f"chosen here: {chosen}")
     panels[0].fill_between([], [], color="0.9", label="too few steps")
     panels[0].legend(fontsize="small")
     figure.suptitle(f"N = {num_examples}, delta = {delta:g}: noise added over the whole run")
@@ -119,7 +144,7 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--delta", type=float, help="budget, below 1/N")
     parser.add_argument(
         "--batch_sizes", type=_whole_numbers, metavar="B,B,...",
-        help="candidates; by default 256 doubling to N",
+        help="candidates; by default 16 doubling to N",
     )  # fmt: skip
     parser.add_argument(
         "--min_steps", type=int, default=planner.MIN_STEPS, help="fewer steps are avoided"
@@ -143,9 +168,23 @@ def _whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers.") from error
 
 
+def _num_examples(config: ConfigDict) -> int:
+    """N of a config's data set, without what is reserved for fitting a temperature."""
+    spec = model.tuned(config, num_classes=2).model.input
+    try:
+        train, _ = data.opened(config, spec)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"--num_examples is required, because the config's data cannot be opened: {error}"
+        ) from error
+    train, _ = privacy.temperature(config, train)
+    return len(train)
+
+
 @cli.mistakes()
 def run(args: argparse.Namespace) -> int:
     known: dict[str, Any] = {}
+    samplers = list(planner.SAMPLERS)
     if args.config is not None:
         config = cli.config(args)
         if config.dp is None:
@@ -153,7 +192,11 @@ def run(args: argparse.Namespace) -> int:
         known = {
             "epochs": config.epochs, "epsilon": config.dp.epsilon, "delta": config.dp.delta,
         }  # fmt: skip
-    arguments: dict[str, Any] = {}
+        if args.num_examples is None:
+            known["num_examples"] = _num_examples(config)
+        # The rule is applied to the config's own sampler, if it is one of the two.
+        samplers.sort(key=lambda name: name != config.dp.sampler)
+    arguments: dict[str, Any] = {"samplers": samplers}
     for name in ("num_examples", "epochs", "epsilon", "delta"):
         given = getattr(args, name)
         arguments[name] = known.get(name) if given is None else given

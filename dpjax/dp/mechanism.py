@@ -230,10 +230,10 @@ def calibrated(
     if (steps is None) == (epochs is None):
         raise ValueError(f"give one of steps={steps} and epochs={epochs}.")
     if steps is None:
-        expected: float = batch_size
+        size: float = batch_size
         if sampler == "random_allocation":  # whole epochs stay whole
-            expected = num_examples / max(1, round(num_examples / batch_size))
-        steps = num_steps(num_examples, expected, epochs or 0.0)
+            size = num_examples / sampling.whole_steps(num_examples, batch_size)
+        steps = num_steps(num_examples, size, epochs or 0.0)
     (mechanism,) = calibrated_phases(
         epsilon=epsilon,
         delta=delta,
@@ -296,7 +296,7 @@ def calibrated_phases(
         if not 1 <= size <= num_examples:
             raise ValueError(f"batch_size={size} must be in [1, num_examples={num_examples}].")
     accounting.check_budget(epsilon, delta, num_examples=num_examples)
-    phases = []
+    phases: list[Mechanism] = []
     for size, length, ratio in zip(sizes, steps, ratios, strict=True):
         law = sampling.make(sampler, num_examples=num_examples, batch_size=size, **options)
         if isinstance(law, RandomAllocation):  # an epoch does not extend into another phase

@@ -290,7 +290,7 @@ def _check(features: FeatureSet, points: Sequence[Point], *, steps: int, batch_s
     for name, want in (("num_examples", len(features)), ("steps", steps)):
         if getattr(first, name) != want:
             raise ValueError(f"mechanism.{name}={getattr(first, name)} must be {want}.")
-    if abs(first.expected_batch_size - batch_size) > 1e-6 * batch_size:
+    if not dp.sampling.draws_size(first.sampler, batch_size):
         raise ValueError(f"batch_size={batch_size} must be {first.expected_batch_size:g}.")
 
 

@@ -21,7 +21,7 @@ from dpjax.dp.accounting.events import (
 )
 
 __all__ = [
-    "ACCOUNTANTS", "RELATIONS", "Events", "allocation", "calibrate_noise_multiplier", "check_budget",
-    "check_supported", "delta", "epsilon", "falling_root", "fixed_size", "full_batch", "lower_epsilon",
-    "poisson", "truncated_poisson",
+    "ACCOUNTANTS", "RELATIONS", "Events", "allocation", "calibrate_noise_multiplier",
+    "check_budget", "check_supported", "delta", "epsilon", "falling_root", "fixed_size",
+    "full_batch", "lower_epsilon", "poisson", "truncated_poisson",
 ]  # fmt: skip

@@ -1,9 +1,10 @@
 """Privacy accounting: epsilon and delta of events, and the noise that keeps a budget.
 
-A thin layer over `dp_accounting`. It fixes one convention of the noise multiplier (`events`),
-refuses impossible inputs by name, and finds the noise that keeps a budget: what
-`calibrate_noise_multiplier` returns was evaluated by the very accountant that was asked for.
-Results are cached on disk (`cache`).
+Events are dp_accounting's, with one convention of the noise multiplier (`events`). "pld" composes
+privacy losses: ours for Gaussian sums (`losses`, `allocation`, `composition`), which stay upper
+bounds down to delta = 1e-300, and dp_accounting's for anything else. "rdp" is dp_accounting's.
+Impossible inputs are refused by name. The noise that `calibrate_noise_multiplier` returns was
+evaluated by the very accountant that was asked for. Results are cached on disk (`cache`).
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from dpjax.dp.accounting.events import (
 from dpjax.dp.accounting.releases import losses_of
 
 __all__ = [
-    "ACCOUNTANTS", "RELATIONS", "Events", "allocation", "calibrate_noise_multiplier", "check_budget",
-    "check_supported", "delta", "epsilon", "falling_root", "fixed_size", "full_batch", "lower_epsilon",
-    "poisson", "truncated_poisson",
+    "ACCOUNTANTS", "RELATIONS", "Events", "allocation", "calibrate_noise_multiplier",
+    "check_budget", "check_supported", "delta", "epsilon", "falling_root", "fixed_size",
+    "full_batch", "lower_epsilon", "poisson", "truncated_poisson",
 ]  # fmt: skip
 
 Events: TypeAlias = "dpa.DpEvent | Sequence[dpa.DpEvent]"
@@ -77,8 +78,8 @@ def epsilon(
       accountant: "pld" (tight) or "rdp" (looser; the cross-check).
       relation: "add_or_remove_one" or "replace_one".
       num_examples: N, if known.
-      grid: PLD discretization interval in nats; None picks one that costs about 1e-4 of epsilon
-        (dp_accounting's own default is 1e-4). Every choice gives an upper bound.
+      grid: PLD discretization interval in nats; None picks one that costs about 2e-5 of epsilon, or
+        3e-4 with random allocation. Every choice gives an upper bound.
     Returns:
       Epsilon in nats; inf if an event is not private, 0.0 for no events.
     Raises:
@@ -91,9 +92,7 @@ def epsilon(
     return budget.spent(_compose(events))
 
 
-def lower_epsilon(
-    events: Events, delta: float, *, relation: str = "add_or_remove_one"
-) -> float:
+def lower_epsilon(events: Events, delta: float, *, relation: str = "add_or_remove_one") -> float:
     """Returns a lower bound on epsilon of a composition at `delta`, in nats; not cached.
 
     With `epsilon` it brackets the cost of the dominating pairs, which full-batch, Poisson and
@@ -203,6 +202,7 @@ def calibrate_noise_multiplier(
         num_examples=num_examples, grid=grid,
     )  # fmt: skip
     tol = positive("tol", tol)
+    budget = budget._replace(coarser=max(1.0, tol / 1e-3))
 
     def event_at(sigma: float) -> dpa.DpEvent:
         return _compose(make_event(sigma))
@@ -257,6 +257,7 @@ class _Budget(NamedTuple):
     accountant: str = "pld"
     relation: str = "add_or_remove_one"
     grid: float | None = None
+    coarser: float = 1.0  # factor on the error that a grid may cost
 
     @classmethod
     def checked(cls, num_examples: int | None = None, **kwargs: Any) -> _Budget:
@@ -293,7 +294,7 @@ class _Budget(NamedTuple):
         if composed is None:
             return self._by_dp_accounting(event, at_epsilon)
         if at_epsilon is None:
-            return composed.epsilon(self.delta, self.grid)
+            return composed.epsilon(self.delta, self.grid, self.coarser)
         return composed.delta(at_epsilon, self.grid)
 
     def _by_dp_accounting(self, event: dpa.DpEvent, at_epsilon: float | None) -> float:
@@ -313,7 +314,7 @@ class _Budget(NamedTuple):
         """Quick guess of epsilon; inf if there is none."""
         composed = losses_of(event, self.relation) if self.accountant == "pld" else None
         if composed is not None:
-            return composed.rough_epsilon(self.delta)
+            return composed.epsilon(self.delta, coarser=20.0 * self.coarser)
         for relation in RELATIONS.values():
             made = rdp.RdpAccountant(_ROUGH_ORDERS, relation)
             if made.supports(event):
@@ -334,8 +335,8 @@ def _solve(event_at: Callable[[float], dpa.DpEvent], budget: _Budget, tol: float
     """Searches over logarithms, where epsilon is an almost straight function of sigma.
 
     A quick search comes first: it keeps the accountant itself away from noise so small that it is
-    slow, and leaves it four to seven evaluations (`dp_accounting.calibrate_dp_mechanism` takes eight
-    to fifteen). Only the accountant itself decides.
+    slow, and leaves it a few evaluations (`dp_accounting.calibrate_dp_mechanism` takes eight to
+    fifteen). Only the accountant itself decides.
     """
 
     def gap(spent: Callable[[dpa.DpEvent], float], log_sigma: float) -> float:
@@ -343,9 +344,9 @@ def _solve(event_at: Callable[[float], dpa.DpEvent], budget: _Budget, tol: float
         return max(-50.0, min(50.0, math.log(ratio))) if ratio > 0 else -50.0
 
     exact = functools.partial(gap, budget.spent)
-    near = falling_root(functools.partial(gap, budget.rough), -1.0, 1.0, tol=0.003) or 0.0
-    # By Renyi divergence the guess is high by up to 0.15; on a coarse grid, by less than 0.01.
-    low = near - (0.15 if budget.accountant == "rdp" else 0.007)
+    near = falling_root(functools.partial(gap, budget.rough), -1.0, 1.0, tol=0.001) or 0.0
+    # By Renyi divergence the guess is high by up to 0.15; on a coarse grid, by 0.002.
+    low = near - (0.15 if budget.accountant == "rdp" else 0.002)
     root = falling_root(exact, low, near, tol=tol)
     flat = False
     if root is not None and budget.accountant == "rdp" and root > -30.0:

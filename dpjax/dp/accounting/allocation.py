@@ -1,36 +1,38 @@
 """The privacy loss of random allocation: every example is in one random step of each epoch.
 
-An epoch has t steps, and every example picks one of them uniformly, independently of all others and
-of other epochs (balls-and-bins sampling, arXiv 2412.16802; random allocation, arXiv 2502.08202).
+An epoch has t steps, and every example picks one of them uniformly, independently of all others
+and of other epochs (balls-and-bins sampling, arXiv 2412.16802; random allocation, 2502.08202).
 
 The pair. Remove the example: an epoch's noised sums, in units of the bound and in the direction of
-its contribution, are Q = N(0, sigma^2 I) in R^t. With it they are P = (1/t) sum_j N(e_j, sigma^2 I).
-This pair dominates for contributions of norm at most 1, chosen adaptively too (2412.16802, section 3;
-2502.08202, theorem 3.1). Its likelihood ratio at x ~ Q is
+its contribution, are Q = N(0, sigma^2 I) in R^t. With it, they are
+P = (1/t) sum_j N(e_j, sigma^2 I). This pair dominates for contributions of norm at most 1, chosen
+adaptively too (2412.16802, section 3; 2502.08202, theorem 3.1). Its likelihood ratio at x ~ Q is
 
     S = (1/t) sum_j Y_j,      Y_j = exp((2 x_j - 1) / (2 sigma^2)),
 
-where the Y_j are independent lognormal variables of mean 1. An epoch that is cut after j steps shows
-x_1 ... x_j only; the factors of the other steps integrate to 1, and S = (1/t) (Y_1 + ... + Y_j + t - j).
+where the Y_j are independent lognormal variables of mean 1. An epoch that is cut after j steps
+shows x_1 ... x_j only; the factors of the other steps integrate to 1, and
+S = (1/t) (Y_1 + ... + Y_j + t - j).
 
-The bound. delta at e^epsilon is E[(S - e^epsilon)+] for removing the example and
+The bound. delta at e^epsilon is E[(S - e^epsilon)+] for removing the example, and
 E[(1 - e^epsilon S)+] for adding it: expectations of convex functions of S, hence of each Y_j given
-the others. A mean-preserving spread of a Y_j, of a partial sum or of S can only raise them, whatever
-is composed with the epoch (`losses`). So:
-1. Y is spread onto a grid e^(k h): each cell's mass goes to its two ends, its mean kept. Below the grid,
-   mass is divided between the lowest point and 0; above, the mean beyond the highest point is kept
-   aside as `infinite`: under P, whose masses are S times those of Q, it is the mass of an infinite loss.
+the others. A mean-preserving spread of a Y_j, of a partial sum or of S can only raise them,
+whatever is composed with the epoch (`losses`). So:
+1. Y is spread onto a grid e^(k h): each cell's mass goes to its two ends, its mean kept. Below the
+   grid, mass is divided between the lowest point and 0. Above it, the mean beyond the highest point
+   is kept aside as `infinite`: under P, whose masses are S times those of Q, it is the mass of an
+   infinite loss.
 2. Sums are built by doubling. The mean of two grid variables, alpha e^(i h) + beta e^(j h), equals
-   e^(i h) (alpha + beta e^(-d h)), d = i - j. For each difference d the second factor is one number, so
-   the products of two shifted slices are spread between the two neighbors of one offset. Where d is so
-   large that the offset no longer changes, all smaller terms are summed at once.
-3. The last spread puts S onto the grid of the composition.
+   e^(i h) (alpha + beta e^(-d h)), d = i - j. For each difference d the second factor is one
+   number, so the products of two shifted slices are spread between the two neighbors of one offset.
+   Where d is so large that the offset no longer changes, all smaller terms are summed at once.
+3. The last sum is on the grid of the composition.
 A spread on a grid of interval h adds h^2 / 6 to the relative variance of what is spread, so coarser
 grids serve early sums of few terms: for a sum of m of t terms, h (t / m)^(1/4), to a power of 2.
 
-Every sum has positive terms only, so the far tail keeps its relative precision. Contracting each cell
-to its mean, in place of spreading it to its ends, can only lower the same expectations: `lower` does so
-and brackets the truth from below.
+Every sum has positive terms only, so the far tail keeps its relative precision. Contracting each
+cell to its mean, in place of spreading it to its ends, can only lower the same expectations:
+`contracted` does so and brackets the truth from below.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ def _refined(x: _Spread, factor: int) -> _Spread:
 def _mean(a: _Spread, b: _Spread, alpha: float, factor: int, tail: float) -> _Spread:
     """alpha a + (1 - alpha) b for independent variables of one grid, on one finer by `factor`."""
     beta = 1 - alpha
-    h, fine = a.interval, a.interval / factor
+    fine = a.interval / factor
     low = min(a.first, b.first) * factor + math.floor(math.log(min(alpha, beta)) / fine) - 1
     high = (max(a.first + len(a.mass), b.first + len(b.mass))) * factor + 2
     out = np.zeros(high - low)
@@ -125,9 +127,9 @@ def _mean(a: _Spread, b: _Spread, alpha: float, factor: int, tail: float) -> _Sp
         if other.zero:  # the mean is then weight * x
             offset = math.log(weight) / fine
             _place(out, low, x.mass * other.zero, x.first * factor, factor, offset, fine)
-    return _Spread(
-        fine, low, out, a.zero * b.zero, alpha * a.infinite + beta * b.infinite
-    ).trimmed(tail)
+    return _Spread(fine, low, out, a.zero * b.zero, alpha * a.infinite + beta * b.infinite).trimmed(
+        tail
+    )
 
 
 def _place(
@@ -214,30 +216,25 @@ def _epoch(sigma: float, t: int, steps: int, interval: float, log_tail: float) -
     def onto(x: _Spread, factor: int) -> _Spread:
         return _refined(x, round(x.interval / (interval * factor)))
 
-    terms = steps
-    power = _lognormal(sigma, interval * factor_of(1), log_tail)
-    total, in_total, in_power = None, 0, 1
-    while True:
-        if terms & 1:
-            if total is None:
-                total, in_total = power, in_power
+    power, in_power = _lognormal(sigma, interval * factor_of(1), log_tail), 1
+    total, in_total = power, 0
+    for bit in reversed(bin(steps)[2:]):
+        coarse = round(power.interval / interval)
+        if bit == "1":
+            both = in_total + in_power
+            if in_total:
+                finer = max(1, coarse // factor_of(both))
+                total = _mean(onto(total, coarse), power, in_total / both, finer, tail)
             else:
-                both = in_total + in_power
-                share, coarse = in_total / both, power.interval / interval
-                total = _mean(onto(total, round(coarse)), power, share,
-                              round(coarse) // factor_of(both) or 1, tail)  # fmt: skip
-                in_total = both
-        terms >>= 1
-        if not terms:
-            break
-        ahead = factor_of(2 * in_power)
-        power = _mean(power, power, 0.5, round(power.interval / interval) // ahead, tail)
-        in_power *= 2
-    total = onto(total, 1) if steps == t else total
-    if steps < t:  # the steps that were not taken have the ratio 1
-        one = _Spread(total.interval, 0, np.ones(1), 0.0, 0.0)
-        total = onto(_mean(total, one, steps / t, 1, tail), 1)
-    return total
+                total = power
+            in_total = both
+        if in_total < steps:
+            power = _mean(power, power, 0.5, coarse // factor_of(2 * in_power), tail)
+            in_power *= 2
+    if steps == t:
+        return onto(total, 1)
+    one = _Spread(total.interval, 0, np.ones(1), 0.0, 0.0)  # the steps not taken have the ratio 1
+    return onto(_mean(total, one, steps / t, 1, tail), 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,19 +9,21 @@ Tilting cures that: for t > 0 the law of the sum L under P satisfies
 where P_t is the law of the sum of *tilted* losses, each with masses proportional to P e^(t loss).
 With t such that P_t has its mean near the epsilon in question, a small absolute error of P_t is a
 small relative error of
-    delta(eps) = E_P[(1 - e^(eps - L))+] = e^(K(t) - t eps) E_t[e^(-t (L - eps)) (1 - e^(eps - L))+].
+    delta(eps) = E_P[(1 - e^(eps - L))+]
+               = e^(K(t) - t eps) E_t[e^(-t (L - eps)) (1 - e^(eps - L))+].
 
 The error of P_t is bounded and added, so that every result is an upper bound. Let u be the unit of
 rounding, n the length of the transform, x one tilted law, F x its transform.
 - A computed transform is off by at most eta ||F x||_2 = eta sqrt(n) ||x||_2 in the 2-norm, with
-  eta = 10 u log2(n) (Higham, Accuracy and Stability of Numerical Algorithms, theorem 24.2; 7 u log2 n).
-- Raising to the power c, and multiplying by other factors, turns an error e_j at frequency j into at
-  most c (|x_j| + e)^(c-1) e_j times the other factors. By Cauchy and Schwarz its mean over j, the
-  largest change of a mass, is at most ||c (|x| + e)^(c-1) ...||_2 ||e||_2 / n.
-- Powers are computed through logarithms: a relative error of at most 8 u c (1 + |ln x_j|).
+  eta = 10 u log2(n) (Higham, Accuracy and Stability of Numerical Algorithms, theorem 24.2, where
+  the constant is about 7).
+- Raising F x to the power c, and multiplying by other factors, turns an error e_j at frequency j
+  into at most c (|F x_j| + e)^(c-1) e_j times the other factors. By Cauchy and Schwarz its mean
+  over j, the largest change of a mass, is at most ||c (|F x| + e)^(c-1) ...||_2 ||e||_2 / n.
+- Powers are computed through logarithms: a relative error of at most 8 u c (1 + |ln F x_j|).
 - The inverse transform adds eta ||P_t||_2.
-- Losses beyond the window of the transform come back at its other end. That only adds mass inside the
-  window, and what lies above the window is bounded by Chernoff.
+- Losses beyond the window of the transform come back at its other end. That only adds mass inside
+  the window, and what lies above the window is bounded by Chernoff.
 - Masses and K themselves carry rounding of a few u for every step: `_STEP_ROUNDING`.
 """
 
@@ -50,7 +52,7 @@ class Released(NamedTuple):
     """A pair and how often it is released."""
 
     law: Law
-    count: int
+    times: int
 
 
 class _Cumulants:
@@ -110,7 +112,7 @@ class _Cumulants:
         )
 
     def window(self, t: float) -> tuple[float, float]:
-        """Returns losses outside which the tilted sum has less mass than e^-_OUTSIDE, by Chernoff."""
+        """Returns losses outside which the tilted sum has mass below e^-_OUTSIDE (Chernoff)."""
         value, _, variance = self(t)
         steps = math.sqrt(2 * _OUTSIDE / variance) * 2.0 ** np.arange(-4.0, 4.0)
         high = min((self(t + s)[0] - value + _OUTSIDE) / s for s in steps)
@@ -123,7 +125,7 @@ def epsilon(
     delta: float,
     *,
     interval: float | None = None,
-    tolerance: float = 1.0,
+    coarser: float = 1.0,
     directions: Sequence[bool] = (False, True),
 ) -> float:
     """Returns an upper bound on epsilon of a composition.
@@ -133,7 +135,7 @@ def epsilon(
         delta: in (0, 1).
         interval: of the grid, in nats; None chooses one that costs about the largest of the laws'
             tolerances.
-        tolerance: factor on that cost.
+        coarser: factor on that cost.
         directions: False stands for P against Q, True for Q against P; the largest epsilon counts.
 
     Returns:
@@ -144,7 +146,7 @@ def epsilon(
         cumulants = _Cumulants(released, reverse, min(-60.0, math.log(delta) - 40))
         t = cumulants.tilt_of_delta(delta)
         # The directions share a grid: what is slow to compute is then kept from the first.
-        interval = interval or _interval(released, cumulants, t, reverse, tolerance)
+        interval = interval or _interval(released, cumulants, t, reverse, coarser)
         best = cumulants.epsilon(delta, t)
         for _ in range(2):
             if best <= worst:
@@ -244,9 +246,9 @@ def _interval(
     cumulants: _Cumulants,
     t: float,
     reverse: bool,
-    tolerance: float = 1.0,
+    coarser: float = 1.0,
 ) -> float:
-    """Returns the interval whose spreads cost about the tolerance, relative to epsilon.
+    """Returns the interval whose spreads cost about the laws' tolerance, times `coarser`.
 
     What is added to K(t) is added to epsilon over t.
     """
@@ -254,7 +256,7 @@ def _interval(
     t = max(t, 1e-6)
     scale = max(mean, 0.1 * math.sqrt(variance))
     costs = sum(count * law.cost(t, reverse) for law, count in released)
-    tolerance *= max(law.tolerance for law, _ in released)
+    tolerance = coarser * max(law.tolerance for law, _ in released)
     return math.sqrt(tolerance * scale * t / costs)
 
 
@@ -287,7 +289,8 @@ class _Composed:
         size = 2 ** max(6, math.ceil(math.log2((high - low) / interval + 4)))
         eta = 10 * _UNIT * math.log2(size)
         transforms = []
-        self.t, self.center, self.log_scale, self.infinite = t, mean, -t * mean, 0.0
+        self.t, self.center, self.width = t, mean, math.sqrt(variance)
+        self.log_scale, self.infinite = -t * mean, 0.0
         for law, count in released:
             k, atoms = law.on_grid(interval, log_delta - math.log(total) - 14)
             if reverse:
@@ -337,14 +340,20 @@ class _Composed:
         def gap(epsilon: float) -> float:
             return self._log_excess(epsilon) - log_wanted
 
-        low, high = float(self.loss[0]), float(self.loss[-1])
-        if gap(low) <= 0:
-            return low
-        if gap(high) > 0:
-            return math.inf
-        root = float(optimize.brentq(gap, low, high, xtol=1e-12 * (high - low), rtol=1e-12))
-        while gap(root) > 0:  # by rounding
-            root += 1e-10 * (high - low)
+        first, last, step = float(self.loss[0]), float(self.loss[-1]), self.width
+        low = high = min(max(self.center, first), last)
+        while gap(low) <= 0:
+            if low <= first:
+                return first
+            low, step = max(first, low - step), 2 * step
+        step = self.width
+        while gap(high) > 0:
+            if high >= last:
+                return math.inf
+            low, high, step = high, min(last, high + step), 2 * step
+        root = float(optimize.brentq(gap, low, high, xtol=1e-8 * self.width))
+        while gap(root) > 0:  # brentq stops on either side
+            root += 1e-8 * self.width
         return root
 
     def error_share(self, epsilon: float) -> float:
@@ -372,8 +381,9 @@ class _Composed:
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """Returns delta of a Gaussian mechanism of sensitivity / sigma = mu, exact and not below.
 
-    It is Phi(-z) - e^epsilon Phi(-z - mu) at z = epsilon / mu - mu / 2 (arXiv 1805.06530, theorem 8).
-    In terms of the scaled tail erfcx, both have the factor e^(-z^2 / 2), so no digit is lost far out.
+    It is Phi(-z) - e^epsilon Phi(-z - mu) at z = epsilon / mu - mu / 2 (arXiv 1805.06530, theorem
+    8). In terms of the scaled tail erfcx, both have the factor e^(-z^2 / 2): no digit is lost far
+    out.
     """
     z = epsilon / mu - mu / 2
     if z <= 0:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Collection
 import dp_accounting as dpa
 
 __all__ = [
-    "AllocationDpEvent", "allocation", "count", "doubled", "fixed_size", "fraction", "full_batch", "known", "leaves", "map_leaves",
-    "neighbors", "normal", "poisson", "positive", "truncated_poisson",
+    "AllocationDpEvent", "allocation", "count", "doubled", "fixed_size", "fraction",
+    "full_batch", "known", "leaves", "map_leaves", "neighbors", "normal", "poisson", "positive",
+    "truncated_poisson",
 ]  # fmt: skip
 
 
@@ -133,7 +134,7 @@ class AllocationDpEvent(dpa.DpEvent):
 def allocation(noise_multiplier: float, steps_per_epoch: int, steps: int) -> dpa.DpEvent:
     """`steps` Gaussian sums; in each epoch, an example is in one step, which is drawn uniformly.
 
-    Only for accountant="pld", relation="add_or_remove_one". See `allocation.py` for the law, and for
+    Only for accountant="pld", relation="add_or_remove_one". The module `allocation` has the law and
     the derivation of the bound (2412.16802, 2502.08202).
 
     Args:
@@ -143,7 +144,8 @@ def allocation(noise_multiplier: float, steps_per_epoch: int, steps: int) -> dpa
     Raises:
       ValueError: a field is out of range.
     """
-    sigma, t = positive("noise_multiplier", noise_multiplier), count("steps_per_epoch", steps_per_epoch)
+    sigma = positive("noise_multiplier", noise_multiplier)
+    t = count("steps_per_epoch", steps_per_epoch)
     if t == 1:
         return full_batch(sigma, steps)
     epochs, rest = divmod(count("steps", steps), t)

@@ -232,16 +232,15 @@ class Mixture:
     def _mixed(self, parts: list[Atoms]) -> Atoms:
         """The atoms of all; several may have one loss."""
         logs = np.log(self.weights)
-        joined = [
-            np.concatenate(columns)
-            for columns in zip(
-                *((a.loss, log + a.log_p, log + a.log_q) for log, a in zip(logs, parts))
-            )
+        loss = np.concatenate([part.loss for part in parts])
+        log_p = np.concatenate([log + part.log_p for log, part in zip(logs, parts)])
+        log_q = np.concatenate([log + part.log_q for log, part in zip(logs, parts)])
+        order = np.argsort(loss, kind="stable")
+        infinite = [
+            sum(w * mass for w, mass in zip(self.weights, masses))
+            for masses in zip(*((part.p_infinite, part.q_infinite) for part in parts))
         ]
-        order = np.argsort(joined[0], kind="stable")
-        infinite = np.array([a[3:] for a in parts])
-        p_infinite, q_infinite = np.asarray(self.weights) @ infinite
-        return Atoms(*(column[order] for column in joined), float(p_infinite), float(q_infinite))
+        return Atoms(loss[order], log_p[order], log_q[order], infinite[0], infinite[1])
 
 
 def _log_masses(edges: np.ndarray) -> np.ndarray:

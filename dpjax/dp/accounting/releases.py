@@ -41,8 +41,8 @@ class Losses:
     def _directions(self) -> tuple[bool, ...]:
         return (False,) if self.symmetric else (False, True)
 
-    def epsilon(self, delta: float, interval: float | None = None) -> float:
-        """Returns an upper bound on epsilon at delta."""
+    def epsilon(self, delta: float, interval: float | None = None, coarser: float = 1.0) -> float:
+        """Returns an upper bound on epsilon at delta; see `composition.epsilon`."""
         if not self.private:
             return math.inf
         if not self.released:
@@ -51,7 +51,7 @@ class Losses:
         if self.ceiling < math.inf:
             ceiling = composition.gaussian_epsilon(self.ceiling, delta)
         bound = composition.epsilon(
-            self._all, delta, interval=interval, directions=self._directions
+            self._all, delta, interval=interval, coarser=coarser, directions=self._directions
         )
         return min(ceiling, bound)
 
@@ -74,14 +74,6 @@ class Losses:
         if not self.private or not self.released:
             return self.epsilon(delta)
         return composition.lower_epsilon(self._all, delta, directions=self._directions)
-
-    def rough_epsilon(self, delta: float) -> float:
-        """Returns an upper bound on epsilon that is quick, and high by less than a percent."""
-        if not self.private or not self.released:
-            return self.epsilon(delta)
-        return composition.epsilon(
-            self._all, delta, tolerance=20.0, directions=self._directions
-        )
 
     @property
     def _all(self) -> tuple[Released, ...]:
@@ -127,8 +119,8 @@ def losses_of(event: dpa.DpEvent, relation: str) -> Losses | None:
         elif isinstance(leaf, AllocationDpEvent):
             if relation != "add_or_remove_one":
                 return None
-            law = AllocatedGaussian(leaf.noise_multiplier, leaf.steps_per_epoch, leaf.steps)
-            released.append(Released(law, number))
+            epoch = AllocatedGaussian(leaf.noise_multiplier, leaf.steps_per_epoch, leaf.steps)
+            released.append(Released(epoch, number))
             ceiling, symmetric = ceiling + number / leaf.noise_multiplier**2, False
         elif isinstance(leaf, dpa.TruncatedSubsampledGaussianDpEvent):
             if leaf.noise_multiplier == 0:
