@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dp.bound = 1.0
     if arg == "nonprivate":
         config.dp = None
+    # What the planner picks.
     config.batch_size = 256
     config.epochs = 15.0
     config.optimizer.learning_rate = 3e-3

@@ -82,7 +82,8 @@ def default() -> ConfigDict:
             "dp": {
                 "epsilon": 2.0,
                 "delta": 1e-5,
-                # poisson, full_batch, fixed_size, truncated_poisson, or MODULE:FUNCTION of yours
+                # poisson, random_allocation (each example in one random step of every epoch),
+                # full_batch, fixed_size, truncated_poisson, or MODULE:FUNCTION of yours
                 # (num_examples, batch_size -> dp.Sampler, which carries its privacy event)
                 "sampler": "poisson",
                 "max_batch_size": placeholder(int),  # for truncated_poisson

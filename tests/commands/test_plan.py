@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpjax import dp
 from dpjax.build import planner
 from dpjax.build.planner import plan
 from dpjax.commands import cli
@@ -18,6 +19,8 @@ from dpjax.dp import accounting
 
 QUESTION = dict(num_examples=50_000, epochs=8, epsilon=1.0, delta=1e-5)
 ARGV = ["--num_examples=50000", "--epochs=8", "--epsilon=1", "--delta=1e-5"]
+SIZES = [1024, 2048, 4096, 8192, 16_384, 50_000]
+SOME = "--batch_sizes=" + ",".join(map(str, SIZES))
 CONFIG = """
 from dpjax.config import default
 
@@ -46,7 +49,7 @@ def run(capsys):
 
 
 def test_every_column_is_what_it_says(standard):
-    assert [row.batch_size for row in standard.rows] == [*(256 << k for k in range(8)), 50_000]
+    assert [row.batch_size for row in standard.rows] == [*(16 << k for k in range(12)), 50_000]
     for row in standard.rows:
         assert row.sampling_prob == row.batch_size / 50_000
         assert row.steps == round(8 * 50_000 / row.batch_size)
@@ -114,7 +117,7 @@ def test_tighter_budgets_choose_smaller_batches_and_fewer_epochs_avoid_large_one
 )  # fmt: skip
 def test_any_choice_has_enough_steps_or_the_most(num, epochs, epsilon, min_steps, tolerance):
     rule = dict(min_steps=min_steps, plateau_tolerance=tolerance, tol=3e-2)
-    if round(epochs * num / min(256, num)) == 0:
+    if round(epochs * num / min(16, num)) == 0:
         with pytest.raises(ValueError, match="less than one step"):
             plan(num, epochs, epsilon, 1e-5, **rule)
         return
@@ -127,29 +130,29 @@ def test_any_choice_has_enough_steps_or_the_most(num, epochs, epsilon, min_steps
 
 def test_the_parameters_of_the_rule(standard):
     loosest = plan(**QUESTION, plateau_tolerance=10.0)
-    assert loosest.batch_size == 256
+    assert loosest.batch_size == 16
     strictest = plan(**QUESTION, plateau_tolerance=0.0)
     assert strictest.batch_size == 8192
     assert "is the lowest of all" in strictest.reason
     by_sampling = [plan(**QUESTION, sampling_noise=s).batch_size for s in (0.0, 10.0, 1e6)]
     assert by_sampling == sorted(by_sampling, reverse=True)
-    assert by_sampling[-1] == 256
+    assert by_sampling[-1] == 16
     assert plan(**QUESTION, plateau_tolerance=0.0, min_steps=1).batch_size == 50_000
     assert plan(**QUESTION, plateau_tolerance=0.0, min_steps=100).batch_size == 2048
 
 
 def test_a_data_set_smaller_than_the_smallest_batch():
-    made = plan(100, 8, 1.0, 1e-5)
-    assert [row.batch_size for row in made.rows] == [100]
+    made = plan(10, 8, 1.0, 1e-5)
+    assert [row.batch_size for row in made.rows] == [10]
     assert made.rows[0].sampling_prob == 1
     assert made.rows[0].steps == 8
-    assert made.batch_size == 100
+    assert made.batch_size == 10
     assert "No candidate takes 40 steps" in made.reason
-    assert plan(100, 50, 1.0, 1e-5).reason.startswith("B=100 takes T=50 steps")
+    assert plan(10, 50, 1.0, 1e-5).reason.startswith("B=10 takes T=50 steps")
 
 
 @pytest.mark.parametrize(
-    "num,sizes", [(256, [256]), (257, [256, 257]), (1, [1]), (512, [256, 512])]
+    "num,sizes", [(16, [16]), (17, [16, 17]), (1, [1]), (100, [16, 32, 64, 100])]
 )
 def test_candidates_end_at_the_full_batch_once(num, sizes):
     assert list(planner.candidates(num)) == sizes
@@ -157,7 +160,7 @@ def test_candidates_end_at_the_full_batch_once(num, sizes):
 
 def test_less_than_one_epoch_leaves_out_batches_of_less_than_a_step():
     made = plan(50_000, 0.25, 1.0, 1e-5, tol=1e-2)
-    assert [row.batch_size for row in made.rows] == [256, 512, 1024, 2048, 4096, 8192, 16384]
+    assert [row.batch_size for row in made.rows] == [16 << k for k in range(11)]
     assert "Left out, as less than one step: B=32768, 50000" in made.reason
     assert made.rows[-1].steps == 1
     assert made.batch_size <= 512
@@ -216,8 +219,31 @@ def test_impossible_questions_are_refused_by_name(change, message):
 # --- The command ---------------------------------------------------------------------------------
 
 
-def test_json_is_one_object_with_the_promised_keys(run, standard):
-    code, out, err = run(*ARGV, "--json")
+def test_two_samplers_stand_side_by_side():
+    made = plan(1000, 6, 1.0, 1e-4, batch_sizes=[150, 1000], samplers=planner.SAMPLERS, tol=1e-3)
+    row, full = made.rows
+    (other,) = row.other
+    assert (row.steps, other.steps) == (40, 6 * 7)  # an epoch has round(1000 / 150) steps
+    mechanism = dp.calibrated(
+        epsilon=1.0, delta=1e-4, num_examples=1000, batch_size=150, epochs=6,
+        sampler="random_allocation",
+    )  # fmt: skip
+    assert (mechanism.steps, mechanism.sampling_prob) == (42, 1 / 7)
+    assert other.noise_multiplier == pytest.approx(mechanism.noise_multiplier, rel=3e-3)
+    assert other.cumulative_noise == other.noise_multiplier * math.sqrt(42) < row.cumulative_noise
+    assert full.other[0].noise_multiplier == full.noise_multiplier
+    assert made.sampler_reason.startswith("dp.sampler='random_allocation' needs ")
+    assert "exactly once per epoch: it is recommended." in made.sampler_reason
+    only = plan(1000, 6, 1.0, 1e-4, batch_sizes=[150], samplers=["random_allocation"], tol=1e-3)
+    assert only.rows[0].noise_multiplier == other.noise_multiplier
+    assert only.sampler_reason == ""
+    with pytest.raises(ValueError, match="samplers='shuffle' must be one of"):
+        plan(1000, 6, 1.0, 1e-4, samplers=["shuffle"])
+
+
+def test_json_is_one_object_with_the_promised_keys(run):
+    standard = plan(**QUESTION, batch_sizes=SIZES)
+    code, out, err = run(*ARGV, SOME, "--json")
     assert (code, err) == (0, "")
     made = json.loads(out)
     assert made["batch_size"] == standard.batch_size
@@ -228,16 +254,19 @@ def test_json_is_one_object_with_the_promised_keys(run, standard):
     assert {item["name"] for item in made["suggestions"]} == {"bound", "learning_rate"}
 
 
-def test_the_table_is_readable(run, standard):
-    code, out, _ = run(*ARGV)
+def test_the_table_is_readable(run):
+    standard = plan(**QUESTION, batch_sizes=SIZES)
+    code, out, _ = run(*ARGV, SOME)
     assert code == 0
     lines = out.splitlines()
     (chosen,) = (line for line in lines if "<- chosen" in line)
     assert chosen.split()[0] == str(standard.batch_size)
-    assert sum("too few steps" in line for line in lines) == 3  # 24, 12 and 8
+    assert sum("too few steps" in line for line in lines) == 2  # 24 and 8
     assert standard.reason in out
-    width = {len(line) for line in lines[2 : 3 + len(standard.rows)]}
-    assert max(width) < 100
+    width = {len(line) for line in lines[2 : 4 + len(standard.rows)]}
+    assert max(width) < 130
+    assert "Poisson sampling         random allocation" in lines[2]
+    assert "less noise than 'poisson' at B=2048" in out
 
 
 def test_candidates_from_the_command_line(run):
@@ -246,23 +275,32 @@ def test_candidates_from_the_command_line(run):
     assert [row["batch_size"] for row in json.loads(out)["rows"]] == [256, 50_000]
 
 
-def test_a_config_says_the_rest_and_flags_win(run, standard, tmp_path):
+def test_a_config_says_the_rest_and_flags_win(run, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
-    code, out, _ = run(f"--config={config}", "--num_examples=50000", "--json")
+    code, out, _ = run(f"--config={config}", "--num_examples=50000", SOME, "--json")
     assert code == 0
-    assert json.loads(out)["rows"] == json.loads(json.dumps([vars(r) for r in standard.rows]))
-    code, out, _ = run(
-        f"--config={config}", "--num_examples=900", "--config.dp.epsilon=3", "--epochs=5", "--json"
-    )
+    _, flags, _ = run(*ARGV, SOME, "--json")
+    assert json.loads(out) == json.loads(flags)
+    few = ["--num_examples=900", "--batch_sizes=300"]
+    code, out, _ = run(f"--config={config}", *few, "--config.dp.epsilon=3", "--epochs=5", "--json")
     made = json.loads(out)
     assert (made["epsilon"], made["epochs"], made["num_examples"]) == (3, 5, 900)
 
 
-def test_the_projects_own_config(run):
-    code, out, err = run("--config=configs/quickstart.py", "--num_examples=4000", "--json")
+def test_a_config_s_data_says_how_many_examples_there_are(run):
+    """All that train, without what a temperature is fitted on."""
+    few = ["--config=configs/quickstart.py", "--batch_sizes=250,500", "--json"]
+    code, out, err = run(*few)
     assert (code, err) == (0, "")
-    assert json.loads(out)["num_examples"] == 4000
+    made = json.loads(out)
+    assert made["num_examples"] == 4000
+    code, out, _ = run(*few, "--config.dp.temperature.share=0.1")
+    assert json.loads(out)["num_examples"] == 3600
+    code, out, _ = run(*few, "--config.dp.sampler=random_allocation")
+    made = json.loads(out)
+    assert made["samplers"] == ["random_allocation", "poisson"]
+    assert made["rows"][0]["steps"] == 15 * 16
 
 
 @pytest.mark.parametrize(
@@ -292,7 +330,11 @@ def test_mistakes_in_a_config(run, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
     code, _, err = run(f"--config={config}")
-    assert (code, err) == (2, "dpjax plan: --num_examples is required.\n")
+    assert code == 2
+    assert err.startswith(
+        "dpjax plan: --num_examples is required, because the config's data cannot"
+    )
+    assert err.count("\n") == 1
     code, _, err = run(f"--config={config}", "--config.dp.epsilom=2")
     assert code == 2
     assert "did you mean 'epsilon'?" in err
@@ -310,7 +352,7 @@ def test_help(run):
 
 def test_the_figure(tmp_path, monkeypatch):
     path = tmp_path / "noise.png"
-    command.plot(path, 500, 8, 1.0, 1e-5)
+    command.plot(path, 500, 8, 1.0, 1e-5, batch_sizes=[32, 128, 500])
     height, width, _ = matplotlib.image.imread(path).shape
     assert 400 < height < 1200 < width < 2000
 
@@ -318,7 +360,7 @@ def test_the_figure(tmp_path, monkeypatch):
 def test_as_a_program_within_its_time(tmp_path, monkeypatch):
     monkeypatch.setenv("DPJAX_CACHE_DIR", "")  # cold
     done = subprocess.run(
-        [sys.executable, "-m", "dpjax", "plan", *ARGV, "--json"],
+        [sys.executable, "-m", "dpjax", "plan", *ARGV, SOME, "--json"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0

@@ -45,6 +45,7 @@ __all__ = [
 _UNIT = 2.0**-53
 _LONGEST = 2**20  # of a transform
 _STEP_ROUNDING = 5e-15  # of one step's ln E[e^(t loss)], times 1 + t
+_STEEPEST = 1e9  # tilts above it see the largest loss alone
 _OUTSIDE = 40.0  # minus the logarithm of the tilted mass outside the window
 
 
@@ -60,12 +61,13 @@ class _Cumulants:
 
     def __init__(self, released: Sequence[Released], reverse: bool, log_tail: float) -> None:
         self.parts = []
-        self.infinite = 0.0
+        self.infinite = self.highest = 0.0
         for law, count in released:
             atoms = law.coarse(log_tail)
             atoms = atoms.reversed() if reverse else atoms
             self.parts.append((atoms.loss, atoms.log_p, count))
             self.infinite += atoms.p_infinite * count
+            self.highest += float(atoms.loss[-1]) * count
 
     def __call__(self, t: float) -> tuple[float, float, float]:
         value = mean = variance = 0.0
@@ -148,9 +150,11 @@ def epsilon(
         # The directions share a grid: what is slow to compute is then kept from the first.
         interval = interval or _interval(released, cumulants, t, reverse, coarser)
         best = cumulants.epsilon(delta, t)
+        if delta > cumulants.infinite:
+            best = min(best, cumulants.highest)
         for _ in range(2):
-            if best <= worst:
-                break  # another direction decides
+            if best <= worst or t > _STEEPEST:
+                break  # another direction decides, or the largest possible loss does
             fine = _Composed(released, cumulants, t, math.log(delta), reverse, interval)
             value = fine.epsilon(delta)
             best = min(best, value)
@@ -190,6 +194,8 @@ def lower_epsilon(
         ]
         cumulants = _Cumulants(pairs, False, log_tail)
         t = cumulants.tilt_of_delta(delta)
+        if t > _STEEPEST:
+            continue
         fine = 1e-4 * max(cumulants(t)[1], 1e-9) / sum(count for _, count in pairs)
         composed = _Composed(pairs, cumulants, t, math.log(delta), False, fine)
         # What is computed is above the truth by the error's share and the margin for rounding.
@@ -232,11 +238,17 @@ def delta(
     worst = 0.0
     for reverse in directions:
         cumulants = _Cumulants(released, reverse, -250.0)  # delta may be tiny
+        if cumulants.highest <= epsilon:  # losses are bounded
+            worst = max(worst, cumulants.infinite)
+            continue
         t = cumulants.tilt_of_epsilon(epsilon)
         interval = interval or _interval(released, cumulants, t, reverse)
         log_bound = min(0.0, cumulants(t)[0] - t * epsilon)
-        fine = _Composed(released, cumulants, t, log_bound, reverse, interval)
         bound = math.exp(log_bound) + cumulants.infinite
+        if t > _STEEPEST:
+            worst = max(worst, min(1.0, bound))
+            continue
+        fine = _Composed(released, cumulants, t, log_bound, reverse, interval)
         worst = max(worst, min(1.0, bound, fine.delta(epsilon)))
     return worst
 
