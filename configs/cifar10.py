@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.finetune = "head"
     config.dp.epsilon = 1.0
     config.dp.delta = 1e-5
-    # Tuned on a held-out fifth. The planner picks 2048, the smallest B whose noise is on the plateau.
+    # Tuned on a held-out fifth. The planner picks 2048, the smallest B on the noise's plateau.
     config.batch_size = 4096
     config.physical_batch = 256
     config.epochs = 8.0
