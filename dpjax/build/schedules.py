@@ -90,7 +90,7 @@ def stages(
         number of steps is that of the whole run: with a constant B, T = round(E N / B), at least 1.
 
     Raises:
-        ValueError: a value of a schedule would not see a single step.
+        ValueError: a value of a schedule lasts less than one step.
 
     >>> [s.steps for s in stages(num_examples=1000, epochs=10, batch_sizes=((0.0, 50), (0.5, 100)),
     ...                          bounds=((0.0, 1.0),))]

@@ -13,6 +13,11 @@ def stages(batch_sizes=((0.0, 50),), bounds=((0.0, 1.0),), **changes):
     return schedules.stages(batch_sizes=batch_sizes, bounds=bounds, **fields)
 
 
+def test_epochs_of_random_allocation_have_whole_steps():
+    plain, whole = (stages(((0.0, 150),), epochs=2, whole_epochs=w)[0].steps for w in (False, True))
+    assert (plain, whole) == (13, 14)  # 2 * 1000 / 150, and 2 * 7
+
+
 def test_without_a_change_there_is_one_stage_of_all_steps():
     (stage,) = stages()
     assert stage == (0.0, dp.num_steps(1000, 50, 7.3), 50, 1.0)
@@ -40,9 +45,7 @@ def test_rounding_does_not_add_up():
 
 
 def test_a_value_that_no_step_sees_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"^dp\.bound_schedule=.* 20\.0 would not see a single step"
-    ):
+    with pytest.raises(ValueError, match=r"^dp\.bound_schedule=.* 20\.0 lasts less than one step"):
         stages(bounds=((0.0, 0.1), (0.999, 20.0)), epochs=1)
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 
+import dp_accounting as dpa
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -300,6 +301,11 @@ def test_epochs_compose_with_other_releases():
 def test_accountants_that_do_not_know_it_say_so(how):
     with pytest.raises(ValueError, match="allocation need"):
         accounting.epsilon(accounting.allocation(1.0, 5, 10), 1e-5, **how)
+
+
+def test_a_bound_from_below_is_known_for_our_own_events():
+    with pytest.raises(ValueError, match="no lower bound is known for Laplace"):
+        accounting.lower_epsilon(dpa.LaplaceDpEvent(1.0), 1e-5)
 
 
 @pytest.mark.parametrize(

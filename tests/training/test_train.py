@@ -342,7 +342,7 @@ MISTAKES = {
     "schedule of bounds": ({"dp__bound_schedule": ((0.1, 1.0),)}, "dp.bound_schedule=((0.1, 1.0)"),
     "stage without steps": (
         {"dp__bound_schedule": ((0.0, 1.0), (0.999, 2.0))},
-        "2.0 would not see a single step",
+        "2.0 lasts less than one step",
     ),
     "schedule of batches": (
         {"batch_size_schedule": ((0.0, 200), (0.5, 10**6))},
