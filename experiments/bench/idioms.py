@@ -24,7 +24,6 @@ import numpy as np
 from absl import app, flags
 
 from dpjax import dp
-from dpjax.dp.engines import bookkeeping
 
 __all__ = ["IDIOMS", "main", "measure"]
 
@@ -183,8 +182,8 @@ def weight_norm(draw: _Draw) -> Case:
 def merged_lora(draw: _Draw) -> Case:
     """A frozen kernel plus a product of two trained ones."""
     frozen, batch = _mlp(draw)
-    width = batch.shape[-1]
-    params = {k: (draw.weight(width, 8), draw.normal(8, width, by=0.1)) for k in frozen}
+    width, rank = batch.shape[-1], draw.size(8, 2)
+    params = {k: (draw.weight(width, rank), draw.normal(rank, width, by=0.1)) for k in frozen}
 
     def loss_fn(params: Any, x: Any) -> jax.Array:
         for name, (a, b) in params.items():
@@ -349,7 +348,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             jax.block_until_ready(run(params, batch, mask))
             out[engine]["seconds"].append(time.perf_counter() - start)
-    plan = bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+    plan = dp.bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
     sizes = [p.size for p in jax.tree.leaves(params)]
     direct = sum(size for size, leaf in zip(sizes, plan) if leaf.route == "direct")
     return {**out, "direct": direct / sum(sizes), "plan": plan}

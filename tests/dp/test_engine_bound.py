@@ -240,11 +240,12 @@ def test_a_tied_table_whose_uses_cancel(force, monkeypatch):
     z = numbers.standard_normal((12, 3, 5)).astype(np.float32)
     i = numbers.integers(0, 7, (12, 3))
     by = np.repeat(SIZES, 3)[:, None, None]
-    share = np.tile(SHARES, 4)[:, None, None]
+    # Uses that are opposed to the last bit leave rounding, which no two engines share.
+    share = np.tile(np.float32([1e-6, 1e-2, 1e-5]), 4)[:, None, None]
     odd = {"i": i, "z": z, "h": -by * z * (1 + share), "g": by * np.eye(7, dtype=np.float32)[i]}
     ordinary = {k: np.abs(v[1] / (SIZES[0] if k in "hg" else 1)) for k, v in odd.items()}
     ordinary["i"] = i[1]
-    rounding = 64 * 2.0**-24 / np.maximum(share[:, 0, 0], 1e-5)
+    rounding = 64 * 2.0**-24 / share[:, 0, 0]
     params = {"w": np.zeros((7, 5), np.float32)}
     check(loss_fn, params, ordinary, odd, crowd=20, rtol=np.maximum(1e-3, rounding))
 

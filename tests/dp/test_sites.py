@@ -254,7 +254,7 @@ VIEWS = {
     ).reshape(x.shape[-1], -1),
     "sum of leaves": lambda p, x: jnp.tanh(x @ (p["v"] - p["u"])),
     "frozen and trained": lambda p, x: jnp.tanh(x @ (np.ones((5, 5), np.float32) + p["v"])),
-    "lookup and rows": lambda p, x: p["w"][(x[:, 0] > 0).astype(int), :5] @ p["w"][:, :5].T,
+    "lookup and rows": lambda p, x: p["w"][:, :5][(x[:, 0] > 0).astype(int)] @ p["w"][:, :5].T,
     "columns": lambda p, x: jnp.take(p["w"], (x[:, 0] > 0).astype(int), axis=1).T @ p["v"],
     "new rows": lambda p, x: jnp.concatenate([p["v"], p["u"][:1]])[(x > 0).sum(1)],
     "one number": lambda p, x: x * p["w"][1, (x[0, 0] > 0).astype(int)],

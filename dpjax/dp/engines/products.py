@@ -331,10 +331,9 @@ def materialize(t: Tokens) -> jax.Array:
     if t.rows is None and product is not None:
         return product
     rows, h = t.rows[:, 0, :, 0], t.h[:, 0].astype(jnp.float32)
-    if t.d <= _FEW:  # see `combined`
+    if product is None and t.d <= _FEW:  # see `combined`
         ones = (rows[:, :, None] == jnp.arange(t.d)[None, None]).astype(jnp.float32)
-        found = _dot(ones, h, ((1,), (1,)), 1)
-        return (found if product is None else product[:, 0] + found)[:, None]
+        return _dot(ones, h, ((1,), (1,)), 1)[:, None]
     start = jnp.zeros((h.shape[0], t.d, t.p), jnp.float32) if product is None else product[:, 0]
     return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
 
