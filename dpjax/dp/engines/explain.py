@@ -75,6 +75,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     largest direct leaves:
       scale [8]: used by mul; let it meet the example in a product, a convolution or a lookup
     """
+    params = jax.tree.map(lambda x: x if hasattr(x, "shape") else np.float32(x), params)
     plan = bookkeeping.plan(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
     counts = collections.Counter(leaf.route for leaf in plan)
