@@ -64,7 +64,7 @@ def examples(run: Run) -> dict[str, jax.Array]:
     rng, spec = np.random.default_rng(0), run.model.input
     top = {
         "input": spec.vocab_size if isinstance(spec, TextSpec) else 256,
-        "label": run.train.num_classes,
+        "label": max(1, run.train.num_classes),
         "record": 2,
     }
     batch: dict[str, Any] = {
