@@ -6,7 +6,12 @@ import pytest
 
 from dpjax import dp
 
-PARAMS = {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(8), "big": jnp.ones((6, 10)), "bias": jnp.float32(1.0)}
+PARAMS = {
+    "kernel": jnp.ones((8, 4)),
+    "scale": jnp.ones(8),
+    "big": jnp.ones((6, 10)),
+    "bias": jnp.float32(1.0),
+}
 
 
 def loss(params, x):
