@@ -120,7 +120,7 @@ def test_the_loops_for_other_libraries_run(library, title, capsys):
     common, rest = text.split("## NNX")
     sections = dict(zip(["NNX", "Equinox", "Haiku"], re.split("## Equinox|## Haiku", rest)))
     run("\n".join(blocks(common, "python") + blocks(sections[title], "python")))
-    assert float(capsys.readouterr().out.split()[-1]) > 0.8
+    assert float(capsys.readouterr().out.split()[-1]) > 0.65  # chance is 0.5
 
 
 def test_the_catch_table_is_that_of_the_tests():

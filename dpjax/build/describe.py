@@ -16,11 +16,13 @@ from dpjax.build.model import model_title
 from dpjax.build.run import Phase, Run
 from dpjax.config import MAY_CHANGE
 from dpjax.data import Units
-from dpjax.dp import engines, seeds
+from dpjax.dp import seeds
 from dpjax.models import Params, finetune, locate, sha256
 from dpjax.runtime import code_digest
 
 __all__ = ["describe", "identity", "ledger_after", "statement"]
+
+_LARGE_SHARE = 0.1  # of the parameters; on the route "direct" they cost time and memory
 
 
 def describe(run: Run) -> str:
@@ -129,11 +131,11 @@ def _engine(run: Run, trainable: Params, frozen: Params) -> str:
 
     if run.config.dp.method == "vmap":
         return "vmap, as asked"
-    shares = engines.shares(dp.bookkeeping.plan(loss, trainable, example), trainable)
+    shares = dp.route_shares(dp.bookkeeping.plan(loss, trainable, example), trainable)
     text = "bookkeeping, parameters by route: " + ", ".join(
         f"{route} {100 * share:.1f} %" for route, share in shares.items()
     )
-    if shares.get("direct", 0.0) > engines.LARGE_SHARE:
+    if shares.get("direct", 0.0) > _LARGE_SHARE:
         text += " (direct is slow and takes memory for each example: see dp.explain)"
     return text
 

@@ -53,6 +53,7 @@ from dpjax.dp.engines import (
     check_engine,
     clipped_sum,
     explain,
+    route_shares,
 )
 from dpjax.dp.ledger import (
     AUDIT,
@@ -130,6 +131,7 @@ __all__ = [
     "publishable",
     "quantile_bound",
     "repeat_and_select",
+    "route_shares",
     "rule",
     "sampling",
     "scale_by_adam_corrected",

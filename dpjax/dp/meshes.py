@@ -35,8 +35,10 @@ def on_mesh(
         The results. Without a mesh, or inside of `shard_map`, those of the plain call.
     """
     mesh = mesh_of(args)
-    if mesh is None or not (mesh.explicit_axes or replicate):
+    if mesh is None:
         return function(*args)
+    if not (mesh.explicit_axes or replicate):
+        return jax.jit(function)(*args)
     out = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), like)
     whole = NamedSharding(mesh, PartitionSpec())
 

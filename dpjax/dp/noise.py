@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
 from dpjax.dp.engines import clipped_sum
@@ -77,20 +77,23 @@ def gaussian_noise(key: jax.Array, tree: PyTree) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(tree)
     sizes = [leaf.size for leaf in leaves]
-    # One draw, because every draw is a program of its own to the compiler: with one for each leaf,
-    # noise took most of the compile time of a step. Computed once, before it is cut: fused into the
-    # leaves it would be rounded one way on one device and another way on eight.
-    numbers = standard_normal(key, (sum(sizes),))
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        # One draw, because every draw is a program of its own to the compiler: with one for each
+        # leaf, noise took most of the compile time of a step. Computed once, before it is cut:
+        # fused into the leaves, it would be rounded one way on one device, another way on eight.
+        numbers = standard_normal(key, (sum(sizes),))
+        numbers = once(numbers, jnp.sum(~jnp.isfinite(numbers[:1]), dtype=jnp.int32))
+        parts = jnp.split(numbers, np.cumsum(sizes)[:-1])
+        return [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
+
     mesh = mesh_of(tree)
-    if mesh is not None:
-        # Every device draws all numbers and keeps its own: a flat vector that is cut where devices
-        # are not would cost a collective for each leaf.
-        whole = NamedSharding(mesh, PartitionSpec())
-        numbers = jax.lax.with_sharding_constraint(numbers, whole)
-    numbers = once(numbers, jnp.sum(~jnp.isfinite(numbers[:1]), dtype=jnp.int32))
-    parts = jnp.split(numbers, np.cumsum(sizes)[:-1])
-    noise = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
-    return jax.tree.unflatten(treedef, noise)
+    if mesh is not None and not mesh.manual_axes:
+        # Every device draws all numbers and keeps its own. Left to the partitioner, a flat vector
+        # that is cut where devices are not would cost a collective for each leaf.
+        whole = PartitionSpec()
+        draw = jax.shard_map(draw, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    return jax.tree.unflatten(treedef, draw(key))
 
 
 def gaussian(

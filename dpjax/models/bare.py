@@ -120,7 +120,8 @@ def _constructor(module: Any, dtype: str, options: dict[str, Any]) -> Callable[.
             raise ValueError(f"{type(module).__name__} is made already and takes no options.")
         return lambda **rngs: module
     # Of `__init__`: the metaclass of NNX modules hides the signature of the class.
-    signature = inspect.signature(functools.partial(module.__init__, None))  # type: ignore[misc]
+    kind: Any = module
+    signature = inspect.signature(functools.partial(kind.__init__, None))
     known = signature.parameters
     if "dtype" in known and "dtype" not in options:
         options = {**options, "dtype": jnp.dtype(dtype)}

@@ -35,7 +35,7 @@ def engines(run: Run) -> int:
     if run.rule is None or run.config.dp.method == "vmap":
         return 0
     batch, compared = examples(run), 0
-    one = jax.tree.map(lambda x: x[0], batch)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     trainings = {phase.training: phase.trainable for phase in run.phases}
     for trainable in trainings.values():
         trains, frozen = finetune.split(run.params, trainable)
@@ -64,7 +64,7 @@ def examples(run: Run) -> dict[str, jax.Array]:
     rng, spec = np.random.default_rng(0), run.model.input
     top = {
         "input": spec.vocab_size if isinstance(spec, TextSpec) else 256,
-        "label": run.train.num_classes,
+        "label": max(1, run.train.num_classes),
         "record": 2,
     }
     batch: dict[str, Any] = {

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import pytest
 
 from dpjax import dp
-from dpjax.dp import engines
 
-PARAMS = {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(8), "big": jnp.ones((6, 10)), "bias": 1.0}
+PARAMS = {
+    "kernel": jnp.ones((8, 4)),
+    "scale": jnp.ones(8),
+    "big": jnp.ones((6, 10)),
+    "bias": jnp.float32(1.0),
+}
 
 
 def loss(params, x):
@@ -19,7 +23,7 @@ def test_shares_are_of_parameters_and_add_up_to_one():
     params = {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(8)}
     simple = lambda p, x: jnp.sum(jnp.tanh((x * p["scale"]) @ p["kernel"]))  # noqa: E731
     plan = dp.bookkeeping.plan(simple, params, jnp.ones(8))
-    shares = engines.shares(plan, params)
+    shares = dp.route_shares(plan, params)
     assert shares["direct"] == pytest.approx(0.2)
     assert sum(shares.values()) == pytest.approx(1.0)
 

@@ -3,15 +3,14 @@
 from dpjax.dp.engines import bookkeeping
 from dpjax.dp.engines.check import EngineMismatch, check_engine
 from dpjax.dp.engines.clipped_sum import METHODS, clipped_sum
-from dpjax.dp.engines.explain import LARGE_SHARE, explain, shares
+from dpjax.dp.engines.explain import explain, route_shares
 
 __all__ = [
-    "LARGE_SHARE",
     "METHODS",
     "EngineMismatch",
     "bookkeeping",
     "check_engine",
     "clipped_sum",
     "explain",
-    "shares",
+    "route_shares",
 ]

@@ -88,7 +88,7 @@ def check_engine(
     wrong = ~np.all(same, 0) | ~(np.array(sums) <= _TOLERANCE * scale + 1e-12)
     if not np.any(wrong):
         return
-    example = jax.tree.map(lambda x: x[0], examples)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     leaf = int(np.argmax(wrong * (np.array(sums) / scale + 1.0)))
     plan = bookkeeping.plan(bound(frozen), params, example)[leaf]
     raise EngineMismatch(

@@ -12,12 +12,9 @@ import numpy as np
 from dpjax.dp.engines import bookkeeping
 from dpjax.dp.engines.bookkeeping import LeafPlan
 
-__all__ = ["LARGE_SHARE", "advice", "explain", "shares"]
+__all__ = ["explain", "route_shares"]
 
 PyTree = Any
-
-LARGE_SHARE = 0.1
-"""Share of parameters on the route "direct" above which a run says so."""
 
 _LARGEST = 5  # direct leaves that are listed
 
@@ -31,7 +28,7 @@ _ADVICE = (
 )
 
 
-def shares(plan: Sequence[LeafPlan], params: PyTree) -> dict[str, float]:
+def route_shares(plan: Sequence[LeafPlan], params: PyTree) -> dict[str, float]:
     """Returns the share of parameters on each route, the largest first."""
     sizes: collections.Counter[str] = collections.Counter()
     for leaf, array in zip(plan, jax.tree.leaves(params), strict=True):
@@ -40,7 +37,7 @@ def shares(plan: Sequence[LeafPlan], params: PyTree) -> dict[str, float]:
     return {route: size / total for route, size in sizes.most_common()}
 
 
-def advice(reason: str) -> str:
+def _advice(reason: str) -> str:
     """Returns what to change so that a direct leaf becomes part of a product."""
     for words, text in _ADVICE:
         if words in reason:
@@ -75,6 +72,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     largest direct leaves:
       scale [8]: used by mul; let it meet the example in a product, a convolution or a lookup
     """
+    params = jax.tree.map(lambda x: x if hasattr(x, "shape") else np.float32(x), params)
     plan = bookkeeping.plan(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
     counts = collections.Counter(leaf.route for leaf in plan)
@@ -82,7 +80,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     lines = [f"{'route':<{width}}   share  leaves"]
     lines += [
         f"{route:<{width}}  {100 * share:4.1f} %  {counts[route]:6}"
-        for route, share in shares(plan, params).items()
+        for route, share in route_shares(plan, params).items()
     ]
     direct = [(p, np.shape(x)) for p, x in zip(plan, leaves, strict=True) if p.route == "direct"]
     if not direct:
@@ -96,7 +94,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     ]
     direct.sort(key=lambda leaf: -int(np.prod(leaf[1])))
     lines += [
-        f"  {leaf.path} {list(shape)}: {leaf.reason}; {advice(leaf.reason)}"
+        f"  {leaf.path} {list(shape)}: {leaf.reason}; {_advice(leaf.reason)}"
         for leaf, shape in direct[:_LARGEST]
     ]
     return "\n".join(lines)
