@@ -39,8 +39,9 @@ _PACKAGES = (
 # readable by its owner alone. Exceptions by content: a config with a private seed in it, and what
 # shows a number named `nonprivate/...`.
 PUBLISHED = frozenset({
-    "best.json", "config.json", "environment.json", "eval.json", "model.json", "privacy.json",
-    "privacy.md", "reliability.png", "weights.safetensors", "weights_ema.safetensors",
+    "best.json", "config.json", "confusion.png", "environment.json", "eval.json", "model.json",
+    "privacy.json", "privacy.md", "reliability.png", "weights.safetensors",
+    "weights_ema.safetensors",
 })  # fmt: skip
 
 
