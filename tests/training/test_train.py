@@ -356,7 +356,7 @@ MISTAKES = {
     ),
     "planned for another sampler": (
         {"batch_size": "auto", "dp__sampler": "fixed_size"},
-        "dp.sampler='poisson'",
+        "plans for dp.sampler in ('poisson', 'random_allocation')",
     ),
     "quantile": ({"dp__adaptive__quantile": 1.5}, "dp.adaptive.quantile=1.5"),
     "adaptive rate": (
