@@ -82,10 +82,13 @@ def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
     left.set(xlabel="step (one noisy update)", ylabel="cross-entropy [nats]", title="Loss")
     right.plot(steps, [100 * r[f"{begin}accuracy"] for r in held], "o-", color="C0")
     right.set(xlabel="step", ylabel=f"accuracy [%], {held_out}", title="Accuracy", ylim=(0, 100))
-    names = lookup(_read(workdir, "eval.json"), "class_names")[1]
-    uniform = {"color": "0.4", "linestyle": ":", "linewidth": 1}
-    left.axhline(np.log(len(names)), **uniform, label=f"all {len(names)} classes equally likely")
-    right.axhline(100 / len(names), **uniform, label=f"chance, {100 / len(names):.3g} %")
+    final = _read(workdir, "eval.json")
+    if "class_names" in final or f"{PRIVATE}class_names" in final:  # not of a language model
+        names = lookup(final, "class_names")[1]
+        uniform = {"color": "0.4", "linestyle": ":", "linewidth": 1}
+        chance = f"all {len(names)} classes equally likely"
+        left.axhline(np.log(len(names)), **uniform, label=chance)
+        right.axhline(100 / len(names), **uniform, label=f"chance, {100 / len(names):.3g} %")
     if all("epsilon" in r for r in held):
         twin = right.twinx()
         twin.plot(steps, [r["epsilon"] for r in held], "--", color="C3")
@@ -94,7 +97,8 @@ def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         _phase_borders(workdir, axes)
-        axes.legend(fontsize="small", loc="lower right" if axes is right else "best")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small", loc="lower right" if axes is right else "best")
     return _save(figure, workdir, "learning_curve.png")
 
 

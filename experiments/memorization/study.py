@@ -185,7 +185,7 @@ def _figure(rows: Sequence[Row], limit: float) -> list[Figure]:
             label=row["training"],
         )  # fmt: skip
     left.axhline(limit, color="0.4", ls="--", lw=1)
-    left.text(1, limit, "the code is the model's first guess", va="bottom", fontsize=8)
+    left.text(1, limit + 0.2, "the code is the model's first guess", va="bottom", fontsize=8)
     left.axhline(_CHANCE, color="0.4", ls=":", lw=1)
     left.text(1, _CHANCE, "nothing learned, on average", va="bottom", fontsize=8)
     left.set(
