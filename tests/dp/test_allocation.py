@@ -304,7 +304,7 @@ def test_accountants_that_do_not_know_it_say_so(how):
 
 
 def test_a_bound_from_below_is_known_for_our_own_events():
-    with pytest.raises(ValueError, match="no lower bound is known for .*Laplace"):
+    with pytest.raises(ValueError, match=r"no lower bound is known for .*Laplace"):
         accounting.lower_epsilon(dpa.LaplaceDpEvent(1.0), 1e-5)
 
 
