@@ -190,7 +190,7 @@ def noise(epsilon, t):
 
 CELLS = [
     pytest.param(
-        eps, t, golden, marks=[] if (eps, t) in ((0.5, 12), (8.0, 195)) else pytest.mark.slow
+        eps, t, golden, marks=[] if (eps, t) in ((0.5, 12), (8.0, 12)) else pytest.mark.slow
     )
     for eps, row in GOLDEN.items()
     for t, golden in zip((195, 49, 12, 3), row)
@@ -250,17 +250,17 @@ def two_steps(sigma, epsilon, taken):
 
 @pytest.mark.parametrize("taken", [1, 2])
 @pytest.mark.parametrize(("sigma", "epsilon"), [(0.7, 0.5), (1.5, 1.5), (4.0, 0.1)])
+def test_an_epoch_of_two_steps_against_quadrature(sigma, epsilon, taken):
+    delta = accounting.delta(accounting.allocation(sigma, 2, taken), epsilon)
+    exact = two_steps(sigma, epsilon, taken)
+    assert exact * (1 - 1e-9) <= delta <= exact * 1.01
+
+
 def test_losses_that_are_bounded_cost_no_more_than_their_bound():
     """One step of two: the ratio is at least 1/2, so adding an example costs at most ln 2."""
     event = accounting.allocation(30.0, 2, 1)
     assert accounting.delta(event, 20.0) < 1e-300
     assert 0 < accounting.epsilon(event, 1e-250) < accounting.epsilon(event, 1e-280) < 30
-
-
-def test_an_epoch_of_two_steps_against_quadrature(sigma, epsilon, taken):
-    delta = accounting.delta(accounting.allocation(sigma, 2, taken), epsilon)
-    exact = two_steps(sigma, epsilon, taken)
-    assert exact * (1 - 1e-9) <= delta <= exact * 1.01
 
 
 @pytest.mark.parametrize("steps", [40, 25])
@@ -304,7 +304,7 @@ def test_accountants_that_do_not_know_it_say_so(how):
 
 
 def test_a_bound_from_below_is_known_for_our_own_events():
-    with pytest.raises(ValueError, match="no lower bound is known for Laplace"):
+    with pytest.raises(ValueError, match=r"no lower bound is known for .*Laplace"):
         accounting.lower_epsilon(dpa.LaplaceDpEvent(1.0), 1e-5)
 
 
