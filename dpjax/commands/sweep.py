@@ -63,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
         return _sweep(args, points, chosen)
 
 
-def _sweep(
-    args: argparse.Namespace, points: list[dict[str, Any]], chosen: Collection[int]
-) -> int:
+def _sweep(args: argparse.Namespace, points: list[dict[str, Any]], chosen: Collection[int]) -> int:
     args.workdir.mkdir(parents=True, exist_ok=True)
     code = 0
     for row in tqdm(sweep.results(args.workdir, points), desc="points", disable=args.table_only):

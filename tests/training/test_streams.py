@@ -123,9 +123,7 @@ def streams(run, path, patch, private_seed=PRIVATE_SEED):
     results.fit_temperature(run, run.temperature, run.params, private_seed=private_seed, size=64)
     jax.effects_barrier()
     keys += [(str(use), words(key)) for use, key in trainings.items()]
-    keys.append(
-        ("noise", words(seeds.noise_key(private_seed)))
-    )  # parent of the trainings'
+    keys.append(("noise", words(seeds.noise_key(private_seed))))  # parent of the trainings'
     keys.append(("temperature's parent", words(given[0])))
     keys += [(name, words(seeds.public_key(run.config.seed, name)))
              for name in ("init", "augment", "audit")]  # fmt: skip
