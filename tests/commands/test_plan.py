@@ -299,7 +299,7 @@ def test_a_config_s_data_says_how_many_examples_there_are(run):
     made = json.loads(out)
     assert made["num_examples"] == 4000
     code, out, _ = run(*few, "--config.dp.temperature.share=0.1")
-    assert json.loads(out)["num_examples"] == 3600
+    assert 3500 < json.loads(out)["num_examples"] < 3700  # each by a draw of its own
     code, out, _ = run(*few, "--config.dp.sampler=random_allocation")
     made = json.loads(out)
     assert made["samplers"] == ["random_allocation", "poisson"]
