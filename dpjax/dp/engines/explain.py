@@ -49,8 +49,10 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     """Says how `clipped_sum` computes the gradients of a loss: a table to print.
 
     A leaf on the route "direct" is differentiated for each example: its gradients take memory for
-    each example of a microbatch, and as a large matrix also time. All other routes need one
-    ordinary backward pass. Nothing is computed.
+    each example of a microbatch, and as a large matrix also time. On the route "derived", a weight
+    that is a function of leaves is formed for a few examples at a time: that takes the time of
+    per-example gradients, not their memory. All other routes need one ordinary backward pass.
+    Nothing is computed.
 
     Args:
         loss_fn: `(params, example) -> loss` of ONE example, a scalar.
@@ -59,18 +61,18 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
 
     Returns:
         The share of parameters by route, the memory that direct leaves take, and the largest of
-        them with the reason and an advice.
+        them with the reason, the line of the model if JAX knows it, and an advice.
 
     >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones((8, 4)), "scale": jnp.ones(8)}
     >>> loss = lambda params, x: jnp.sum(jnp.tanh((x * params["scale"]) @ params["w"]))
-    >>> print(explain(loss, params, jnp.ones(8)))
+    >>> print(explain(loss, params, jnp.ones(8)))  # doctest: +ELLIPSIS
     route    share  leaves
     gram    80.0 %       1
     direct  20.0 %       1
     direct leaves take 32 bytes for each example of a microbatch, 0.20 of a plain gradient
     largest direct leaves:
-      scale [8]: used by mul; let it meet the example in a product, a convolution or a lookup
+      scale [8]: used by mul...; let it meet the example in a product, a convolution or a lookup
     """
     params = jax.tree.map(lambda x: x if hasattr(x, "shape") else np.float32(x), params)
     plan = bookkeeping.plan(loss_fn, params, example)
@@ -94,7 +96,9 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     ]
     direct.sort(key=lambda leaf: -int(np.prod(leaf[1])))
     lines += [
-        f"  {leaf.path} {list(shape)}: {leaf.reason}; {_advice(leaf.reason)}"
+        f"  {leaf.path} {list(shape)}: {leaf.reason}"
+        + (f" at {leaf.source}" if leaf.source else "")
+        + f"; {_advice(leaf.reason)}"
         for leaf, shape in direct[:_LARGEST]
     ]
     return "\n".join(lines)
