@@ -139,6 +139,25 @@ def test_one_derived_kernel_in_two_layouts(make, size):
     check(loss_fn, {"kernel": kernel}, None, odd)
 
 
+@pytest.mark.parametrize(("order", "layout"), [((0, 1, 3, 2), "HWOI"), ((3, 2, 0, 1), "OIHW")])
+def test_one_kernel_convolved_in_two_orders_of_its_axes(order, layout):
+    """One set of numbers to the engine, but each convolution has its own way to the leaf."""
+    numbers = np.random.default_rng(0)
+
+    def loss_fn(params, e):
+        w, out = params["w"], e["x"][None]
+        for kernel, axes in ((w, "HWIO"), (w.transpose(order), layout)):
+            dims = ("NHWC", axes, "NHWC")
+            out = jnp.tanh(
+                jax.lax.conv_general_dilated(out, kernel, (1, 1), "SAME", dimension_numbers=dims)
+            )
+        return jnp.sum(out[0] * e["g"])
+
+    params = {"w": numbers.standard_normal((3, 3, 4, 4)).astype(np.float32)}
+    odd = {k: numbers.standard_normal((3, 5, 5, 4), np.float32) for k in "xg"}
+    check(loss_fn, params, None, odd, route="conv")
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_one_kernel_inside_and_outside_of_a_scan(rank):
     numbers = np.random.default_rng(0)
@@ -288,6 +307,23 @@ def test_a_penalty_that_cancels_the_gradient(force, monkeypatch):
           rtol=np.maximum(1e-3, rounding))  # fmt: skip
 
 
+@pytest.mark.parametrize("ratio", [11, 12])
+def test_a_penalty_that_cancels_a_row_looked_up_often(ratio):
+    """The lookups' cotangents are 1 and many too small to change 1, one by one, in float32."""
+    tokens = 2048
+    h = np.full((1, tokens), 0.99 * 2.0**-25, np.float32)
+    h[:, 0] = 1
+
+    def loss_fn(params, e):
+        looked_up = params["w"][e["i"]][:, 0]
+        return 1000 * (jnp.sum(looked_up * e["h"]) - e["c"] * jnp.sum(params["w"] ** 2) / 2)
+
+    params = {"w": np.zeros((tokens + 100, 1), np.float32)}
+    params["w"][0] = 1
+    odd = {"i": np.zeros((1, tokens), np.int32), "h": h, "c": np.float32([1 - 1 / ratio])}
+    check(loss_fn, params, None, odd, route="embed", rtol=0.05)
+
+
 PARTS = {
     "concatenated": lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1),
     "stacked": lambda p, x: jnp.einsum("td,kdp->tkp", x, jnp.stack([p["a"], -p["b"]])).reshape(
@@ -361,6 +397,15 @@ def test_rows_out_of_range(mode):
 
 
 # N4: weights scaled by constants
+
+
+def test_a_row_beyond_int32():
+    def loss_fn(params, e):
+        start = (e["i"], jnp.zeros_like(e["i"]))
+        return jnp.sum(jax.lax.dynamic_slice(params["w"], start, (1, 3))[0] * e["g"])
+
+    odd = {"i": np.uint32([1, 4_000_000_000]), "g": np.ones((2, 3), np.float32)}
+    check(loss_fn, {"w": np.zeros((9, 3), np.float32)}, None, odd, route="embed")
 
 
 @pytest.mark.parametrize(
@@ -480,6 +525,7 @@ def test_a_huge_input_behind_a_saturated_layer():
     lambda p, x: jnp.sum(jnp.abs(p.T @ jnp.fft.fft(x).T) ** 2),
     lambda p, x: jnp.sum(jnp.abs(jnp.einsum("td,dp->tp", x, p * (1 + 2j))) ** 2),
     lambda p, x: jnp.sum(jnp.real((x @ p) @ jnp.exp(1j * jnp.arange(2.0)))),
+    lambda p, x: jnp.sum(x @ p) + jnp.real(jnp.exp(1j * jnp.sum(p)) * x[0, 0]),
 ])  # fmt: skip
 def test_complex_products(loss):
     x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
@@ -528,6 +574,27 @@ def test_a_convolution_with_an_empty_output():
 
     params = {"w": np.ones((4, 4, 2), np.float32), "b": np.float32(1.0)}
     check(loss_fn, params, None, np.ones((2, 2, 4), np.float32))
+
+
+def test_leaves_without_numbers():
+    def loss_fn(params, x):
+        w = jnp.concatenate([params["none"].reshape(0, 2), params["w"]])
+        return jnp.sum(jnp.tanh(x @ w)) + jnp.sum(x[:, :0] @ params["none"].reshape(0, 2))
+
+    params = {"none": np.zeros((2, 0), np.float32), "w": np.ones((4, 2), np.float32)}
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    check(loss_fn, params, None, x, route="gram")
+
+
+def test_values_that_are_printed(capsys):
+    def loss_fn(params, x):
+        jax.debug.print("{}", jnp.sum(params["w"]) * jnp.sum(x))
+        return jnp.sum(jnp.tanh(x @ params["w"]))
+
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    check(loss_fn, {"w": np.ones((4, 2), np.float32)}, None, x, route="gram")
+    jax.effects_barrier()
+    assert capsys.readouterr().out
 
 
 def test_ordinary_examples_are_never_handed_on():

@@ -653,8 +653,9 @@ def _closed(
         factor = factors[:, rule_group]
         if forms.sums_as_convolution(sites):
             for site, (x, g) in zip(sites, record.pairs(sites)):
-                value = view.pull(forms.conv_sum(site, x, products.scaled(g, factor, usable)))
-                totals = totals | {leaf: totals[leaf] + value}
+                assert site.view is not None  # its own: another use may permute the leaf otherwise
+                value = forms.conv_sum(site, x, products.scaled(g, factor, usable))
+                totals = totals | {leaf: totals[leaf] + site.view.pull(value)}
         elif group.norm == "lookup":
             t = record.tokens(sites)
             totals = look_up(totals, t, products.scaled(t.h, factor, usable))

@@ -26,8 +26,10 @@ carries what both may be off by:
 A penalty on the parameters adds c_i R to G_i, with one array R for all examples. The square is then
 |G_i|^2 + 2 c_i <G_i, R> + |c_i R|^2. The inner product is sum_t (x_t R) g_t: x_t R is off by
 d u |x_t||R|, the sum over tokens and columns by another `_REDUCTION` u |x_t||R||g_t|, together
-(d + ...) u mass |R|; `error` grows by 2 |c_i| times that. `mass` and `spread` grow by |c_i R| and a
-few units of it, because sum_i f_i c_i R is one more product that the example takes part in.
+(d + ...) u mass |R|; `error` grows by 2 |c_i| times that. It grows by 2 |c_i R| spread as well: a
+square that was measured on a rounded G_i lacks as much beside the inner product of the exact one.
+`mass` and `spread` grow by |c_i R| and a few units of it, because sum_i f_i c_i R is one more
+product that the example takes part in.
 
 The engine clips by `sqrt(square + error) + spread`, and does so only where that is close to
 `sqrt(square)` and where mass and peak are moderate; of any other example the gradient is formed,
@@ -267,7 +269,7 @@ def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.
     own = jnp.abs(scalar) * size
     # The mass bounds the norm of x_i^T g_i and that of all partial sums of the inner product.
     mass = measure.mass + own
-    cross = 2 * (chain + 2 * _REDUCTION) * _UNIT * measure.mass * own
+    cross = 2 * own * ((chain + 2 * _REDUCTION) * _UNIT * measure.mass + measure.spread)
     rest = _REDUCTION * _UNIT * (measure.square + 2 * measure.mass * own + own * own)
     square = measure.square + 2 * scalar * inner + own * own
     return Measure(

@@ -349,6 +349,8 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
             (View(i, tuple(leaf.shape), (0,) * len(leaf.shape), limit=_limit(leaf)),),
             _is_full(leaf),
         )
+        if 0 not in leaf.shape
+        else _Info()  # no number of it is used anywhere
         for i, leaf in enumerate(leaves)
     ]
     infos += [_Info(True)] * (len(jaxpr.invars) - len(leaves))
@@ -598,6 +600,8 @@ def _meet(
     narrowed: set[Any], inside: bool, walk: _Walk,
 ) -> None:  # fmt: skip
     """Parameters meet the example: in a site, as a scalar, or in another way."""
+    if not eqn.outvars:
+        return  # `jax.debug.print` and its like
     convolves = eqn.primitive is P.conv_general_dilated_p
     if (convolves and (args[1].example or _leaves(args))) or _convolves_inside(eqn):
         walk.convolutions[key] = _leaves(args)
@@ -607,7 +611,7 @@ def _meet(
         found = _sites(eqn, args, key, lengths, narrowed, inside, positions[0])
     walk.add(found, lengths, eqn.outvars[0].aval)
     for i in positions if not found else ():
-        if _size(eqn.invars[i]) == 1 and not inside:
+        if _size(eqn.invars[i]) == 1 and _is_float(eqn.invars[i].aval) and not inside:
             walk.scalars[(*key, -1 - i)] = args[i].leaves
             aval: Any = eqn.invars[i].aval
             walk.shapes[(*key, -1 - i)] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)

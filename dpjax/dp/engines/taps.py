@@ -45,8 +45,19 @@ def evaluate(
 
 def _input(site: Site) -> Callable[[Sequence[Any]], Any]:
     if site.kind == "embed" and "dimension_numbers" not in site.params:
-        return lambda values: jnp.stack([jnp.asarray(v, jnp.int32) for v in values[1:]])
+        return lambda values: jnp.stack([_int32(v) for v in values[1:]])
+    if site.kind == "embed":
+        return lambda values: _int32(values[1])
     return lambda values: _array(values[1 - site.operand])
+
+
+def _int32(index: Any) -> jax.Array:
+    """An index of any integer type; what is out of range stays out of range, on its side."""
+    index, most = _array(index), jnp.iinfo(jnp.int32)
+    if index.dtype == jnp.int32:
+        return index
+    own = jnp.iinfo(index.dtype)
+    return jnp.clip(index, max(own.min, most.min), min(own.max, most.max)).astype(jnp.int32)
 
 
 def _array(value: Any) -> jax.Array:
