@@ -303,6 +303,18 @@ def test_accountants_that_do_not_know_it_say_so(how):
         accounting.epsilon(accounting.allocation(1.0, 5, 10), 1e-5, **how)
 
 
+@pytest.mark.parametrize("sigma", [0.001, 0.04, 0.05, 0.06])
+def test_ratios_beyond_floating_point_cost_what_full_batches_do_at_most(sigma):
+    event, full = accounting.allocation(sigma, 7, 20), accounting.full_batch(sigma, 3)
+    ceiling = accounting.epsilon(full, 1e-5)
+    assert ceiling - 3 * math.log(7) - 1 < accounting.epsilon(event, 1e-5) <= ceiling
+    for epsilon in (0.0, 100.0):
+        assert 0.99 < accounting.delta(event, epsilon) <= 1
+    assert accounting.epsilon(accounting.allocation(1.0, 5, 5), 1e-300) == accounting.epsilon(
+        accounting.full_batch(1.0, 1), 1e-300
+    )
+
+
 def test_a_bound_from_below_is_known_for_our_own_events():
     with pytest.raises(ValueError, match=r"no lower bound is known for .*Laplace"):
         accounting.lower_epsilon(dpa.LaplaceDpEvent(1.0), 1e-5)

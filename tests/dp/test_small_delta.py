@@ -170,6 +170,28 @@ def test_what_is_not_ours_is_refused_where_rounding_would_decide():
         accounting.epsilon(event, 1e-15)
 
 
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (dpa.SelfComposedDpEvent(dpa.GaussianDpEvent(1.0), -4), "count=-4"),
+        (dpa.SelfComposedDpEvent(dpa.GaussianDpEvent(1.0), 0.5), "count=0.5"),
+        (dpa.PoissonSampledDpEvent(1.5, dpa.GaussianDpEvent(1.0)), "sampling_probability=1.5"),
+        (dpa.PoissonSampledDpEvent(math.nan, dpa.GaussianDpEvent(1.0)), "probability=nan"),
+        (dpa.PoissonSampledDpEvent(0.1, dpa.GaussianDpEvent(-1.0)), "noise_multiplier=-1.0"),
+        (dpa.GaussianDpEvent(math.nan), "noise_multiplier=nan"),
+        (dpa.TruncatedSubsampledGaussianDpEvent(10, 1.5, 5, 1.0), "sampling_probability=1.5"),
+    ],
+)
+def test_events_that_cannot_be_are_refused_by_name(event, text):
+    with pytest.raises(ValueError, match=text):
+        accounting.epsilon([accounting.full_batch(1.0, 5), event], 1e-5)
+
+
+def test_an_epoch_has_no_more_steps_than_it_has():
+    with pytest.raises(ValueError, match="steps=5 must be <= steps_per_epoch=4"):
+        accounting.events.AllocationDpEvent(1.0, 4, 5)
+
+
 def test_a_tiny_delta_plans_a_sensible_noise():
     make = lambda s: accounting.poisson(s, 256 / 50_000, 1562)  # noqa: E731
     sigma = accounting.calibrate_noise_multiplier(make, epsilon=1.0, delta=1e-15)

@@ -217,6 +217,13 @@ def _epoch(sigma: float, t: int, steps: int, interval: float, log_tail: float) -
         return _refined(x, round(x.interval / (interval * factor)))
 
     power, in_power = _lognormal(sigma, interval * factor_of(1), log_tail), 1
+    # Masses are those of Q, and what is below 5e-324 is lost. With fewer than 1e12 products the
+    # loss under P is below e^(span - 715), which counts as infinite: where that is not negligible,
+    # the bound by full batches is all there is.
+    span = float(power.log_values[-1] - power.log_values[0])
+    if span > 700:
+        return _Spread(interval, 0, np.full(2, 0.5), 1.0, 1.0)
+    power = power._replace(infinite=power.infinite + math.exp(span - 715))
     total, in_total = power, 0
     for bit in reversed(bin(steps)[2:]):
         coarse = round(power.interval / interval)

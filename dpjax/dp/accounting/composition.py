@@ -105,8 +105,6 @@ class _Cumulants:
         The largest value of (1 - e^-x) e^(-t x) over x > 0 is t^t / (1 + t)^(1 + t), so that delta
         is at most e^(K(t) - t epsilon) times that (arXiv 2004.00010, proposition 12).
         """
-        if delta <= self.infinite:
-            return math.inf
         log_delta = math.log(delta - self.infinite)
         return min(
             (self(t)[0] - log_delta - math.log1p(t)) / t - math.log1p(1 / t)
@@ -146,12 +144,12 @@ def epsilon(
     worst = 0.0
     for reverse in directions:
         cumulants = _Cumulants(released, reverse, min(-60.0, math.log(delta) - 40))
+        if delta <= cumulants.infinite:
+            return math.inf
         t = cumulants.tilt_of_delta(delta)
         # The directions share a grid: what is slow to compute is then kept from the first.
         interval = interval or _interval(released, cumulants, t, reverse, coarser)
-        best = cumulants.epsilon(delta, t)
-        if delta > cumulants.infinite:
-            best = min(best, cumulants.highest)
+        best = min(cumulants.epsilon(delta, t), cumulants.highest)
         for _ in range(2):
             if best <= worst or t > _STEEPEST:
                 break  # another direction decides, or the largest possible loss does
@@ -238,8 +236,8 @@ def delta(
     worst = 0.0
     for reverse in directions:
         cumulants = _Cumulants(released, reverse, -250.0)  # delta may be tiny
-        if cumulants.highest <= epsilon:  # losses are bounded
-            worst = max(worst, cumulants.infinite)
+        if cumulants.highest <= epsilon or cumulants.infinite >= 1:  # losses are bounded, or not
+            worst = max(worst, min(1.0, cumulants.infinite))
             continue
         t = cumulants.tilt_of_epsilon(epsilon)
         interval = interval or _interval(released, cumulants, t, reverse)

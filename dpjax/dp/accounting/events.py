@@ -130,6 +130,14 @@ class AllocationDpEvent(dpa.DpEvent):
     steps_per_epoch: int
     steps: int
 
+    def __post_init__(self) -> None:
+        positive("noise_multiplier", self.noise_multiplier)
+        count("steps_per_epoch", self.steps_per_epoch)
+        if count("steps", self.steps) > self.steps_per_epoch:
+            raise ValueError(
+                f"steps={self.steps} must be <= steps_per_epoch={self.steps_per_epoch}."
+            )
+
 
 def allocation(noise_multiplier: float, steps_per_epoch: int, steps: int) -> dpa.DpEvent:
     """`steps` Gaussian sums; in each epoch, an example is in one step, which is drawn uniformly.
@@ -199,7 +207,11 @@ def doubled(event: dpa.DpEvent) -> dpa.DpEvent:
 
 
 def leaves(event: dpa.DpEvent) -> dict[dpa.DpEvent, int]:
-    """Returns the events that a composition is made of, and how often each occurs."""
+    """Returns the events that a composition is made of, and how often each occurs.
+
+    Raises:
+        ValueError: one occurs less than 0 times, or a number of times that is not whole.
+    """
     counts: dict[dpa.DpEvent, int] = {}
 
     def add(event: dpa.DpEvent, count: int) -> None:
@@ -207,7 +219,9 @@ def leaves(event: dpa.DpEvent) -> dict[dpa.DpEvent, int]:
             for inner in event.events:
                 add(inner, count)
         elif isinstance(event, dpa.SelfComposedDpEvent):
-            add(event.event, count * event.count)
+            if not isinstance(event.count, numbers.Integral) or event.count < 0:
+                raise ValueError(f"count={event.count} must be an integer >= 0 in {event!r}.")
+            add(event.event, count * int(event.count))
         elif not isinstance(event, dpa.NoOpDpEvent) and count:
             counts[event] = counts.get(event, 0) + count
 

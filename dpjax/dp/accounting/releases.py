@@ -11,7 +11,7 @@ from scipy import stats
 from dpjax.dp.accounting import composition
 from dpjax.dp.accounting.allocation import AllocatedGaussian
 from dpjax.dp.accounting.composition import Released
-from dpjax.dp.accounting.events import AllocationDpEvent, leaves
+from dpjax.dp.accounting.events import AllocationDpEvent, fraction, leaves, positive
 from dpjax.dp.accounting.losses import Law, Mixture, SubsampledGaussian
 
 __all__ = ["Losses", "losses_of"]
@@ -102,6 +102,8 @@ def losses_of(event: dpa.DpEvent, relation: str) -> Losses | None:
         gaussian, q = leaf, 1.0
         if isinstance(leaf, dpa.PoissonSampledDpEvent):
             gaussian, q = leaf.event, float(leaf.sampling_probability)
+            if q != 0:
+                fraction("sampling_probability", q)
         if isinstance(gaussian, dpa.GaussianDpEvent):
             if q == 0:
                 continue
@@ -109,6 +111,8 @@ def losses_of(event: dpa.DpEvent, relation: str) -> Losses | None:
                 private = False
                 continue
             sigma = float(gaussian.noise_multiplier)
+            if sigma != math.inf:
+                positive("noise_multiplier", sigma)
             ceiling += number * (moved / sigma) ** 2
             if q == 1:
                 square += number * (moved / sigma) ** 2
@@ -126,6 +130,9 @@ def losses_of(event: dpa.DpEvent, relation: str) -> Losses | None:
             if leaf.noise_multiplier == 0:
                 private = False
                 continue
+            positive("noise_multiplier", leaf.noise_multiplier)
+            if leaf.sampling_probability:
+                fraction("sampling_probability", leaf.sampling_probability)
             if leaf.sampling_probability and leaf.truncated_batch_size and leaf.dataset_size:
                 released.append(Released(_truncated(leaf, replaced=moved == 2), number))
                 ceiling, symmetric = math.inf, symmetric and moved == 2
