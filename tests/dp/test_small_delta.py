@@ -48,7 +48,10 @@ def test_one_step_against_its_explicit_tail(sigma, q, delta):
     assert math.log(delta) - 0.05 < truth <= math.log(delta) + 1e-6
 
 
-@pytest.mark.parametrize(("mu", "delta"), [(1.0, 1e-30), (0.01, 1e-14), (6.0, 1e-200), (1.0, 0.2)])
+@pytest.mark.parametrize(
+    ("mu", "delta"),
+    [(1.0, 1e-30), (0.01, 1e-14), (6.0, 1e-200), (1.0, 0.2), (2e4, 1e-10), (2e4, 0.7)],
+)
 def test_the_gaussian_mechanism_to_many_digits(mu, delta):
     mpmath = pytest.importorskip("mpmath")
     epsilon = accounting.epsilon(accounting.full_batch(1 / mu, 1), delta)

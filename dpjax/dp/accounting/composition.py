@@ -396,11 +396,13 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     out.
     """
     z = epsilon / mu - mu / 2
+    z -= 4 * _UNIT * (epsilon / mu + mu)  # its rounding: as of a slightly smaller epsilon
+    scale = math.exp(-z * z / 2)
+    other = scale * float(special.erfcx((z + mu) / math.sqrt(2)))
     if z <= 0:
-        one, other = special.ndtr(-z), math.exp(epsilon + special.log_ndtr(-z - mu))
-        return min(1.0, float(one - other) + 1e-15)
-    one, other = (float(special.erfcx(x / math.sqrt(2))) for x in (z, z + mu))
-    return math.exp(-z * z / 2) * (one - other + 8 * _UNIT * one) / 2
+        return min(1.0, float(special.ndtr(-z)) - other / 2 + 1e-15)
+    one = scale * float(special.erfcx(z / math.sqrt(2)))
+    return (one - other + (8 + z * z) * _UNIT * one) / 2
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
