@@ -21,6 +21,7 @@ from dpjax.dp.clipping import ClipRule, PerExample
 from dpjax.dp.engines import products
 
 __all__ = [
+    "again",
     "count_of_doubts",
     "differentiates_convolutions",
     "microbatch_sum",
@@ -122,7 +123,7 @@ def one_by_one(
     def add(i: jax.Array, state: tuple[PyTree, PerExample]) -> tuple[PyTree, PerExample]:
         total, facts = state
         row = order[i]
-        example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(_again(x), row, 1), batch)
+        example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(again(x), row, 1), batch)
         part, one = _batched(loss_fn, rule, params, example, jnp.ones(1, bool))
         facts = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0), facts, one
@@ -132,7 +133,7 @@ def one_by_one(
     return jax.lax.fori_loop(0, jnp.sum(doubtful), add, (total, facts))
 
 
-def _again(array: jax.Array) -> jax.Array:
+def again(array: jax.Array) -> jax.Array:
     """The array; random keys are marked for a second use, which is that of the same example."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.clone(array)
