@@ -93,7 +93,7 @@ def audit(
             played = game.run._replace(train=game.data(included))
             params, ledger = _train(played, seed, bar)
             scores.append(game.scores(params))
-    # A score that is not finite, of a run that diverged, tells nothing: all such ones are equal.
+    # Scores of a run that diverged are not finite and carry no information: they count as equal.
     found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if single:
         bound: Any = lower_bound.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)

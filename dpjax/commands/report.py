@@ -24,7 +24,7 @@ from dpjax.commands import cli
 from dpjax.metrics import PRIVATE, lookup
 from dpjax.runtime import Workdir, read_jsonl
 
-_FEW = 20  # bins of fewer examples are grey: their accuracy says little
+_FEW = 20  # bins of fewer examples are gray: their accuracy says little
 _WRITTEN = 20  # classes of a confusion matrix whose shares are written into it
 
 

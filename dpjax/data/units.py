@@ -1,6 +1,6 @@
 """User-level privacy: a data set whose examples are units, each with many records.
 
-A *unit* is whoever the guarantee protects as a whole, such as a person with all their photos. A
+A *unit* is what the guarantee protects as a whole, such as a person with all their photos. A
 batch is a sample of units. In a step, a unit is represented by at most `limit` of its records; its
 loss is their mean, and its gradient is clipped once, so that all its records together have the
 influence of one example. With one record per unit this is the ordinary record-level run.

@@ -1,4 +1,4 @@
-"""What a language model gives away of its training text, with and without privacy, as a study.
+"""What a language model reveals of its training text, with and without privacy, as a study.
 
     python -m experiments.run_study --config=experiments/memorization/study.py:laptop --workdir=DIR
     dpjax report DIR

@@ -180,7 +180,7 @@ def map_leaves(event: dpa.DpEvent, leaf: Callable[[dpa.DpEvent], dpa.DpEvent]) -
 def neighbors(event: dpa.DpEvent) -> tuple[dpa.DpEvent, ...]:
     """Returns the events of adding and of removing an example, the worse of which is `event`.
 
-    Only truncation tells them apart, whose law depends on the number of examples.
+    They differ for truncated sampling only, whose law depends on the number of examples.
     """
     truncated = []
 
@@ -207,7 +207,7 @@ def doubled(event: dpa.DpEvent) -> dpa.DpEvent:
 
 
 def leaves(event: dpa.DpEvent) -> dict[dpa.DpEvent, int]:
-    """Returns the events that a composition is made of, and how often each occurs.
+    """Returns the events in a composition, and how often each occurs.
 
     Raises:
         ValueError: one occurs less than 0 times, or a number of times that is not whole.

@@ -573,8 +573,7 @@ def _closed(
 ) -> _Part:
     """The part of one view of a leaf, from the recorded inputs and cotangents of its sites."""
     sites, form = group.sites, group.form
-    view = sites[0].view
-    assert view is not None
+    view = sites[0].view_of_leaf
     leaf, rule_group = view.leaf, groups[view.leaf]
 
     def back(gradient: jax.Array) -> jax.Array:
@@ -653,9 +652,9 @@ def _closed(
         factor = factors[:, rule_group]
         if forms.sums_as_convolution(sites):
             for site, (x, g) in zip(sites, record.pairs(sites)):
-                assert site.view is not None  # its own: another use may permute the leaf otherwise
+                # Back through its own view: another use may order the leaf's axes otherwise.
                 value = forms.conv_sum(site, x, products.scaled(g, factor, usable))
-                totals = totals | {leaf: totals[leaf] + site.view.pull(value)}
+                totals = totals | {leaf: totals[leaf] + site.view_of_leaf.pull(value)}
         elif group.norm == "lookup":
             t = record.tokens(sites)
             totals = look_up(totals, t, products.scaled(t.h, factor, usable))

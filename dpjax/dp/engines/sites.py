@@ -240,6 +240,17 @@ class Site:
     turned: bool = False
     source: str = ""
 
+    @property
+    def view_of_leaf(self) -> View:
+        """The view, of a site that has one.
+
+        Raises:
+            ValueError: the weight is derived.
+        """
+        if self.view is None:
+            raise ValueError(f"the weight {self.weight!r} is derived: it is no view of a leaf.")
+        return self.view
+
 
 Weight = tuple[Site, ...]  # uses of one weight in one layout
 
@@ -435,8 +446,8 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
 
 
 def _leaf_size(site: Site) -> int:
-    assert site.view is not None
-    return math.prod(site.view.steps[0].shape if site.view.steps else site.view.shape)
+    view = site.view_of_leaf
+    return math.prod(view.steps[0].shape if view.steps else view.shape)
 
 
 def _joined(sites: list[Site]) -> list[Weight]:
