@@ -73,17 +73,17 @@ def epsilon(
     """Epsilon of the (adaptive) composition of `events` at `delta`, an upper bound; cached on disk.
 
     Args:
-      events: one event, or the sequence of what was released.
-      delta: in (0, 1), and below 1 / num_examples where that is given.
-      accountant: "pld" (tight) or "rdp" (looser; the cross-check).
-      relation: "add_or_remove_one" or "replace_one".
-      num_examples: N, if known.
-      grid: PLD discretization interval in nats; None picks one that costs about 2e-5 of epsilon, or
-        3e-4 with random allocation. Every choice gives an upper bound.
+        events: one event, or the sequence of what was released.
+        delta: in (0, 1), and below 1 / num_examples where that is given.
+        accountant: "pld" (tight) or "rdp" (looser; the cross-check).
+        relation: "add_or_remove_one" or "replace_one".
+        num_examples: N, if known.
+        grid: PLD discretization interval in nats; None picks one that costs about 2e-5 of epsilon,
+            or 3e-4 with random allocation. Every choice gives an upper bound.
     Returns:
-      Epsilon in nats; inf if an event is not private, 0.0 for no events.
+        Epsilon in nats; inf if an event is not private, 0.0 for no events.
     Raises:
-      ValueError: a field is out of range, the accountant cannot handle an event, or returned NaN.
+        ValueError: a field is out of range, the accountant cannot handle an event, or returned NaN.
     """
     budget = _Budget.checked(
         epsilon=1.0, delta=delta, accountant=accountant, relation=relation,

@@ -31,11 +31,11 @@ def poisson(noise_multiplier: float, sampling_prob: float, steps: int) -> dpa.Dp
     """`steps` Gaussian sums over Poisson samples: each example joins each step independently.
 
     Args:
-      noise_multiplier: noise standard deviation / C (see the module), > 0.
-      sampling_prob: q = expected batch size / N, in (0, 1].
-      steps: number of noised sums released, >= 1 (empty batches included).
+        noise_multiplier: noise standard deviation / C (see the module), > 0.
+        sampling_prob: q = expected batch size / N, in (0, 1].
+        steps: number of noised sums released, >= 1 (empty batches included).
     Raises:
-      ValueError: a field is out of range.
+        ValueError: a field is out of range.
     """
     gaussian = dpa.GaussianDpEvent(positive("noise_multiplier", noise_multiplier))
     sampled = dpa.PoissonSampledDpEvent(fraction("sampling_prob", sampling_prob), gaussian)
@@ -46,10 +46,10 @@ def full_batch(noise_multiplier: float, steps: int) -> dpa.DpEvent:
     """`steps` Gaussian sums over all examples.
 
     Args:
-      noise_multiplier: noise standard deviation / C (see the module), > 0.
-      steps: number of noised sums released, >= 1.
+        noise_multiplier: noise standard deviation / C (see the module), > 0.
+        steps: number of noised sums released, >= 1.
     Raises:
-      ValueError: a field is out of range.
+        ValueError: a field is out of range.
     """
     gaussian = dpa.GaussianDpEvent(positive("noise_multiplier", noise_multiplier))
     return dpa.SelfComposedDpEvent(gaussian, count("steps", steps))
@@ -68,12 +68,12 @@ def fixed_size(
     0.06 or so (at delta = 1e-5) out of reach.
 
     Args:
-      noise_multiplier: noise standard deviation / C (see the module), > 0.
-      sample_size: B, the size of every batch.
-      num_examples: N.
-      steps: number of noised sums released, >= 1.
+        noise_multiplier: noise standard deviation / C (see the module), > 0.
+        sample_size: B, the size of every batch.
+        num_examples: N.
+        steps: number of noised sums released, >= 1.
     Raises:
-      ValueError: a field is out of range, or sample_size > num_examples.
+        ValueError: a field is out of range, or sample_size > num_examples.
     """
     size, total = count("sample_size", sample_size), count("num_examples", num_examples)
     if size > total:
@@ -99,13 +99,13 @@ def truncated_poisson(
     so the event holds N + 1 and `accounting.epsilon` takes the maximum (`neighbors`).
 
     Args:
-      noise_multiplier: noise standard deviation / C (see the module), > 0.
-      sampling_prob: q in (0, 1], before truncation.
-      max_batch_size: where a sample is cut.
-      num_examples: N.
-      steps: number of noised sums released, >= 1 (empty batches included).
+        noise_multiplier: noise standard deviation / C (see the module), > 0.
+        sampling_prob: q in (0, 1], before truncation.
+        max_batch_size: where a sample is cut.
+        num_examples: N.
+        steps: number of noised sums released, >= 1 (empty batches included).
     Raises:
-      ValueError: a field is out of range.
+        ValueError: a field is out of range.
     """
     event = dpa.TruncatedSubsampledGaussianDpEvent(
         dataset_size=count("num_examples", num_examples) + 1,
@@ -146,11 +146,11 @@ def allocation(noise_multiplier: float, steps_per_epoch: int, steps: int) -> dpa
     the derivation of the bound (2412.16802, 2502.08202).
 
     Args:
-      noise_multiplier: noise standard deviation / C (see the module), > 0.
-      steps_per_epoch: t; the expected batch size is N / t. At t = 1 all batches are full.
-      steps: number of noised sums released, >= 1. They begin with an epoch, and may end within one.
+        noise_multiplier: noise standard deviation / C (see the module), > 0.
+        steps_per_epoch: t; the expected batch size is N / t. At t = 1 all batches are full.
+        steps: number of noised sums released, >= 1. They begin an epoch and may end inside one.
     Raises:
-      ValueError: a field is out of range.
+        ValueError: a field is out of range.
     """
     sigma = positive("noise_multiplier", noise_multiplier)
     t = count("steps_per_epoch", steps_per_epoch)
