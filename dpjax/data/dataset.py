@@ -184,8 +184,9 @@ def splits_overlap(one: str, other: str) -> bool:
 
     It compares names only: "train[:50%]" and "train[50%:]" are reported as overlapping.
     """
-    names = [set(re.findall(r"[A-Za-z_]\w*", split)) for split in (one, other)]
-    return bool(names[0] & names[1]) or "all" in names[0] | names[1]
+    parts = (re.sub(r"\[.*?\]", "", split).split("+") for split in (one, other))
+    first, second = ({part.strip() for part in some} for some in parts)
+    return bool(first & second) or "all" in first | second
 
 
 def from_arrays(
