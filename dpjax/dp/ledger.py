@@ -76,7 +76,10 @@ class Ledger:
     delta: float
 
     def __post_init__(self) -> None:
-        num_examples = min(p.mechanism.num_examples for p in self.phases)
+        if not self.phases:
+            raise ValueError("phases=() must hold a phase at least.")
+        # The largest part: at a delta of 1 / N or more, a mechanism may publish an example.
+        num_examples = max(p.mechanism.num_examples for p in self.phases)
         accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
         shared_accountant([p.mechanism for p in self.phases])  # raises
         parts = sorted({p.part for p in self.phases})
