@@ -39,7 +39,7 @@ def describe(run: Run) -> str:
         "steps T": f"{sum(p.steps for p in run.phases):,} ({config.epochs:g} epochs"
         + "".join(f", {p.name} {p.steps:,}" for p in run.phases if len(run.phases) > 1)
         + ")",
-        "batch": f"{_each(run, lambda p: f'{p.batch_size:,}')} expected, "
+        "batch": f"{_each(run, lambda p: f'{p.expected_batch_size:,.7g}')} expected, "
         f"{config.physical_batch} physical",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
     }
@@ -55,7 +55,7 @@ def describe(run: Run) -> str:
             "budget": f"epsilon {config.dp.epsilon:g}, delta {config.dp.delta:g}",
             "neighboring": mechanism.relation,
             "sampler": _each(run, lambda p: p.mechanism.sampler.title if p.mechanism else "")
-            + f", q = {_each(run, lambda p: f'{p.batch_size / len(run.train):.6g}')}",
+            + f", q = {_each(run, lambda p: f'{p.expected_batch_size / len(run.train):.6g}')}",
             "accountant": mechanism.accountant,
             "noise sigma": _each(
                 run, lambda p: f"{p.mechanism.noise_multiplier:.4f}" if p.mechanism else ""

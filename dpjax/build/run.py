@@ -28,7 +28,7 @@ class Phase(NamedTuple):
             of a schedule: what is in the train state goes on as if they were one.
         trainable: predicate on parameter paths.
         steps: number of updates.
-        batch_size: expected batch size B.
+        batch_size: B, as the config asks for it.
         bound: clip bound C; where it adapts, that of the run's first step.
         mechanism: None without privacy.
         optimizer: makes the transform from traced values; one object for all of a training.
@@ -46,6 +46,11 @@ class Phase(NamedTuple):
     optimizer: Callable[[Hyper], optax.GradientTransformation]
     learning_rate: float
     keep_optimizer: bool = False
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The size of a batch on average: B, or N / t where an epoch has t steps."""
+        return self.batch_size if self.mechanism is None else self.mechanism.expected_batch_size
 
 
 class Temperature(NamedTuple):

@@ -226,7 +226,7 @@ def _hyper(point: Point, batch_size: int, ema_decay: float) -> Hyper:
         rule=rule,
         noise_key=key,
         augment_key=seeds.public_key(0, "augment"),
-        batch_size=jnp.float32(batch_size),
+        batch_size=jnp.float32(mechanism.expected_batch_size if mechanism else batch_size),
         ema_decay=jnp.float32(ema_decay),
     )
 

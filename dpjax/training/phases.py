@@ -160,7 +160,7 @@ def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
         rule=None,
         noise_key=None,
         augment_key=jax.random.fold_in(seeds.public_key(config.seed, "augment"), phase.training),
-        batch_size=jnp.asarray(phase.batch_size, jnp.float32),
+        batch_size=jnp.asarray(phase.expected_batch_size, jnp.float32),
         ema_decay=jnp.asarray(config.ema, jnp.float32) if config.ema else None,
     )
     mechanism = phase.mechanism
