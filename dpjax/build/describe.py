@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -270,14 +271,23 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             "delta": run.ledger.delta,
             "private_seed": seeds.digest(private_seed),
             "clipping": {
-                "function": f"{run.rule.function.__module__}:{run.rule.function.__qualname__}",
-                "grouping": run.rule.grouping.__name__,
+                "function": "{0.__module__}:{0.__qualname__}".format(_named(run.rule.function)),
+                "grouping": _named(run.rule.grouping).__name__,
                 "adaptive": None if run.adaptive is None else run.adaptive._asdict(),
-                "parameters": jax.tree.map(float, run.rule.parameters),
+                "parameters": jax.tree.map(
+                    lambda value: np.asarray(value).tolist(), run.rule.parameters
+                ),
                 "normalized": run.rule.normalized,
             },
         }
     return facts
+
+
+def _named(function: Any) -> Any:
+    """What gives a callable its name: below a `functools.partial`, and else perhaps its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def _without(section: Mapping[str, Any], fields: set[str], above: str = "") -> dict[str, Any]:
