@@ -96,7 +96,13 @@ class Workdir:
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Creates the directory, or opens it to resume; writes config and environment."""
+        """Creates the directory, or opens it to resume; writes config and environment.
+
+        Raises:
+            OtherRun: see `check`. Since the caller checked, another process may have begun a run
+                here, and ended it.
+        """
+        self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.json", config)
         self.write("environment.json", _environment())
