@@ -208,6 +208,12 @@ def _lines(path: Path, unit: str | None) -> Iterator[_Record]:
             raise ValueError(f"{where}: not JSON: {error}.") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: must be an object with text, or prompt and response.")
+        try:  # JSON can name halves of a character, which are no text
+            " ".join(value for value in fields.values() if isinstance(value, str)).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {error.reason}, such as {error.object[error.start]!r}."
+            ) from error
         owner = _owner(fields, unit, where)
         if _has(fields, ("text",)) and not _has(fields, ("prompt", "response"), some=True):
             yield _Record("", fields["text"], owner, where)
