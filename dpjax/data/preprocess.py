@@ -98,7 +98,7 @@ def random_crop(
 
 
 def random_shift(
-    image: jax.Array, *, key: jax.Array, max_shift: int, fill: float = 0.0
+    image: jax.Array, *, key: jax.Array, max_shift: int, fill: float | Sequence[float] = 0.0
 ) -> jax.Array:
     """Moves ONE image by up to `max_shift` pixels each way.
 
@@ -106,7 +106,8 @@ def random_shift(
         image: [H, W, C], any dtype.
         key: used once.
         max_shift: in pixels, >= 0; rows and columns move independently and uniformly.
-        fill: value of the pixels that move in; after normalization, pass the normalized background.
+        fill: value of the pixels that move in, one or [C]; after normalization, that of the
+            normalized background, which differs between channels.
 
     Returns:
         [H, W, C], same dtype.
@@ -115,8 +116,10 @@ def random_shift(
         ValueError: a negative shift.
     """
     _check_padding(image, max_shift)
-    widths = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))
-    padded = jnp.pad(image, widths, constant_values=jnp.asarray(fill, image.dtype))
+    height, width, channels = image.shape
+    shape = (height + 2 * max_shift, width + 2 * max_shift, channels)
+    background = jnp.broadcast_to(jnp.asarray(fill, image.dtype), shape)
+    padded = jax.lax.dynamic_update_slice(background, image, (max_shift, max_shift, 0))
     return _window(padded, image.shape, key, max_shift)
 
 

@@ -116,6 +116,17 @@ def test_every_shift_is_equally_likely_and_uint8_stays():
     assert np.abs(hits[1:6, 1:6] - 200).max() < 5 * (5000 * 0.04 * 0.96) ** 0.5
 
 
+def test_what_moves_in_may_differ_between_channels():
+    image = jnp.zeros((4, 4, 3))
+    keys = jax.random.split(jax.random.key(0), 20)
+    moved = jax.vmap(
+        lambda key: data.random_shift(image, key=key, max_shift=2, fill=[1.0, 2.0, 3.0])
+    )(keys)
+    outside = np.asarray(moved)[np.any(moved != 0, axis=-1)]
+    assert len(outside) > 20
+    assert (outside == [1, 2, 3]).all()
+
+
 def test_crop_is_a_window_of_the_padded_image():
     image = jnp.asarray(PIXELS[0, :8, :8], jnp.float32)
     out = np.asarray(data.random_crop(image, key=jax.random.key(3), padding=2, mode="zero"))
