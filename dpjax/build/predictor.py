@@ -104,24 +104,28 @@ class Predictor:
         Raises:
             ValueError: as `predict`.
         """
-        if self.tokenize is not None:
+        spec = self.model.input
+        if self.tokenize is not None and isinstance(spec, models.TextSpec):
             if isinstance(item, str):
                 return np.asarray(self.tokenize([item])[0])
             tokens = np.asarray(item)
             if tokens.dtype.kind not in "iu" or tokens.shape != self.shape:
                 raise ValueError(f"an input must be text or {self.shape} token ids, got {item!r}.")
+            wrong = tokens[(tokens < 0) | (tokens >= spec.vocab_size)]
+            if wrong.size:
+                raise ValueError(f"token {wrong[0]} must be in [0, {spec.vocab_size}).")
             return tokens.astype(np.int32)
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == self.shape:
             return item
         height, width, channels = self.shape
         # Images of other proportions than the data set's are refused by `fit`.
         side = height if height == width else None
-        spec = data.ImageSpec(image_size=side, resample=self.description["data"]["resample"])
+        resize = data.ImageSpec(image_size=side, resample=self.description["data"]["resample"])
         upright = ImageOps.exif_transpose(_opened(item))
         if channels == 1 and not upright.mode.startswith(("I", "F")):
             upright = upright.convert("L")
         try:
-            return data.fit(upright, (height, width, channels), spec)
+            return data.fit(upright, (height, width, channels), resize)
         except ValueError as error:
             raise ValueError(f"{_name(item)}: {error}") from error
 
