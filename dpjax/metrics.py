@@ -66,7 +66,7 @@ class EvalSums(NamedTuple):
 
 
 class TokenFacts(NamedTuple):
-    """What a language model makes of each example, float32 `[batch]`."""
+    """How well a language model predicts each example, float32 `[batch]`."""
 
     nll: jax.Array  # negative log-likelihood of the target tokens together, in nats
     correct: jax.Array  # target tokens that are the most likely ones

@@ -41,7 +41,7 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> mo
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
     if not is_language_model(folder):
-        raise ValueError(f"{str(folder)!r} is no run of a language model.")
+        raise ValueError(f"{str(folder)!r} is not a run of a language model.")
     about = json.loads((folder / "model.json").read_text())
     config = default()
     with config.unlocked():

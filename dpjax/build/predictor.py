@@ -32,7 +32,7 @@ _ROWS = 64  # examples at once; fewer are padded, so that one program serves all
 
 
 class Predictions(NamedTuple):
-    """What a classifier says of some inputs.
+    """What a classifier says about some inputs.
 
     Attributes:
         names: name of the most probable class of each input.

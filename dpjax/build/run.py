@@ -25,7 +25,7 @@ class Phase(NamedTuple):
     Attributes:
         name: "linear-probe" or "train"; with its number, where a training has several phases.
         training: number of the training that it belongs to. The phases of one training are stages
-            of a schedule: what is in the train state goes on as if they were one.
+            of a schedule: the train state passes from one to the next unchanged.
         trainable: predicate on parameter paths.
         steps: number of updates.
         batch_size: B, as the config asks for it.
@@ -33,7 +33,8 @@ class Phase(NamedTuple):
         mechanism: None without privacy.
         optimizer: makes the transform from traced values; one object for all of a training.
         learning_rate: base learning rate.
-        keep_optimizer: whether optimizer state of leaves that the training before trained goes on.
+        keep_optimizer: whether leaves that the previous training trained keep their optimizer
+            state.
     """
 
     name: str

@@ -121,8 +121,8 @@ class Mechanism:
         Args:
             seed: secret 128-bit integer.
             step: in [first, first + steps).
-            first: number of the mechanism's first step, where several share a seed: no two steps
-                of a run may have one number.
+            first: number of the mechanism's first step. Where several mechanisms share a seed,
+                no two of their steps may have the same number.
 
         Raises:
             ValueError: a step that is not paid for, a sampler whose epochs begin elsewhere, or one

@@ -35,9 +35,9 @@ _PACKAGES = (
     "tensorflow-datasets", "ml-collections",
 )  # fmt: skip
 
-# What a private run writes that may be published, see the threat model; everything else is written
-# readable by its owner alone. Exceptions by content: a config with a private seed in it, and what
-# shows a number named `nonprivate/...`.
+# The files of a private run that may be published, see the threat model. All others are readable
+# by their owner alone, and so are two kinds of these: a config with a private seed in it, and a
+# file that shows a number named `nonprivate/...`.
 PUBLISHED = frozenset({
     "best.json", "config.json", "confusion.png", "environment.json", "eval.json", "model.json",
     "privacy.json", "privacy.md", "reliability.png", "weights.safetensors",
