@@ -25,11 +25,6 @@ __all__ = ["LONG_RECORDS", "Codec", "check_template", "load_causal", "windows"]
 LONG_RECORDS = ("cut", "split")
 
 
-class _Encoded(Protocol):
-    ids: list[int]
-    ends: list[int]
-
-
 class Codec(Protocol):
     """A tokenizer, see `dpjax.models.TextCodec`."""
 
