@@ -66,7 +66,7 @@ class EvalSums(NamedTuple):
 
 
 class TokenFacts(NamedTuple):
-    """What a language model makes of each example, float32 `[batch]`."""
+    """How well a language model predicts each example, float32 `[batch]`."""
 
     nll: jax.Array  # negative log-likelihood of the target tokens together, in nats
     correct: jax.Array  # target tokens that are the most likely ones
@@ -170,8 +170,8 @@ def summarize(sums: EvalSums | TokenSums, class_names: Sequence[str] = ()) -> di
 
     Args:
         sums: over all examples.
-        class_names: of every class; a name that several classes have is replaced by their numbers,
-            and so is a missing one.
+        class_names: of every class; where two classes have one name, or none is given, all are
+            called by their numbers.
 
     Raises:
         ValueError: no example was counted, or no target token.
@@ -185,13 +185,12 @@ def summarize(sums: EvalSums | TokenSums, class_names: Sequence[str] = ()) -> di
     diagram = reliability(sums)
     gaps = np.abs(diagram.accuracy - diagram.confidence)
     numbers = [str(label) for label in range(len(sums.class_count))]
-    names = [
-        name if class_names.count(name) == 1 else number
-        for name, number in zip(class_names or numbers, numbers, strict=True)
-    ]
+    # All or none: the number of one class may be the name of another.
+    distinct = bool(class_names) and len(set(class_names)) == len(class_names)
+    names = class_names if distinct else numbers
     per_class = {
         f"class_accuracy/{name}": float(correct) / float(count)
-        for name, correct, count in zip(names, sums.class_correct, sums.class_count)
+        for name, correct, count in zip(names, sums.class_correct, sums.class_count, strict=True)
         if count > 0
     }
     return {

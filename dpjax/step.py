@@ -29,13 +29,13 @@ __all__ = ["KEPT", "Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", 
            "moving_average"]  # fmt: skip
 
 KEPT = "kept"
-"""Name of the optimizer of leaves whose state goes on in the next training."""
+"""Name of the optimizer whose state is carried over to the next training."""
 
 Batch = dict[str, jax.Array]
 """`input` [n, ...], `label` [n] int32, `mask` [n] bool (False is padding); in training also
 `identity` [n] uint32, a hash of each example's content, from `Dataset.identities`. Under
 user-level privacy an example is a unit of several records: `input` [n, records, ...], `label` and
-`record` [n, records], which is False where a unit has no more."""
+`record` [n, records]; `record` is False past a unit's last record."""
 
 LossFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
 """`(params, example) -> scalar loss` of ONE example, in nats."""

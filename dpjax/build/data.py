@@ -16,7 +16,7 @@ __all__ = ["check", "given", "opened"]
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses a function of the user's that does not exist, and parts of data that cannot be."""
+    """Refuses a user's function that does not exist, and an impossible part of the data."""
     if ":" in config.name:
         resolve("data.name", config.name, {})
         if config.label_key is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +40,7 @@ def describe(run: Run) -> str:
         "steps T": f"{sum(p.steps for p in run.phases):,} ({config.epochs:g} epochs"
         + "".join(f", {p.name} {p.steps:,}" for p in run.phases if len(run.phases) > 1)
         + ")",
-        "batch": f"{_each(run, lambda p: f'{p.batch_size:,}')} expected, "
+        "batch": f"{_each(run, lambda p: f'{p.expected_batch_size:,.7g}')} expected, "
         f"{config.physical_batch} physical",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
     }
@@ -55,7 +56,7 @@ def describe(run: Run) -> str:
             "budget": f"epsilon {config.dp.epsilon:g}, delta {config.dp.delta:g}",
             "neighboring": mechanism.relation,
             "sampler": _each(run, lambda p: p.mechanism.sampler.title if p.mechanism else "")
-            + f", q = {_each(run, lambda p: f'{p.batch_size / len(run.train):.6g}')}",
+            + f", q = {_each(run, lambda p: f'{p.expected_batch_size / len(run.train):.6g}')}",
             "accountant": mechanism.accountant,
             "noise sigma": _each(
                 run, lambda p: f"{p.mechanism.noise_multiplier:.4f}" if p.mechanism else ""
@@ -121,7 +122,7 @@ def _cumulative_noise(run: Run) -> float:
 
 def _engine(run: Run, trainable: Params, frozen: Params) -> str:
     """Says which engine clips, and how many of the parameters take which route through it."""
-    one = run.train.batch(np.array([0]), seed=0, step=0)
+    one = run.train.batch(np.array([-1]), seed=0, step=0)  # padding: its shapes are enough
     one.pop("identity")
     example = {name: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for name, v in one.items()}
     example["key"] = jax.eval_shape(lambda: jax.random.key(0))
@@ -196,7 +197,7 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
             "rows named nonprivate/... in metrics.jsonl: losses, norms and sizes of private "
             "batches",
             "the choice of hyperparameters, if private data was used to make it",
-            "the number of training examples, which is taken as public",
+            "the number of training examples, and what classes there are: both are taken as public",
             *(
                 [
                     "the evaluations, and which checkpoints keep_best keeps by them: they are made "
@@ -270,14 +271,23 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             "delta": run.ledger.delta,
             "private_seed": seeds.digest(private_seed),
             "clipping": {
-                "function": f"{run.rule.function.__module__}:{run.rule.function.__qualname__}",
-                "grouping": run.rule.grouping.__name__,
+                "function": "{0.__module__}:{0.__qualname__}".format(_named(run.rule.function)),
+                "grouping": _named(run.rule.grouping).__name__,
                 "adaptive": None if run.adaptive is None else run.adaptive._asdict(),
-                "parameters": jax.tree.map(float, run.rule.parameters),
+                "parameters": jax.tree.map(
+                    lambda value: np.asarray(value).tolist(), run.rule.parameters
+                ),
                 "normalized": run.rule.normalized,
             },
         }
     return facts
+
+
+def _named(function: Any) -> Any:
+    """What gives a callable its name: below a `functools.partial`, and else perhaps its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def _without(section: Mapping[str, Any], fields: set[str], above: str = "") -> dict[str, Any]:

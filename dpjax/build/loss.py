@@ -119,7 +119,8 @@ def augmentation(
     spec: models.InputSpec | models.TextSpec, config: ConfigDict
 ) -> Callable[..., jax.Array] | None:
     """Returns what is done at random to a prepared example; None if nothing is."""
-    black = 0.0 if isinstance(spec, models.TextSpec) else -spec.mean[0] / spec.std[0]
+    normal = () if isinstance(spec, models.TextSpec) else zip(spec.mean, spec.std, strict=True)
+    black = [-mean / std for mean, std in normal]
     chosen: list[Callable[..., jax.Array]] = []
     if config.crop:
         chosen.append(functools.partial(data.random_crop, padding=config.crop))

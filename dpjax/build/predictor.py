@@ -1,7 +1,8 @@
 """A finished run becomes a classifier of new images or texts.
 
 `description` says what a run's weights need to be used; it is `model.json` of the run, and `load`
-reads it. Nothing of it depends on a training example.
+reads it. It depends on the training data only through the classes and the size of inputs, which are
+taken as public.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from dpjax.build.run import Run
 from dpjax.config import default
 from dpjax.models import Model, Params
 
-__all__ = ["Predictions", "Predictor", "description", "image_files", "load"]
+__all__ = ["Predictions", "Predictor", "description", "finished", "image_files", "load"]
 
 _ROWS = 64  # examples at once; fewer are padded, so that one program serves all
 
 
 class Predictions(NamedTuple):
-    """What a classifier says of some inputs.
+    """What a classifier says about some inputs.
 
     Attributes:
         names: name of the most probable class of each input.
@@ -104,24 +105,28 @@ class Predictor:
         Raises:
             ValueError: as `predict`.
         """
-        if self.tokenize is not None:
+        spec = self.model.input
+        if self.tokenize is not None and isinstance(spec, models.TextSpec):
             if isinstance(item, str):
                 return np.asarray(self.tokenize([item])[0])
             tokens = np.asarray(item)
             if tokens.dtype.kind not in "iu" or tokens.shape != self.shape:
                 raise ValueError(f"an input must be text or {self.shape} token ids, got {item!r}.")
+            wrong = tokens[(tokens < 0) | (tokens >= spec.vocab_size)]
+            if wrong.size:
+                raise ValueError(f"token {wrong[0]} must be in [0, {spec.vocab_size}).")
             return tokens.astype(np.int32)
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == self.shape:
             return item
         height, width, channels = self.shape
         # Images of other proportions than the data set's are refused by `fit`.
         side = height if height == width else None
-        spec = data.ImageSpec(image_size=side, resample=self.description["data"]["resample"])
+        resize = data.ImageSpec(image_size=side, resample=self.description["data"]["resample"])
         upright = ImageOps.exif_transpose(_opened(item))
         if channels == 1 and not upright.mode.startswith(("I", "F")):
             upright = upright.convert("L")
         try:
-            return data.fit(upright, (height, width, channels), spec)
+            return data.fit(upright, (height, width, channels), resize)
         except ValueError as error:
             raise ValueError(f"{_name(item)}: {error}") from error
 
@@ -203,7 +208,8 @@ def _name(item: Any) -> str:
 def description(run: Run) -> dict[str, Any]:
     """Returns what the weights of a run need to be used: model, input and class names.
 
-    The fields "model", "data" and "seed" are those of the config. None depends on an example.
+    The fields "model", "data" and "seed" are those of the config; "class_names" and "shape" are
+    those of the training data, and taken as public.
     """
     config = run.config
     kept = ("host_image_size", "pad", "resample", "tokenizer", "end_token")
@@ -217,6 +223,28 @@ def description(run: Run) -> dict[str, Any]:
     }
 
 
+def finished(
+    directory: str | os.PathLike[str], weights: str | None = None
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Returns the folder of a finished or exported run, its file of weights and its `model.json`.
+
+    Args:
+        directory: the folder.
+        weights: name of the file; None finds it.
+
+    Raises:
+        ValueError: a file is missing, naming it.
+    """
+    folder = Path(directory).expanduser()
+    if weights is None:  # timm and transformers call the file of an export model.safetensors
+        known = ("weights.safetensors", "model.safetensors")
+        weights = next((name for name in known if (folder / name).is_file()), known[0])
+    for name in ("model.json", weights):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
+    return folder, folder / weights, json.loads((folder / "model.json").read_text())
+
+
 def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Predictor:
     """Loads a finished run, or an exported one, to predict with it.
 
@@ -228,14 +256,7 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Pr
     Raises:
         ValueError: a file is missing or does not fit, naming it.
     """
-    folder = Path(directory).expanduser()
-    if weights is None:  # timm and transformers call the file of an export model.safetensors
-        known = ("weights.safetensors", "model.safetensors")
-        weights = next((name for name in known if (folder / name).is_file()), known[0])
-    for name in ("model.json", weights):
-        if not (folder / name).is_file():
-            raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
-    about = json.loads((folder / "model.json").read_text())
+    folder, file, about = finished(directory, weights)
     if about.get("task") == "causal_lm":
         raise ValueError(
             f"{str(folder)!r} is a language model: dpjax predict writes text with it, and so does "
@@ -247,7 +268,7 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Pr
         config.seed = about["seed"]
     names, shape = tuple(about["class_names"]), tuple(about["shape"])
     net = model(config.model, len(names))
-    params = _params(net, config, folder / weights)
+    params = _params(net, config, file)
     tokenize = None
     if isinstance(net.input, models.TextSpec):
         own = folder / about["data"]["tokenizer"]

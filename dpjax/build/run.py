@@ -25,15 +25,16 @@ class Phase(NamedTuple):
     Attributes:
         name: "linear-probe" or "train"; with its number, where a training has several phases.
         training: number of the training that it belongs to. The phases of one training are stages
-            of a schedule: what is in the train state goes on as if they were one.
+            of a schedule: the train state passes from one to the next unchanged.
         trainable: predicate on parameter paths.
         steps: number of updates.
-        batch_size: expected batch size B.
+        batch_size: B, as the config asks for it.
         bound: clip bound C; where it adapts, that of the run's first step.
         mechanism: None without privacy.
         optimizer: makes the transform from traced values; one object for all of a training.
         learning_rate: base learning rate.
-        keep_optimizer: whether optimizer state of leaves that the training before trained goes on.
+        keep_optimizer: whether leaves that the previous training trained keep their optimizer
+            state.
     """
 
     name: str
@@ -46,6 +47,11 @@ class Phase(NamedTuple):
     optimizer: Callable[[Hyper], optax.GradientTransformation]
     learning_rate: float
     keep_optimizer: bool = False
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The size of a batch on average: B, or N / t where an epoch has t steps."""
+        return self.batch_size if self.mechanism is None else self.mechanism.expected_batch_size
 
 
 class Temperature(NamedTuple):

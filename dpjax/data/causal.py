@@ -25,11 +25,6 @@ __all__ = ["LONG_RECORDS", "Codec", "check_template", "load_causal", "windows"]
 LONG_RECORDS = ("cut", "split")
 
 
-class _Encoded(Protocol):
-    ids: list[int]
-    ends: list[int]
-
-
 class Codec(Protocol):
     """A tokenizer, see `dpjax.models.TextCodec`."""
 
@@ -208,6 +203,12 @@ def _lines(path: Path, unit: str | None) -> Iterator[_Record]:
             raise ValueError(f"{where}: not JSON: {error}.") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: must be an object with text, or prompt and response.")
+        try:  # JSON can name halves of a character, which are no text
+            " ".join(value for value in fields.values() if isinstance(value, str)).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {error.reason}, such as {error.object[error.start]!r}."
+            ) from error
         owner = _owner(fields, unit, where)
         if _has(fields, ("text",)) and not _has(fields, ("prompt", "response"), some=True):
             yield _Record("", fields["text"], owner, where)

@@ -45,7 +45,7 @@ class Dataset:
         units: whose data each example is, [examples] names or numbers; None if it was not stored.
 
     Raises:
-        ValueError: if a label is outside [0, num_classes), or lengths disagree.
+        ValueError: if a label is no integer or outside [0, num_classes), or lengths disagree.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Dataset:
             raise ValueError(f"units of shape {self.units.shape} must be {self.rows.shape}.")
         if self.labels.size == 0:
             raise ValueError(f"split={self.split!r} of {self.name!r} has no examples.")
+        if self.labels.dtype.kind not in "iu":  # a cast would cut 0.9, and NaN is nothing
+            raise ValueError(f"labels of dtype {self.labels.dtype} must be integers.")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if wrong.size:
             first = int(wrong[0])
@@ -184,8 +186,9 @@ def splits_overlap(one: str, other: str) -> bool:
 
     It compares names only: "train[:50%]" and "train[50%:]" are reported as overlapping.
     """
-    names = [set(re.findall(r"[A-Za-z_]\w*", split)) for split in (one, other)]
-    return bool(names[0] & names[1]) or "all" in names[0] | names[1]
+    parts = (re.sub(r"\[.*?\]", "", split).split("+") for split in (one, other))
+    first, second = ({part.strip() for part in some} for some in parts)
+    return bool(first & second) or "all" in first | second
 
 
 def from_arrays(

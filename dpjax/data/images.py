@@ -15,7 +15,6 @@ _RESAMPLE = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_RESIZE = ("crop", "stretch")
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -24,33 +23,24 @@ class ImageSpec:
     """How the host brings images to one shape.
 
     Attributes:
-        image_size: side of the square result, in pixels; None keeps the stored size, which must
-            then be fixed.
-        resize: "crop" scales the shorter side to `image_size` and cuts out the center; "stretch"
-            scales both sides.
+        image_size: side of the square result, in pixels, to which the shorter side is scaled before
+            the center is cut out; None keeps the stored size, which must then be fixed. Gray is not
+            converted to color here: `preprocess` does that inside the step.
         resample: "nearest", "bilinear" or "bicubic"; downscaling is antialiased.
-        channels: number of channels the data set must have, 1 or 3; None accepts either. Gray is
-            not converted to color here: `preprocess` does that inside the step.
         image_key: the image feature; None finds it.
         label_key: the label feature; None finds it.
     """
 
     image_size: int | None = None
-    resize: str = "crop"
     resample: str = "bilinear"
-    channels: int | None = None
     image_key: str | None = None
     label_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size={self.image_size} must be >= 1.")
-        if self.resize not in _RESIZE:
-            raise ValueError(f"resize={self.resize!r} must be one of {sorted(_RESIZE)}.")
         if self.resample not in _RESAMPLE:
             raise ValueError(f"resample={self.resample!r} must be one of {sorted(_RESAMPLE)}.")
-        if self.channels not in (None, 1, 3):
-            raise ValueError(f"channels={self.channels} must be 1 or 3.")
 
 
 def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, int, int]:
@@ -58,21 +48,16 @@ def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, 
 
     Args:
         stored: shape of the image feature, None where it varies.
-        spec: how images are resized, and the expected number of channels.
+        spec: how images are resized.
 
     Raises:
-        ValueError: the number of channels differs from `spec.channels`, or sizes vary and
-            `spec.image_size` is None.
+        ValueError: there are neither 1 nor 3 channels, or sizes vary and `spec.image_size` is None.
     """
     height, width, channels = stored
     if channels is None:
-        channels = spec.channels or 3  # images of mixed modes are read as color
+        channels = 3  # images of mixed modes are read as color
     if channels not in _MODES:
         raise ValueError(f"channels={channels} of the stored images must be 1 or 3.")
-    if spec.channels is not None and channels != spec.channels:
-        raise ValueError(
-            f"channels={spec.channels} expected, but the stored images have {channels}."
-        )
     if spec.image_size is not None:
         return spec.image_size, spec.image_size, channels
     if height is None or width is None:
@@ -151,10 +136,8 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _resized(image: Image.Image, size: int, spec: ImageSpec) -> Image.Image:
-    box = None
-    if spec.resize == "crop":
-        # One resampling of the centered square equals scaling the shorter side, then cropping.
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
+    # One resampling of the centered square equals scaling the shorter side, then cropping.
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
     return image.resize((size, size), _RESAMPLE[spec.resample], box=box)

@@ -1,10 +1,10 @@
 """The index of a split: labels and content hashes, so that opening it reads no record.
 
 An index is computed once by reading every record, and is written beside the data, or into the cache
-where the data cannot be written. It is used only while the files of the split are those it was
-computed from: their sizes, and their content where they are small, or else their beginnings and
-ends, where an array_record file lists the place of each record. What this misses is noticed when a
-record is read: its content and label must be those of the index.
+where the data cannot be written. It is used only as long as the files of the split have not
+changed. Their sizes are compared, and the content of small files; of a large file, its beginning
+and its end, where an array_record file lists the place of each record. A change that this misses is
+noticed when a record is read: its content and label must be those of the index.
 
 An index is as private as the data. It gets the permissions of the data files.
 """
@@ -138,7 +138,7 @@ def kept(
     compute: Callable[[], T],
     write: Callable[[T, Path], None],
 ) -> T:
-    """Reads what was computed from a split, or computes and writes it.
+    """Reads a result that was computed from a split before, or computes and writes it.
 
     Args:
         builder: an opened TFDS builder.

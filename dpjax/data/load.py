@@ -35,7 +35,6 @@ def load(
     spec: ImageSpec | None = None,
     unit: str | None = None,
     memory_limit: int = _MEMORY_LIMIT,
-    download: bool = False,
 ) -> Dataset:
     """Opens an image-classification data set.
 
@@ -49,18 +48,16 @@ def load(
         unit: the column that says whose data an example is; None leaves that open.
         memory_limit: bytes; the images of a split whose pixels take at most this stay in memory
             once they are read.
-        download: lets TFDS download and prepare a missing data set, for which most TFDS builders
-            need TensorFlow. If False, the network is never used.
 
     Returns:
         The data set, with splits, features, channels and label range checked. Labels and content
         hashes come from an index, which is computed once by reading and decoding every record;
-        images are read when they are needed.
+        images are read when they are needed. The network is never used.
 
     Raises:
         ValueError: the message names the argument and its value.
     """
-    builder = _open(name, data_dir, download)
+    builder = _open(name, data_dir)
     dataset = images_dataset(
         builder, name, split, spec=spec or ImageSpec(), memory_limit=memory_limit
     )
@@ -94,19 +91,17 @@ def load_text(
     Raises:
         ValueError: as for `load`, or `tokenize` returns another dtype or shape.
     """
-    builder = _open(name, data_dir, False)
+    builder = _open(name, data_dir)
     dataset = text_dataset(builder, name, split, tokenize=tokenize, label_key=label_key)
     return with_units(builder, dataset, unit)
 
 
-def _open(name: str, data_dir: str | os.PathLike[str] | None, download: bool) -> Any:
+def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     root = data_dir_or_default(data_dir)
     if name in EMBEDDED:
         return open_directory(prepare_builder(EMBEDDED[name], root))
     _check_name(name, root)
     directory = find_directory(name, root)
-    if directory is None and download:
-        directory = _download(name, root)
     if directory is None:
         raise ValueError(_not_prepared(name, root))
     return open_directory(directory)
@@ -135,17 +130,5 @@ def _not_prepared(name: str, root: Path) -> str:
         )
     return message + (
         "Prepare it with TFDS on a machine with network access, "
-        f"tfds build {base} --file_format=array_record --data_dir={root}, or pass download=True."
+        f"tfds build {base} --file_format=array_record --data_dir={root}."
     )
-
-
-def _download(name: str, root: Path) -> Path | None:
-    builder = tfds.builder(name, data_dir=root, file_format="array_record")
-    try:
-        builder.download_and_prepare()
-    except ImportError as error:
-        raise ValueError(
-            f"dataset={name!r} cannot be prepared here: its TFDS builder needs {error.name}. "
-            + _not_prepared(name, root)
-        ) from error
-    return Path(builder.data_path)

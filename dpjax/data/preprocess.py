@@ -10,7 +10,6 @@ import jax.numpy as jnp
 __all__ = ["chain", "preprocess", "random_crop", "random_flip", "random_shift"]
 
 _RESAMPLE = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}
-_PAD = {"zero": "constant", "reflect": "reflect", "edge": "edge"}
 
 
 def preprocess(
@@ -71,34 +70,29 @@ def random_flip(image: jax.Array, *, key: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def random_crop(
-    image: jax.Array, *, key: jax.Array, padding: int, mode: str = "reflect"
-) -> jax.Array:
-    """Pads ONE image and cuts a window of its own size at a uniformly random place.
+def random_crop(image: jax.Array, *, key: jax.Array, padding: int) -> jax.Array:
+    """Pads ONE image by reflection and cuts a window of its own size at a uniformly random place.
 
     Args:
         image: [H, W, C], any dtype.
         key: used once.
         padding: pixels added on each side, >= 0.
-        mode: "reflect", "edge" or "zero". Zero is black only before normalization.
 
     Returns:
         [H, W, C], same dtype.
 
     Raises:
-        ValueError: a negative padding, a reflection wider than the image, or an unknown mode.
+        ValueError: a negative padding, or a reflection wider than the image.
     """
-    if mode not in _PAD:
-        raise ValueError(f"mode={mode!r} must be one of {sorted(_PAD)}.")
     _check_padding(image, padding)
-    if mode == "reflect" and padding >= min(image.shape[:2]):
+    if padding >= min(image.shape[:2]):
         raise ValueError(f"padding={padding} must be < {min(image.shape[:2])} to be reflected.")
     widths = ((padding, padding), (padding, padding), (0, 0))
-    return _window(jnp.pad(image, widths, mode=_PAD[mode]), image.shape, key, padding)
+    return _window(jnp.pad(image, widths, mode="reflect"), image.shape, key, padding)
 
 
 def random_shift(
-    image: jax.Array, *, key: jax.Array, max_shift: int, fill: float = 0.0
+    image: jax.Array, *, key: jax.Array, max_shift: int, fill: float | Sequence[float] = 0.0
 ) -> jax.Array:
     """Moves ONE image by up to `max_shift` pixels each way.
 
@@ -106,7 +100,8 @@ def random_shift(
         image: [H, W, C], any dtype.
         key: used once.
         max_shift: in pixels, >= 0; rows and columns move independently and uniformly.
-        fill: value of the pixels that move in; after normalization, pass the normalized background.
+        fill: value of the pixels that move in, one or [C]; after normalization, that of the
+            normalized background, which differs between channels.
 
     Returns:
         [H, W, C], same dtype.
@@ -115,8 +110,10 @@ def random_shift(
         ValueError: a negative shift.
     """
     _check_padding(image, max_shift)
-    widths = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))
-    padded = jnp.pad(image, widths, constant_values=jnp.asarray(fill, image.dtype))
+    height, width, channels = image.shape
+    shape = (height + 2 * max_shift, width + 2 * max_shift, channels)
+    background = jnp.broadcast_to(jnp.asarray(fill, image.dtype), shape)
+    padded = jax.lax.dynamic_update_slice(background, image, (max_shift, max_shift, 0))
     return _window(padded, image.shape, key, max_shift)
 
 

@@ -102,7 +102,7 @@ def images_dataset(
 
     # The keys are of the encoded bytes. Pixels also depend on how they are decoded, and so must the
     # digest.
-    salt = repr(("upright", *((spec.resize, spec.resample) if spec.image_size else ())))
+    salt = repr(("upright", *(("crop", spec.resample) if spec.image_size else ())))
     source = Source(read, _salted(keys, salt), np.dtype(np.uint8))
     names = tuple(builder.info.features[label_key].names)
     return Dataset(name, split, labels, names, shape, np.arange(len(labels)), source)

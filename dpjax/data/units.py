@@ -23,7 +23,7 @@ _RECORDS = 0x7265636F  # no sampler's stream begins with this word after its ste
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Units:
-    """Units with random access; it has what a `Dataset` has, and one example is one unit.
+    """Units with random access: like a `Dataset` of which each example is a unit.
 
     Attributes:
         records: the labeled records of all units; `records.units` names the unit of each.
@@ -114,15 +114,16 @@ class Units:
         return Units(self.records.select(rows), self.limit)
 
     def rows(self, indices: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """Chooses the records that represent units in a step, int64 [n, limit]; -1 is padding.
+        """Chooses the records that represent units in a step.
 
         Args:
             indices: units [n], each in [-1, units); -1 is padding.
             seed: of the choice.
             step: number of the step.
 
-        A unit with more records than `limit` is represented by a uniform choice without
-        replacement.
+        Returns:
+            int64 [n, limit], -1 where a unit has no more records. Of a unit with more than `limit`,
+            they are a uniform choice without replacement.
         """
         order, starts, keys = self._groups
         chosen_rows = np.full((len(indices), self.limit), -1, np.int64)

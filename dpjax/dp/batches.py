@@ -86,6 +86,8 @@ class Steps:
         self, ledger: Ledger, data: PyTree, *, private_seed: int, chunk_size: int, phase: int = 0
     ) -> None:
         self.ledger = ledger
+        if not 0 <= phase < len(ledger.phases):
+            raise ValueError(f"phase={phase} must be in 0..{len(ledger.phases) - 1}.")
         self._data, self._phase, self._size = data, phase, chunk_size
         self._seed = seeds.sampler_seed(private_seed)
         self._first = sum(p.mechanism.steps for p in ledger.phases[:phase])

@@ -64,11 +64,11 @@ class Ledger:
 
     Guarantees:
         No ledger exists whose executed steps exceed a phase's planned steps, or whose planned
-        composition exceeds the budget. One example is in one part of the data: the cost of a part
-        is that of its phases composed, and the run's is the highest of them (parallel
-        composition: adding or removing an example changes one part, and what reads the others
-        sees nothing of it but what was released under the guarantee of its own part). An example
-        that replaces another may be of another part, so under "replace_one" there is one part.
+        composition exceeds the budget. An example is in one part of the data. The phases that read
+        a part compose; the run costs what its most expensive part does (parallel composition:
+        adding or removing an example changes one part, and whatever reads another part learns of
+        it only through releases that the first part has paid for). An example that replaces
+        another may be in another part, so under "replace_one" there is one part.
     """
 
     phases: tuple[Phase, ...]
@@ -76,7 +76,10 @@ class Ledger:
     delta: float
 
     def __post_init__(self) -> None:
-        num_examples = min(p.mechanism.num_examples for p in self.phases)
+        if not self.phases:
+            raise ValueError("phases=() must hold a phase at least.")
+        # The largest part: at a delta of 1 / N or more, a mechanism may publish an example.
+        num_examples = max(p.mechanism.num_examples for p in self.phases)
         accounting.check_budget(self.epsilon, self.delta, num_examples=num_examples)
         shared_accountant([p.mechanism for p in self.phases])  # raises
         parts = sorted({p.part for p in self.phases})
@@ -183,16 +186,16 @@ class Ledger:
         return self._cost_by_part([p.steps_done for p in self.phases])
 
     def membership(self) -> dict[str, float]:
-        """Returns what the plan allows an adversary who guesses whether one example took part.
+        """Bounds how well an adversary can guess whether one example took part in the whole plan.
 
         Every pair (epsilon, delta) of the accountant bounds the trade-off between the two errors of
         such a guess (Dong, Roth, Su 2019, arXiv 1905.02383, proposition 2.5); here a pair for each
         of several deltas, from the budget's up to 0.1.
 
         Returns:
-            "tpr_at_fpr_0.001": an upper bound on the rate of right guesses "it did" where at most
-            0.001 of those about an absent example are wrong. "gdp_mu": the smallest mu for which
-            the plan is mu-GDP as far as these pairs show.
+            "tpr_at_fpr_0.001": an upper bound on the share of members that are recognized, if at
+            most 0.001 of non-members are taken for members. "gdp_mu": the smallest mu such that
+            mu-GDP allows all of these pairs.
         """
         # Charging changes nothing of the plan: one computation for all statements of a run.
         return dict(_membership(tuple((p.mechanism, p.part) for p in self.phases), self.delta))
@@ -428,10 +431,10 @@ def to_markdown(facts: dict[str, Any]) -> str:
     }
     if "membership" in facts:
         known = facts["membership"]
-        rows["who guesses whether one took part"] = (
-            f"is right about {100 * known['tpr_at_fpr_0.001']:.2g} % of members at most, if wrong "
-            f"about 0.1 % of others (mu = {known['gdp_mu']:.3g} in Gaussian DP, as far as the "
-            "accountant shows)"
+        rows["guessing who took part"] = (
+            f"recognizes {100 * known['tpr_at_fpr_0.001']:.2g} % of members at most, if 0.1 % of "
+            f"others are taken for members (mu = {known['gdp_mu']:.3g} in Gaussian DP, as far as "
+            "the accountant shows)"
         )
     if facts["gradient_noise_multiplier"] == facts["noise_multiplier"]:
         del rows["of it, for gradients"]

@@ -121,8 +121,8 @@ class Mechanism:
         Args:
             seed: secret 128-bit integer.
             step: in [first, first + steps).
-            first: number of the mechanism's first step, where several share a seed: no two steps
-                of a run may have one number.
+            first: number of the mechanism's first step. Where several mechanisms share a seed,
+                no two of their steps may have the same number.
 
         Raises:
             ValueError: a step that is not paid for, a sampler whose epochs begin elsewhere, or one
@@ -286,14 +286,14 @@ def calibrated_phases(
     """
     number = len(steps)
     ratios = [1.0] * number if noise_ratios is None else list(noise_ratios)
-    sizes = [batch_size] * number if isinstance(batch_size, (int, np.integer)) else list(batch_size)
+    sizes = list(batch_size) if isinstance(batch_size, Sequence) else [batch_size] * number
     for name, given in (
         ("noise_ratios", ratios), ("batch_size", sizes), ("count_noises", count_noises or sizes),
     ):  # fmt: skip
         if len(given) != number or not number:
             raise ValueError(f"{name}={given} must have one entry for each of steps={steps}.")
     for size in sizes:
-        if not 1 <= size <= num_examples:
+        if count("batch_size", size) > num_examples:
             raise ValueError(f"batch_size={size} must be in [1, num_examples={num_examples}].")
     accounting.check_budget(epsilon, delta, num_examples=num_examples)
     phases: list[Mechanism] = []

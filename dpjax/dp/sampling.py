@@ -1,4 +1,4 @@
-"""Samplers: which examples a batch holds, and the privacy event of drawing it so.
+"""Samplers: which examples a batch holds, and the privacy event of drawing batches that way.
 
 A batch is a pure function of (seed, step) at O(batch) cost, or of O(N) comparisons where an epoch
 is drawn as a whole. A resumed run asks for the next step and replays nothing; every host can
@@ -303,8 +303,8 @@ SAMPLERS: Mapping[str, Factory] = {
     "poisson": _poisson, "full_batch": _full_batch, "fixed_size": FixedSize,
     "truncated_poisson": _truncated, "random_allocation": _allocation,
 }  # fmt: skip
-"""Makes a sampler from N, the expected batch size and options; "poisson" of all is full batch, and
-"random_allocation" has round(N / B) steps per epoch, so that its expected size is near B."""
+"""Makes a sampler from N, the expected batch size B and options. "poisson" with B = N draws full
+batches; "random_allocation" has round(N / B) steps per epoch, so its expected size is near B."""
 
 
 def make(sampler: str | Factory, *, num_examples: int, batch_size: int, **options: Any) -> Sampler:

@@ -37,7 +37,6 @@ def fit_temperature(
     number, clipped to [-bound, bound], and noise is added to the sum. Noise flips a sign only where
     the derivative is small, that is near the optimum.
 
-
     Args:
         logits: `[examples, classes]`. An example with a non-finite logit contributes zero.
         labels: integers `[examples]`.

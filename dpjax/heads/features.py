@@ -65,7 +65,7 @@ class FeatureSet:
 
         Raises:
             ValueError: an index is out of range or repeated: an example that occurred twice would
-                count twice against its own privacy.
+                contribute up to twice the clip bound.
         """
         indices = distinct_rows(indices, len(self))
         return dataclasses.replace(self, values=self.values[indices], labels=self.labels[indices])
@@ -79,7 +79,7 @@ def normalize(features: FeatureSet, *, center: bool = False, scale: float = 1.0)
     Args:
         features: of any norm.
         center: subtract from each example the mean of its own features first, as layer
-            normalization does. Features after a ReLU share a large mean, which is thus mostly gone.
+            normalization does. It removes most of the large mean that features after a ReLU share.
         scale: the norm. The gradient of a head's bias is that of a constant feature 1, so a scale
             well above 1 leaves nearly all of the clip bound to the kernel.
 

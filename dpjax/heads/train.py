@@ -90,21 +90,18 @@ def initial_head(width: int, num_classes: int, *, name: str = "head") -> Params:
     return {name: {"kernel": kernel, "bias": bias}}
 
 
-def batch_indices(
-    draw: Callable[[int], np.ndarray], steps: int, *, capacity: int = 0
-) -> np.ndarray:
+def batch_indices(draw: Callable[[int], np.ndarray], steps: int) -> np.ndarray:
     """Draws the batches of all steps ahead.
 
     Args:
         draw: maps a step to the indices of its batch, see `step.draws`.
         steps: number of steps.
-        capacity: least number of columns; it grows to the largest draw, for nothing is truncated.
 
     Returns:
-        int32 `[steps, columns]`, `dp.PADDING` after the end of each batch.
+        int32 `[steps, columns]`, `dp.PADDING` after the end of each batch; the largest batch fits.
     """
     drawn = [draw(step) for step in range(steps)]
-    largest = max([capacity, 1, *(len(batch) for batch in drawn)])
+    largest = max([1, *(len(batch) for batch in drawn)])
     padded = np.full((steps, -(-largest // _CAPACITY_UNIT) * _CAPACITY_UNIT), dp.PADDING, np.int32)
     for row, batch in zip(padded, drawn):
         row[: len(batch)] = batch
@@ -226,7 +223,7 @@ def _hyper(point: Point, batch_size: int, ema_decay: float) -> Hyper:
         rule=rule,
         noise_key=key,
         augment_key=seeds.public_key(0, "augment"),
-        batch_size=jnp.float32(batch_size),
+        batch_size=jnp.float32(mechanism.expected_batch_size if mechanism else batch_size),
         ema_decay=jnp.float32(ema_decay),
     )
 

@@ -1,4 +1,4 @@
-"""Linen and NNX modules as they are become models: a head, a batch axis and clear refusals."""
+"""Turns Linen and NNX modules, unchanged, into models: checks them, and adds a head."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _constructor(module: Any, dtype: str, options: dict[str, Any]) -> Callable[.
     """Returns the function that makes the module, from `rngs` for an NNX class."""
     if not isinstance(module, type):
         if options:
-            raise ValueError(f"{type(module).__name__} is made already and takes no options.")
+            raise ValueError(f"{type(module).__name__} is an instance and takes no options.")
         return lambda **rngs: module
     # Of `__init__`: the metaclass of NNX modules hides the signature of the class.
     kind: Any = module

@@ -110,7 +110,7 @@ class TextCodec:
             special: adds what the tokenizer puts around a text, such as a token of its beginning.
         """
         encoding = self.library.encode(text, add_special_tokens=special)
-        # Offsets count characters; special tokens have none, and keep the place before them.
+        # Offsets count characters. A special token has none: it ends where the one before it does.
         bytes_before = np.cumsum([0, *(len(char.encode()) for char in text)])
         ends = np.maximum.accumulate([0, *(int(bytes_before[b]) for _, b in encoding.offsets)])
         return Encoded(list(encoding.ids), ends[1:].tolist())

@@ -41,18 +41,18 @@ def start(
         process_id: number of this process, in [0, num_processes).
 
     Raises:
-        ValueError: only some of the three are known, or one of them is out of range.
+        ValueError: only some of the three are known, or one of them is no number or out of range.
     """
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
     if num_processes is None:
-        num_processes = _integer(env.get("JAX_NUM_PROCESSES"))
+        num_processes = _integer("JAX_NUM_PROCESSES")
     if coordinator is None and num_processes is None and process_id is None:
         if in_cluster():
             jax.distributed.initialize()
         return
     if process_id is None:
-        process_id = _integer(env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX")))
+        process_id = _integer("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
     if coordinator is None or num_processes is None or process_id is None:
         raise ValueError(
             f"coordinator={coordinator}, num_processes={num_processes} and process_id={process_id} "
@@ -129,5 +129,12 @@ def catch_signals() -> Callable[[int], bool]:
     return lambda step: bool(received)
 
 
-def _integer(text: str | None) -> int | None:
-    return int(text) if text is not None else None
+def _integer(*names: str) -> int | None:
+    """The first of some environment variables that is set, as a number."""
+    for name in names:
+        text = os.environ.get(name)
+        if text is not None and not text.isdigit():
+            raise ValueError(f"{name}={text!r} must be a whole number.")
+        if text is not None:
+            return int(text)
+    return None

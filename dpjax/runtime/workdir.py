@@ -35,9 +35,9 @@ _PACKAGES = (
     "tensorflow-datasets", "ml-collections",
 )  # fmt: skip
 
-# What a private run writes that may be published, see the threat model; everything else is written
-# readable by its owner alone. Exceptions by content: a config with a private seed in it, and what
-# shows a number named `nonprivate/...`.
+# The files of a private run that may be published, see the threat model. All others are readable
+# by their owner alone, and so are two kinds of these: a config with a private seed in it, and a
+# file that shows a number named `nonprivate/...`.
 PUBLISHED = frozenset({
     "best.json", "config.json", "confusion.png", "environment.json", "eval.json", "model.json",
     "privacy.json", "privacy.md", "reliability.png", "weights.safetensors",
@@ -96,7 +96,13 @@ class Workdir:
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Creates the directory, or opens it to resume; writes config and environment."""
+        """Creates the directory, or opens it to resume; writes config and environment.
+
+        Raises:
+            OtherRun: see `check`. Since the caller checked, another process may have begun a run
+                here, and ended it.
+        """
+        self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.json", config)
         self.write("environment.json", _environment())

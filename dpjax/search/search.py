@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from dpjax import build, files
 from dpjax.config import differences
-from dpjax.data import splits_overlap
 from dpjax.dp import repeat_and_select, to_markdown
 from dpjax.metrics import PRIVATE, lookup
 from dpjax.runtime import OtherRun, Workdir, digest
@@ -151,6 +150,8 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
         ValueError: the work directory contains another search, or the search cannot be charged.
         Stopped: a signal stopped a run.
     """
+    if base.task == "causal_lm" and flags.metric == "ece":
+        raise ValueError("metric='ece' needs classes, and task='causal_lm' has none: take 'nll'.")
     if flags.charge is not None:
         job = _charge(job, flags.charge, base)
     settings = {name: getattr(flags, name) for name in ("config", "method", "metric", "charge")}
@@ -164,9 +165,11 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
     directory.write("search.json", settings)
     try:
         if flags.method == "optuna":
+            journal = job.workdir / "optuna.journal"
+            journal.touch(mode=0o600)
             proposals.optimize(
                 job.found, job.run, name=flags.config, seed=flags.seed,
-                storage=flags.storage or job.workdir / "optuna.journal",
+                storage=flags.storage or journal,
                 trials=len(job.found) if flags.trials is None else flags.trials,
                 maximize=METRICS[flags.metric] > 0,
             )  # fmt: skip
@@ -203,16 +206,6 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
             f"private_seed={base.private_seed} must be None in a charged search: runs with the "
             "same noise are not independent."
         )
-    if base.data.holdout is not None:
-        raise ValueError(
-            f"data.holdout={base.data.holdout} must be None in a charged search: the score would "
-            "read private data without being charged."
-        )
-    if splits_overlap(base.data.train_split, base.data.test_split):
-        raise ValueError(
-            f"data.test_split={base.data.test_split!r} must not overlap the training data in a "
-            "charged search: the score would read private data without being charged."
-        )
     if base.batch_size == "auto" or base.audit.count:
         raise ValueError(
             f"batch_size={base.batch_size!r} must be a number and audit.count={base.audit.count} "
@@ -238,6 +231,12 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
         run = build.build(base)
         if run.temperature is not None:
             raise ValueError("dp.temperature.share must be 0 in a charged search.")
+        if run.evaluates_on_private_data:
+            raise ValueError(
+                f"data.holdout={base.data.holdout} must be None, and data.test_split="
+                f"{base.data.test_split!r} must not overlap the training data, in a charged "
+                "search: the score would read private data without being charged."
+            )
         spend = repeat_and_select.epsilon_of_one(
             [phase.mechanism for phase in run.phases if phase.mechanism is not None],
             budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
@@ -247,6 +246,8 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
         generator = np.random.default_rng(secrets.randbits(128))
         points = repeat_and_select.draw(len(job.found), mean, generator=generator)
         directory.write(_SECRET, {"points": points, "epsilon": spend, **terms})
+    # A list of its directories would show the number of runs.
+    (job.workdir / "trials").mkdir(mode=0o700, exist_ok=True)
     return job._replace(others=[f"--config.dp.epsilon={directory.read(_SECRET)['epsilon']!r}"])
 
 
@@ -285,6 +286,7 @@ def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Seque
             files = sorted((job.workdir / "trials").glob("*/*/privacy.json"))
             others = [json.loads(file.read_text()) for file in files]
             statement = repeat_and_select.charged(own, others, facts)
+        best = {**best, "epsilon": statement["epsilon"]}  # of a charged search, not of one run
         directory.write("privacy.json", statement)
         directory.write("privacy.md", to_markdown(statement))
     if flags.charge is None:

@@ -174,6 +174,7 @@ def run_point(command: Sequence[str], path: Path) -> int:
     """Runs one point, forwards SIGTERM and Ctrl-C to it, and returns its exit code."""
     failed, log = path.with_suffix(".failed"), path.with_suffix(".log")
     failed.unlink(missing_ok=True)
+    log.touch(mode=0o600)  # a run prints facts about private data, too
     with open(log, "a") as file:
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         signals = (signal.SIGTERM, signal.SIGINT)
@@ -188,5 +189,6 @@ def run_point(command: Sequence[str], path: Path) -> int:
                 signal.signal(number, handler)
     if code not in (0, STOPPED):
         lines = log.read_text().strip().splitlines() or [""]
+        failed.touch(mode=0o600)
         failed.write_text(f"exit {code}: {lines[-1][:200]}")
     return code

@@ -122,7 +122,9 @@ def _made_batch(train: Dataset | Units, size: int) -> dict[str, np.ndarray]:
 
 
 def estimate(run: Run) -> tuple[float, int]:
-    """Estimates a run from one step of every phase, on made data and with noise of its own.
+    """Estimates time and memory of a run: executes one step of every phase, on artificial data.
+
+    The noise has a seed of its own, 0.
 
     Returns:
         Seconds of all steps, without compilation, reading and evaluation; and the bytes that they

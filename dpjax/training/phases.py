@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
         steps: its jitted functions.
         hyper: its traced values.
         layout: where parameters, state and batches live.
-        continues: whether it goes on with the training, and the state, of the previous phase.
+        continues: whether it continues the training of the previous phase, from its last state.
         trained: maps a parameter's path to whether an earlier phase trains it.
     """
 
@@ -72,7 +72,7 @@ class Prepared(NamedTuple):
         trainable, frozen = self.split(params)
         frozen = sharding.place(frozen, self.layout.whole(frozen))
         if before is not None and (restored or self.continues):
-            return frozen, before  # moments, noise counter and learning-rate schedule all go on
+            return frozen, before  # with its moments, noise counter and place in the schedule
         # `place` copies from the host: `update` donates the state, and the caller still needs its
         # parameters.
         placed = sharding.place(trainable, self.layout.shardings(trainable))
@@ -160,7 +160,7 @@ def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
         rule=None,
         noise_key=None,
         augment_key=jax.random.fold_in(seeds.public_key(config.seed, "augment"), phase.training),
-        batch_size=jnp.asarray(phase.batch_size, jnp.float32),
+        batch_size=jnp.asarray(phase.expected_batch_size, jnp.float32),
         ema_decay=jnp.asarray(config.ema, jnp.float32) if config.ema else None,
     )
     mechanism = phase.mechanism

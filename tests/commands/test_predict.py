@@ -238,6 +238,8 @@ def test_a_model_of_texts(tmp_path, capsys):
     again = dpjax.load(tmp_path / "copy")
     np.testing.assert_array_equal(again.predict(texts).probabilities, want)
     assert again.predict("good good").names == again.predict(texts).names[:1]
+    with pytest.raises(ValueError, match=r"token -1 must be in \[0, "):
+        again.predict(np.full((1, *again.shape), -1))
     (tmp_path / "t.txt").write_text("good good\n\nbad film\n")
     (tmp_path / "t.csv").write_text('id,text\n1,good good\n2,"bad film"\n')
     (tmp_path / "t.jsonl").write_text('{"text": "good good"}\n{"text": "bad film"}\n')

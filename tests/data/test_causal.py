@@ -129,6 +129,7 @@ def test_text_files_are_records(tmp_path, codec):
         ({"prompt": "a"}, "line 2: must have text"),
         ({"text": "a b", "response": "c"}, "line 2: must have text"),
         ({"text": ""}, "line 2: a record needs two tokens"),
+        (r'{"text": "a \ud83d"}', r"line 2: surrogates not allowed, such as '\\ud83d'"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, codec, line, message):

@@ -59,6 +59,12 @@ def test_bad_arrays():
         data.from_arrays("toy", pixels[:0], np.zeros(0, int), class_names="a")
 
 
+@pytest.mark.parametrize("label", [0.9, np.nan, True])
+def test_labels_that_are_no_integers_are_not_cut_to_some(label):
+    with pytest.raises(ValueError, match=r"labels of dtype (float64|bool) must be integers"):
+        make(labels=np.full(6, label))
+
+
 def test_labels_cannot_be_written():
     with pytest.raises(ValueError, match="read-only"):
         make()[1].labels[0] = 2

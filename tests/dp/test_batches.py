@@ -84,6 +84,9 @@ def test_mistakes_are_named_before_a_step():
         dp.Steps(ledger(3), np.zeros((5, 2)), private_seed=7, chunk_size=2)
     with pytest.raises(ValueError, match="size=0"):
         dp.Steps(ledger(3), DATA, private_seed=7, chunk_size=0)
+    for phase in (-1, 1):
+        with pytest.raises(ValueError, match=rf"phase={phase} must be in 0\.\.0"):
+            dp.Steps(ledger(3), DATA, private_seed=7, chunk_size=2, phase=phase)
     with pytest.raises(ValueError, match="private_seed=-1"):
         dp.Steps(ledger(3), DATA, private_seed=-1, chunk_size=2)
 

@@ -247,6 +247,15 @@ def test_one_part_composes_and_no_part_may_pass_the_budget():
         in_parts(0, 0).charge(1, 6)
 
 
+def test_delta_is_small_for_the_largest_part_and_there_is_a_part():
+    few = dp.calibrated(epsilon=2.0, delta=1e-2, num_examples=20, batch_size=20, steps=5)
+    parts = (dp.Phase("a", MECHANISM), dp.Phase("b", few, part="other"))
+    with pytest.raises(ValueError, match=r"delta=0\.01"):
+        dp.Ledger(parts, epsilon=2.0, delta=1e-2)
+    with pytest.raises(ValueError, match=r"phases=\(\)"):
+        dp.Ledger((), epsilon=2.0, delta=1e-4)
+
+
 def test_the_statement_knows_the_noise_of_the_count():
     (mechanism,) = dp.calibrated_phases(
         epsilon=2.0, delta=1e-4, num_examples=1000, batch_size=50, steps=[40], count_noises=[1.0]

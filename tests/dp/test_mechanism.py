@@ -120,6 +120,7 @@ def test_cumulative_noise_is_that_of_all_steps():
         ({"delta": 1.5}, "delta=1.5"),
         ({"batch_size": 2000}, "batch_size=2000"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 50.0}, "batch_size=50.0 must be an integer"),
         ({"steps": 0}, "steps=0"),
         ({"steps": None}, "steps=None"),
         ({"steps": None, "epochs": 0}, "epochs=0"),

@@ -252,6 +252,12 @@ def test_half_a_start_is_refused(arguments, text, monkeypatch):
         hosts.start(*arguments)
 
 
+def test_a_variable_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' must be a whole number"):
+        hosts.start("h:1", None, 0)
+
+
 def commands(path, **scripts):
     """Puts commands of Slurm's names first on the PATH."""
     path.mkdir()

@@ -176,6 +176,16 @@ def test_a_run_killed_at_its_very_start_is_no_obstacle(tmp_path):
     used(path)
 
 
+def test_a_run_that_began_since_the_check_keeps_its_config(tmp_path):
+    workdir, late = Workdir(tmp_path / "w"), ConfigDict(CONFIG.to_dict())
+    late.dp.epsilon = 2.0
+    workdir.check(late)
+    used(tmp_path / "w")
+    with workdir.lock(), pytest.raises(OtherRun, match=r"config\.dp\.epsilon: 1\.0 != 2\.0"):
+        workdir.create(late)
+    assert workdir.read("config.json")["dp"]["epsilon"] == 1.0
+
+
 def test_restart_moves_the_run_aside(tmp_path):
     path = tmp_path / "w"
     assert Workdir(path).move_aside() is None
@@ -278,7 +288,7 @@ def test_what_may_not_be_published_is_readable_by_its_owner_only(tmp_path):
     assert {name for name, mode in modes.items() if not mode} == {
         "metrics.jsonl", "best.json", "privacy.md", "search.md", "checkpoints"
     }  # fmt: skip
-    workdir.create(ConfigDict({**CONFIG, "private_seed": 5}))
+    workdir.write("config.json", {**CONFIG, "private_seed": 5})
     assert (workdir.path / "config.json").stat().st_mode & 0o077 == 0
 
 

@@ -16,6 +16,7 @@ from dpjax.dp import repeat_and_select
 from dpjax.search import proposals, search, sweep
 
 STUDY = """
+import numpy as np
 from tiny import tiny_config
 
 def get_config(arg=None):
@@ -23,9 +24,16 @@ def get_config(arg=None):
     config.private_seed = 5 if arg == "fixed" else None
     if arg == "own":
         config.data.train_split, config.data.test_split = "train[10%:]", "train[:10%]"
+    if arg == "shared":
+        config.data.name = "study:shared"
     if arg == "audited":
         config.audit.count = 9
     return config
+
+def shared(split):  # whatever is asked for: part of the same data
+    from dpjax import data
+    pixels = np.zeros((300, 14, 14, 1), np.uint8)
+    return data.from_arrays("mine", pixels, np.arange(300) % 2, class_names=("a", "b"))
 
 def sweep(arg):
     for rate in (1e-3, 2e-3):
@@ -43,6 +51,7 @@ def file(tmp_path, monkeypatch):
     here = os.path.dirname(os.path.dirname(__file__))
     monkeypatch.setenv("PYTHONPATH", f"{here}:{os.path.dirname(here)}")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # quicker
+    monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "study.py"
     path.write_text(STUDY)
     return str(path)
@@ -172,7 +181,9 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
         (["--charge=5", ":batches"], "'batch_size' must not vary"),
         (["--charge=5", ":fixed"], "private_seed=5 must be None"),
         (["--charge=5", ":own"], "test_split='train[:10%]' must not overlap the training data"),
+        (["--charge=5", ":shared"], "test_split='test' must not overlap the training data"),
         (["--charge=5", ":audited"], "audit.count=9 must be"),
+        (["--metric=ece", "--config.task=causal_lm"], "task='causal_lm' has none: take 'nll'"),
     ],
 )
 def test_mistakes_cost_nothing(file, flags, text, tmp_path, capsys):
@@ -245,9 +256,12 @@ def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
     assert ran["epsilon"] == statement["epsilon_of_one_run"] < 1.2
     assert ran["noise_multiplier"] == statement["noise_multiplier"]
     # How many runs there were, and their scores, are hidden; the best one's weights are not.
-    for name in ("search_secret.json", "search.md", "search.csv"):
+    for name in ("search_secret.json", "search.md", "search.csv", "trials/000/004.log"):
         assert oct((tmp_path / "w" / name).stat().st_mode)[-3:] == "600"
-    assert not {"trial", "path"} & set(read(tmp_path / "w/best.json"))
+    assert oct((tmp_path / "w/trials").stat().st_mode)[-3:] == "700"
+    best = read(tmp_path / "w/best.json")
+    assert not {"trial", "path"} & set(best)
+    assert best["epsilon"] == statement["epsilon"]  # not that of the run
     weights = (tmp_path / "w/trials/000/004/weights.safetensors").read_bytes()
     assert (tmp_path / "w/weights.safetensors").read_bytes() == weights
 

@@ -32,6 +32,13 @@ def test_engines_are_compared_once_for_a_program(cache):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    run = build.build(tiny_config(finetune="regex:head/bias"))
+    monkeypatch.setenv("DPJAX_CACHE_DIR", str(tmp_path / "file"))
+    assert check.engines(run) == 1
+
+
 def test_a_wrong_engine_is_refused_and_nothing_is_written(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(bookkeeping, "microbatch_sum", broken)
     run = build.build(tiny_config(finetune="head"))

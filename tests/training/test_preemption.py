@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -289,6 +290,24 @@ def test_every_field_is_in_the_identity_or_may_change_for_a_reason(run):
     config = run.config.copy_and_resolve_references()
     config.optimizer.learning_rate *= 2
     assert facts != build.describe.identity(run._replace(config=config), 5)
+
+
+def test_hosts_compare_no_plain_digest_of_the_data(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop.hosts, "agree", lambda facts: seen.append(facts) or 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            loop.train(run, Workdir(tmp_path))
+    assert seen[0]["config"] == seen[1]["config"]
+    assert len({run.train.digest, seen[0]["data"], seen[1]["data"]}) == 3
+
+
+def test_a_rule_of_any_function_and_any_parameters_has_an_identity(run):
+    function = functools.partial(lambda base, norms, thresholds, w: base * w, 0.5)
+    rule = dp.rule(function, 1.0, grouping=functools.partial(dp.by_leaf), w=jnp.array([0.5, 1.0]))
+    facts = build.describe.identity(run._replace(rule=rule), 5)["clipping"]
+    assert "<lambda>" in facts["function"]
+    assert (facts["grouping"], facts["parameters"]) == ("by_leaf", {"w": [0.5, 1.0]})
 
 
 def test_the_code_of_a_user_is_part_of_the_code(run, tmp_path, monkeypatch):

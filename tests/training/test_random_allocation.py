@@ -9,7 +9,7 @@ from tiny import tiny_config
 from dpjax import audit, build, dp
 from dpjax.dp import seeds
 from dpjax.runtime import Workdir, read_jsonl
-from dpjax.training import feed, loop
+from dpjax.training import feed, loop, phases
 
 
 def made(**changes):
@@ -77,6 +77,16 @@ def test_phases_begin_epochs_of_their_own():
     for epoch in (draws[:8], draws[8:]):
         assert len(np.unique(np.concatenate(epoch))) == len(run.train) == sum(map(len, epoch))
     assert run.ledger.planned_by_part()["train"] <= 2.0 * (1 + 1e-9)
+
+
+def test_sums_are_divided_by_the_size_that_is_drawn():
+    """N / B = 1.4 is no number of steps: an epoch has one, and every batch is full."""
+    run = made(batch_size=1150)
+    size = phases.prepare(run, 0)[0].hyper.batch_size
+    assert size == len(run.train) == run.phases[0].mechanism.expected_batch_size == 1617
+    plan = build.describe.describe(run)
+    assert "1,617 expected" in plan
+    assert ", q = 1\n" in plan
 
 
 @pytest.mark.slow

@@ -137,7 +137,8 @@ def test_evaluations_on_private_data_are_named_so(tmp_path):
 @pytest.mark.parametrize(
     ("train", "test", "private"),
     [("train", "test", False), ("train", "train", True), ("train[:80%]", "train[80%:]", True),
-     ("train", "train+test", True), ("all", "test", True)],
+     ("train", "train+test", True), ("all", "test", True), ("2020", "2020[:9]", True),
+     ("träning", "träning", True), ("train-a", "train-b", False)],
 )  # fmt: skip
 def test_splits_that_may_share_examples_are_seen(train, test, private):
     assert splits_overlap(train, test) == private

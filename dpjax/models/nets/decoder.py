@@ -40,8 +40,8 @@ class DecoderConfig:
         mlp: width of the hidden layer of a block's MLP.
         head_dim: width of a head, even; None for width / heads.
         theta: base of the rotary frequencies.
-        rope_factor: stretches the wavelengths that are long beside `rope_original` by this, as
-            Llama 3.1 and later do with their low and high frequency factors of 1 and 4; 1: off.
+        rope_factor: factor by which wavelengths longer than `rope_original` are stretched, as in
+            Llama 3.1 and later, with their low and high frequency factors of 1 and 4; 1: off.
         rope_original: context length before stretching, in tokens.
         epsilon: of the norms.
         tied: whether the output layer is the transposed embedding table.
