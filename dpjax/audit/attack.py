@@ -17,8 +17,21 @@ not those in between, and knows every canary:
   nothing else moves, and far beyond the clip bound. Score: how far that coordinate moved. It is the
   strongest: a worst case that no data set need hold, but that the guarantee covers.
 
-With one run every canary has a coin of its own (arXiv 2305.08846); with several there is a single
-canary, in every second run (arXiv 2101.04535). Seeds are never those of the run that is released:
+With one run every canary has a coin of its own; with several there is a single canary, in every
+second run (arXiv 2101.04535). Of one run, `estimators` in the report has
+
+- "guesses": the right guesses about the coins, and nothing assumed (arXiv 2305.08846);
+- "guesses, Gaussian": the same, if the mechanism's trade-off between the errors of a test is that
+  of a Gaussian (arXiv 2410.22235);
+- "ranks", of gradient canaries: how the scores of those that took part rank among 20,000 further
+  coordinates that nothing moves, if the trade-off is Gaussian and the noise of the coordinates
+  independent (`lower_bound.ranks_mu`);
+- "moments", of gradient canaries: as ranks, of scores that are Gaussian (arXiv 2302.03098). It has
+  no guarantee, and decides nothing.
+
+What the audit claims is "ranks" for gradient canaries and "guesses" for others. It refutes the
+mu of the plan, of which the claimed epsilon is a consequence: a run is refuted if mu is above the
+accountant's. Seeds are never those of the run that is released:
 equal noise under other examples would give the examples away. `audit.json` and `audit.png` are made
 from runs on the private examples: releasing them costs the claimed epsilon once more for each run.
 """
@@ -27,6 +40,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +54,8 @@ from dpjax import dp, files
 from dpjax.audit.canaries import CANARIES, make
 from dpjax.build import Phase, Run
 from dpjax.dp import lower_bound, seeds
+from dpjax.dp.ledger import gdp_mu
+from dpjax.dp.mechanism import epsilon_of
 from dpjax.models import Params, finetune
 from dpjax.runtime import Workdir, hosts
 from dpjax.step import TrainState
@@ -70,7 +86,8 @@ def audit(
         confidence: of the bound, in (0, 1).
 
     Returns:
-        JSON values: `bound` (lower bound on epsilon), `confidence`, `claimed_epsilon` and `delta`
+        JSON values: `bound` (lower bound on epsilon), `estimators` (bounds by other ways, see the
+        module), `confidence`, `claimed_epsilon` and `delta`
         of the audited run, what was done, and the scores.
 
     Guarantees:
@@ -95,8 +112,11 @@ def audit(
             scores.append(game.scores(params))
     # Scores of a run that diverged are not finite and carry no information: they count as equal.
     found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    found, unused = np.split(found, [coins.shape[-1]], axis=1)
+    facts: dict[str, Any] = {}
     if single:
         bound: Any = lower_bound.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)
+        facts = _estimates(ledger, bound.epsilon, found[0], coins, unused[0], confidence)
     else:
         inside = coins[:, 0]
         bound = lower_bound.many_runs(
@@ -104,6 +124,7 @@ def audit(
         )
     return {
         "bound": bound.epsilon,
+        **facts,
         "confidence": confidence,
         "claimed_epsilon": ledger.spent(),
         "delta": ledger.delta,
@@ -118,6 +139,49 @@ def audit(
         "scores_in": found[coins.reshape(found.shape)],
         "scores_out": found[~coins.reshape(found.shape)],
     }
+
+
+def _estimates(
+    ledger: dp.Ledger,
+    guesses: float,
+    scores: np.ndarray,
+    coins: np.ndarray,
+    unused: np.ndarray,
+    confidence: float,
+) -> dict[str, Any]:
+    """The bounds on epsilon of one run by every estimator, and the one that decides."""
+    mus = {"guesses, Gaussian": lower_bound.guesses_mu(scores, coins, confidence=confidence)}
+    if unused.size:
+        for name, estimate in (
+            ("ranks", lower_bound.ranks_mu), ("moments", lower_bound.moments_mu),
+        ):  # fmt: skip
+            mus[name] = estimate(scores[coins], unused, confidence=confidence)
+    as_epsilon = {k: lower_bound.gaussian_epsilon(mu, ledger.delta) for k, mu in mus.items()}
+    estimators = {"guesses": guesses, **as_epsilon}
+    if not unused.size:
+        return {"bound": guesses, "estimators": estimators, "mu": mus}
+    claimed_mu, claimed = _claimed_mu(ledger), ledger.spent()
+    # Epsilon of a Gaussian trade-off and that of the plan agree to a few percent; mu decides.
+    if mus["ranks"] > claimed_mu:
+        bound = max(estimators["ranks"], math.nextafter(claimed, math.inf))
+    else:
+        bound = min(estimators["ranks"], claimed)
+    return {
+        "bound": bound, "estimators": estimators, "mu": mus, "claimed_mu": claimed_mu,
+        "unused_coordinates": unused.size,
+    }  # fmt: skip
+
+
+def _claimed_mu(ledger: dp.Ledger) -> float:
+    """The smallest mu of which the plan's pairs (epsilon, delta) are those of a Gaussian.
+
+    Ranks are about the middle of the trade-off, where delta is large, too.
+    """
+    mechanisms = [phase.mechanism for phase in ledger.phases if phase.part == "train"]
+    steps = [m.steps for m in mechanisms]
+    wide = [(epsilon_of(mechanisms, steps, delta), delta) for delta in (0.15, 0.2, 0.3)]
+    # Where epsilon is 0, a smaller delta would do, and the pair says nothing about mu.
+    return max([ledger.membership()["gdp_mu"], *(gdp_mu(*pair) for pair in wide if pair[0] > 0)])
 
 
 def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:

@@ -16,12 +16,15 @@ from dpjax.data import Dataset, Source, Units
 from dpjax.dp import seeds
 from dpjax.models import Params
 
-__all__ = ["CANARIES", "Game", "make"]
+__all__ = ["CANARIES", "UNUSED", "Game", "make"]
 
 CANARIES = ("gradient", "mislabeled", "random")
 
 _LEAF = "audit_canaries"  # the extra parameter: one coordinate per gradient canary
 _BEYOND = 100.0  # norm of a canary's gradient over the clip bound
+
+UNUSED = 20_000
+"""Coordinates beside those of gradient canaries that nothing moves but noise."""
 
 
 class Game(NamedTuple):
@@ -67,7 +70,10 @@ class Game(NamedTuple):
         return Units(both, whole.limit) if isinstance(whole, Units) else both
 
     def scores(self, params: Params) -> np.ndarray:
-        """How much each canary looks like it took part, `[canaries]`."""
+        """How much each canary looks like it took part, `[canaries]`.
+
+        After those of gradient canaries come the scores of `UNUSED` coordinates.
+        """
         if _LEAF in params:
             return np.asarray(params[_LEAF])
         return _losses(self, self.run.params) - _losses(self, params)
@@ -100,7 +106,7 @@ def make(run: Run, canaries: str, count: int) -> Game:
 
 
 def _with_leaf(run: Run, count: int) -> Run:
-    """Gives a run `count` parameters that only gradient canaries move, one each."""
+    """Gives a run `count` parameters that only gradient canaries move, one each, and others."""
     rule, classes = run.rule, run.train.num_classes
     # Of a norm just within the bound and one far beyond it, that of which the rule keeps more:
     # global clipping drops what is beyond its bound.
@@ -114,7 +120,7 @@ def _with_leaf(run: Run, count: int) -> Run:
         return jnp.where(index < 0, real, -norm * params[_LEAF][jnp.maximum(index, 0)])
 
     return run._replace(
-        params={**run.params, _LEAF: jnp.zeros(count, jnp.float32)},
+        params={**run.params, _LEAF: jnp.zeros(count + UNUSED, jnp.float32)},
         loss_fn=loss_fn,
         phases=tuple(p._replace(trainable=_and_leaf(p.trainable)) for p in run.phases),
     )

@@ -19,8 +19,8 @@ from dpjax.dp.mechanism import Mechanism, epsilon_of, shared_accountant
 from dpjax.dp.noise import GaussianState
 
 __all__ = [
-    "AUDIT", "BudgetExceeded", "Ledger", "Phase", "noise_draws", "publishable", "statement",
-    "to_markdown",
+    "AUDIT", "BudgetExceeded", "Ledger", "Phase", "gdp_mu", "noise_draws", "publishable",
+    "statement", "to_markdown",
 ]  # fmt: skip
 
 SEED_POLICIES = {
@@ -228,11 +228,11 @@ def _membership(plan: tuple[tuple[Mechanism, str], ...], delta: float) -> dict[s
     tpr = min(
         min(math.exp(min(e, 50.0)) * fpr + d, 1 - math.exp(-e) * (1 - d - fpr)) for e, d in pairs
     )
-    return {"gdp_mu": max(itertools.starmap(_gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
+    return {"gdp_mu": max(itertools.starmap(gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
 
 
-def _gdp_mu(epsilon: float, delta: float) -> float:
-    """The mu > 0 at which the Gaussian mechanism of sensitivity mu is exactly (epsilon, delta)."""
+def gdp_mu(epsilon: float, delta: float) -> float:
+    """Returns the mu > 0 at which a Gaussian mechanism of sensitivity mu is (epsilon, delta)."""
 
     def delta_of(log_mu: float) -> float:  # arXiv 1905.02383, corollary 2.13
         mu = math.exp(log_mu)

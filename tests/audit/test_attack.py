@@ -16,6 +16,7 @@ from dpjax import build, dp
 from dpjax.audit import attack, canaries
 from dpjax.commands import cli
 from dpjax.dp import seeds
+from dpjax.dp.ledger import gdp_mu
 from dpjax.dp.lower_bound import p_value
 from dpjax.runtime import Workdir, sharding
 from dpjax.training import feed, loop
@@ -82,6 +83,13 @@ def without_noise(run):
     return run._replace(phases=tuple(p._replace(optimizer=quiet) for p in run.phases))
 
 
+def with_half_the_noise(run):
+    def half(hyper):
+        return dp.sgd(1.0, hyper.noise_multiplier / 2, hyper.batch_size, key=hyper.noise_key)
+
+    return run._replace(phases=tuple(p._replace(optimizer=half) for p in run.phases))
+
+
 def without_clipping(run):
     return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalized=True))))
 
@@ -97,14 +105,23 @@ def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):
     assert report["steps_done"] == mechanism.steps
 
 
-@pytest.mark.parametrize("breaks", [without_noise, without_clipping])
+@pytest.mark.parametrize("breaks", [without_noise, with_half_the_noise, without_clipping])
 def test_a_broken_run_is_refuted(breaks, sampled):
     report = attack.audit(breaks(sampled), count=COUNT)
     assert report["bound"] > report["claimed_epsilon"]
     assert "REFUTED" in attack.line(report)
+    assert report["mu"]["ranks"] > report["claimed_mu"]
     guesses = report["guesses"]
     tried = guesses["positive"] + guesses["negative"]
-    assert p_value(COUNT, tried, guesses["correct"], report["claimed_epsilon"], 1e-5) < 0.05
+    p = p_value(COUNT, tried, guesses["correct"], report["claimed_epsilon"], 1e-5)
+    assert (p < 0.05) == (breaks is not with_half_the_noise)  # which guesses alone do not show
+
+
+def test_a_correct_run_shows_half_of_its_claim(sampled):
+    report = attack.audit(sampled, count=500)
+    assert report["claimed_epsilon"] / 2 < report["bound"] <= report["claimed_epsilon"]
+    assert report["bound"] == report["estimators"]["ranks"] > report["estimators"]["guesses"]
+    assert report["claimed_mu"] >= gdp_mu(report["claimed_epsilon"], report["delta"]) - 1e-9
 
 
 def test_many_runs(strict):
