@@ -128,6 +128,7 @@ def make_steps(
     private: bool,
     method: str = "auto",
     microbatch_size: int | None = None,
+    secure: bool = False,
 ) -> Steps:
     """Builds the train step.
 
@@ -139,6 +140,7 @@ def make_steps(
         private: whether per-example gradients are clipped; if not, the sum is the plain gradient.
         method: clipping engine, see `dp.clipped_sum`.
         microbatch_size: examples per device in memory at once; None takes all of a chunk.
+        secure: whether the noise is secure: sums are then integers, see `dp.secure`.
 
     Returns:
         The jitted functions.
@@ -146,8 +148,9 @@ def make_steps(
     mesh, rows, everywhere = layout.mesh, partition(0), partition(-1)
 
     def local(
-        totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, rule: Any
+        totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, law: Any
     ) -> Totals:
+        rule, secure_noise = law
         examples = {k: v for k, v in batch.items() if k not in ("mask", "identity")}
         # An example's augmentation depends on the step and on the example's content. If it
         # depended on the position in the data set, removing one example would shift all later
@@ -159,7 +162,10 @@ def make_steps(
 
         engine: Callable[..., tuple[Any, dp.PerExample]]
         if private:
-            engine = dp.clipped_sum(loss, rule, method=method, microbatch_size=microbatch_size)
+            engine = dp.clipped_sum(
+                loss, rule, method=method, microbatch_size=microbatch_size,
+                secure_noise=secure_noise,
+            )  # fmt: skip
         else:
             engine = functools.partial(_gradient_sum, loss)
         grads, facts = engine(trainable, examples, batch["mask"])
@@ -190,14 +196,15 @@ def make_steps(
             # it can be clipped: examples would mix, and every leaf would cost a collective.
             check_vma=False,
         )
-        return sharded(totals, trainable, frozen, batch, key, hyper.rule)
+        law = hyper.rule, hyper.noise_multiplier if secure else None
+        return sharded(totals, trainable, frozen, batch, key, law)
 
     def zeros(trainable: Params) -> Totals:
-        grads: Any = jax.tree.map(
-            lambda p: jnp.zeros((mesh.size, *p.shape), jnp.float32), trainable
-        )
+        kind = jnp.int32 if secure else jnp.float32
+        grads: Any = jax.tree.map(lambda p: jnp.zeros((mesh.size, *p.shape), kind), trainable)
         if private:
-            grads = dp.ClippedSum(grads, jnp.zeros((mesh.size,), jnp.float32))
+            zero = jnp.zeros((mesh.size,), jnp.float32)
+            grads = dp.ClippedSum(grads, zero, unit=zero if secure else None)
         facts = {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS}
         # Checked here, where the parameters are gathered anyway. The host reads it with the other
         # facts of the step, without an extra wait. Every device adds the same 0 or 1.
@@ -233,7 +240,8 @@ def make_steps(
             first = jax.shard_map(
                 lambda x: x[0], mesh=mesh, in_specs=rows, out_specs=everywhere, check_vma=False
             )
-            grads = dp.ClippedSum(grads, first(totals.grads.sensitivity))
+            unit = first(totals.grads.unit) if secure else None
+            grads = dp.ClippedSum(grads, first(totals.grads.sensitivity), unit=unit)
         # The noise is drawn here, once, in the global view: the same on any number of devices.
         after = apply_updates(optimizer(at_bound(hyper, state)), grads, state, hyper.ema_decay)
         # The exact count below the bound ends here: only the noisy count moves the next bound.

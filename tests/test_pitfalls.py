@@ -87,6 +87,18 @@ PITFALLS = {
         ],
         ["test_noise.py::test_a_short_range_is_seen"],
     ),
+    "low bits of floating-point noise and sums": (
+        [
+            "test_noise_secure.py::test_the_distance_from_the_rounded_gaussian_is_below_the_bound",
+            "test_noise_secure.py::test_the_sum_is_exact_in_any_order_and_chunks",
+            "test_noise_secure.py::test_neighboring_sums_differ_by_at_most_the_limit",
+            "test_noise_secure.py::test_a_number_is_the_draw_of_its_85_bits",
+        ],
+        [
+            "test_noise_secure.py::test_a_sum_for_less_noise_gives_nothing_but_nan",
+            "test_noise_secure.py::test_a_delta_that_cannot_pay_is_refused",
+        ],
+    ),
     "an example that changes another one's augmentation, or the part it is in": (
         [
             "test_train.py::test_removing_an_example_moves_an_augmented_sum_by_at_most_the_bound",
@@ -265,6 +277,7 @@ CLASSES = {
     ],
     "finite precision": [
         "noise in bfloat16", "a sum that is rounded to few bits", "noise whose tails end early",
+        "low bits of floating-point noise and sums",
     ],
 }  # fmt: skip
 

@@ -8,17 +8,31 @@ epsilon: the audit reports the largest epsilon that they refute, a lower bound o
 What is bounded: (epsilon, delta) under adding or removing one example, of a run with the config's
 sampler, sampling probability, steps, noise and clipping, on the config's examples and the canaries.
 Its event does not depend on the number of examples, so its claim is the config's, and is computed
-from the ledger of the audited run. The attacker sees the parameters at the start and at the end,
-not those in between, and knows every canary:
+from the ledger of the audited run. The attacker knows every canary, and sees the parameters at the
+start and at the end; of gradient canaries in one run, after every step (512 at most):
 
 - "mislabeled": a held-out input with a wrong label. Score: how much its loss fell.
 - "random": random pixels or tokens with a random label. Score: how much its loss fell.
 - "gradient": an example whose gradient is along a coordinate of its own, an extra parameter that
-  nothing else moves, and far beyond the clip bound. Score: how far that coordinate moved. It is the
-  strongest: a worst case that no data set need hold, but that the guarantee covers.
+  nothing else moves, and far beyond the clip bound. Score: the likelihood ratio of how that
+  coordinate moved (`canaries.likelihoods`); with several runs, how far. It is the strongest: a
+  worst case that no data set need hold, but that the guarantee covers.
 
-With one run every canary has a coin of its own (arXiv 2305.08846); with several there is a single
-canary, in every second run (arXiv 2101.04535). Seeds are never those of the run that is released:
+With one run every canary has a coin of its own; with several there is a single canary, in every
+second run (arXiv 2101.04535). Of one run, `estimators` in the report has
+
+- "guesses": the right guesses about the coins, and nothing assumed (arXiv 2305.08846);
+- "guesses, Gaussian": the same, if the mechanism's trade-off between the errors of a test is that
+  of a Gaussian (arXiv 2410.22235);
+- "ranks", of gradient canaries: how the scores of those that took part rank among 10,000 further
+  coordinates that nothing moves, if the trade-off is Gaussian and the noise of the coordinates
+  independent (`lower_bound.ranks_mu`);
+- "moments", of gradient canaries: as ranks, of scores that are Gaussian (arXiv 2302.03098). It has
+  no guarantee, and decides nothing.
+
+What the audit claims is "ranks" for gradient canaries and "guesses" for others. It refutes the
+mu of the plan, of which the claimed epsilon is a consequence: a run is refuted if mu is above the
+accountant's. Seeds are never those of the run that is released:
 equal noise under other examples would give the examples away. `audit.json` and `audit.png` are made
 from runs on the private examples: releasing them costs the claimed epsilon once more for each run.
 """
@@ -27,9 +41,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib
@@ -37,9 +53,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dpjax import dp, files
-from dpjax.audit.canaries import CANARIES, make
+from dpjax.audit.canaries import CANARIES, Game, likelihoods, make
 from dpjax.build import Phase, Run
 from dpjax.dp import lower_bound, seeds
+from dpjax.dp.ledger import gdp_mu
+from dpjax.dp.mechanism import epsilon_of
 from dpjax.models import Params, finetune
 from dpjax.runtime import Workdir, hosts
 from dpjax.step import TrainState
@@ -49,6 +67,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 __all__ = ["attach", "audit", "check", "check_arguments", "line", "refuted", "write"]
+
+_CHECKPOINTS = 512  # the most that an attacker looks at, evenly spread
 
 
 def audit(
@@ -70,7 +90,8 @@ def audit(
         confidence: of the bound, in (0, 1).
 
     Returns:
-        JSON values: `bound` (lower bound on epsilon), `confidence`, `claimed_epsilon` and `delta`
+        JSON values: `bound` (lower bound on epsilon), `estimators` (bounds by other ways, see the
+        module), `confidence`, `claimed_epsilon` and `delta`
         of the audited run, what was done, and the scores.
 
     Guarantees:
@@ -84,19 +105,26 @@ def audit(
     game = make(run, canaries, count if single else 1)
     coins = _coins(run, count) if single else np.arange(runs)[:, None] % 2 == 1
     private_seeds = _private_seeds(run, runs)
-    scores = []
+    scores, unused = [], np.zeros(0)
     with tqdm(
         total=runs * sum(phase.steps for phase in run.phases), desc="audit", unit="step",
         file=sys.stderr, dynamic_ncols=True, disable=jax.process_index() > 0,
     ) as bar:  # fmt: skip
         for seed, included in zip(private_seeds, coins.reshape(runs, -1), strict=True):
             played = game.run._replace(train=game.data(included))
-            params, ledger = _train(played, seed, bar)
-            scores.append(game.scores(params))
+            params, ledger, path = _train(played, seed, bar, game if single else None)
+            if path is None:
+                scores.append(game.scores(params))
+            else:
+                own, unused = likelihoods(path.values, count, *path.laws(run))
+                scores.append(own)
     # Scores of a run that diverged are not finite and carry no information: they count as equal.
     found = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    unused = np.nan_to_num(unused, nan=0.0, posinf=0.0, neginf=0.0)
+    facts: dict[str, Any] = {}
     if single:
         bound: Any = lower_bound.one_run(found[0], coins, delta=ledger.delta, confidence=confidence)
+        facts = _estimates(ledger, bound.epsilon, found[0], coins, unused, confidence)
     else:
         inside = coins[:, 0]
         bound = lower_bound.many_runs(
@@ -104,6 +132,7 @@ def audit(
         )
     return {
         "bound": bound.epsilon,
+        **facts,
         "confidence": confidence,
         "claimed_epsilon": ledger.spent(),
         "delta": ledger.delta,
@@ -111,13 +140,57 @@ def audit(
         "canaries": canaries,
         "count": count if single else 1,
         "runs": runs,
-        "attacker_sees": "the first and the last parameters, and every canary",
+        "attacker_sees": "every canary, and the parameters "
+        + ("after every step" if unused.size else "at the start and at the end"),
         "guesses": bound._asdict(),
         "steps_done": ledger.steps_done,
         "num_examples_without_canaries": len(run.train),
         "scores_in": found[coins.reshape(found.shape)],
         "scores_out": found[~coins.reshape(found.shape)],
     }
+
+
+def _estimates(
+    ledger: dp.Ledger,
+    guesses: float,
+    scores: np.ndarray,
+    coins: np.ndarray,
+    unused: np.ndarray,
+    confidence: float,
+) -> dict[str, Any]:
+    """The bounds on epsilon of one run by every estimator, and the one that decides."""
+    mus = {"guesses, Gaussian": lower_bound.guesses_mu(scores, coins, confidence=confidence)}
+    if unused.size:
+        for name, estimate in (
+            ("ranks", lower_bound.ranks_mu), ("moments", lower_bound.moments_mu),
+        ):  # fmt: skip
+            mus[name] = estimate(scores[coins], unused, confidence=confidence)
+    as_epsilon = {k: lower_bound.gaussian_epsilon(mu, ledger.delta) for k, mu in mus.items()}
+    estimators = {"guesses": guesses, **as_epsilon}
+    if not unused.size:
+        return {"bound": guesses, "estimators": estimators, "mu": mus}
+    claimed_mu, claimed = _claimed_mu(ledger), ledger.spent()
+    # Epsilon of a Gaussian trade-off and that of the plan agree to a few percent; mu decides.
+    if mus["ranks"] > claimed_mu:
+        bound = max(estimators["ranks"], math.nextafter(claimed, math.inf))
+    else:
+        bound = min(estimators["ranks"], claimed)
+    return {
+        "bound": bound, "estimators": estimators, "mu": mus, "claimed_mu": claimed_mu,
+        "unused_coordinates": unused.size,
+    }  # fmt: skip
+
+
+def _claimed_mu(ledger: dp.Ledger) -> float:
+    """The smallest mu of which the plan's pairs (epsilon, delta) are those of a Gaussian.
+
+    Ranks are about the middle of the trade-off, where delta is large, too.
+    """
+    mechanisms = [phase.mechanism for phase in ledger.phases if phase.part == "train"]
+    steps = [m.steps for m in mechanisms]
+    wide = [(epsilon_of(mechanisms, steps, delta), delta) for delta in (0.15, 0.2, 0.3)]
+    # Where epsilon is 0, a smaller delta would do, and the pair says nothing about mu.
+    return max([ledger.membership()["gdp_mu"], *(gdp_mu(*pair) for pair in wide if pair[0] > 0)])
 
 
 def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:
@@ -158,6 +231,8 @@ def refuted(report: dict[str, Any]) -> bool:
 def line(report: dict[str, Any]) -> str:
     """Returns the result of an audit in one sentence, for `privacy.md`."""
     how = f"{report['runs']} runs" if report["runs"] > 1 else f"one run of {report['count']:,}"
+    if "claimed_mu" in report:
+        how += f": mu {report['mu']['ranks']:.3g} by ranks, {report['claimed_mu']:.3g} by the plan"
     return (
         f"audit: epsilon is at least {report['bound']:.3g} at confidence "
         f"{100 * report['confidence']:g} % ({report['canaries']} canaries, {how}); claimed "
@@ -211,8 +286,37 @@ def attach(run: Run, workdir: Workdir) -> dict[str, Any]:
     return report
 
 
-def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
-    """Executes a run with the functions of the train loop, and charges it; keeps no files."""
+class _Path(NamedTuple):
+    """What an attacker saw: `values` [checkpoints + 1, coordinates] after `steps`, 0 first."""
+
+    values: np.ndarray
+    steps: np.ndarray
+
+    def laws(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Of each stretch: the probability of a canary in it, and how far it moves the sum."""
+        per_step = [
+            (phase.mechanism.sampling_prob, 1 / phase.mechanism.gradient_noise_multiplier)
+            for phase in run.phases if phase.mechanism is not None
+            for _ in range(phase.steps)
+        ]  # fmt: skip
+        prob, strength = np.array(per_step).T
+        stretches = [slice(a, b) for a, b in itertools.pairwise(self.steps)]
+        inside = [1 - np.prod(1 - prob[s]) for s in stretches]
+        moves = [
+            np.sum(prob[s] * strength[s]) / p / math.sqrt(s.stop - s.start)
+            for s, p in zip(stretches, inside, strict=True)
+        ]
+        return np.array(inside), np.array(moves)
+
+
+def _train(
+    run: Run, private_seed: int, bar: tqdm, game: Game | None
+) -> tuple[Params, dp.Ledger, _Path | None]:
+    """Executes a run with the functions of the train loop, and charges it; keeps no files.
+
+    Returns:
+        Parameters, ledger and, where the game watches coordinates, where they were on the way.
+    """
     ledger, params = run.ledger, run.params
     if ledger is None:
         raise ValueError("dp=None: a run without privacy has no ledger.")
@@ -221,6 +325,10 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     size = capacity.physical_batch(run.config, prepared, params, run.train)
     seed = seeds.sampler_seed(private_seed)
     state: TrainState | None = None
+    total = sum(len(phase.span) for phase in prepared)
+    seen = np.unique(np.linspace(0, total, min(total, _CHECKPOINTS) + 1).astype(int))
+    path: list[np.ndarray | None] = [] if game is None else [game.watched(params)]
+    watches = bool(path) and path[0] is not None
     for index, phase in enumerate(prepared):
         ledger = ledger.charge(index, len(phase.span))
         frozen, state = phase.begin(params, state)
@@ -236,8 +344,10 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
         for step in phase.span:
             state, *_ = phase.execute(state, frozen, step, chunks)
             bar.update()
+            if watches and game is not None and step + 1 in seen:
+                path.append(game.watched(run.layout.gather(state.trainable)))
         params = finetune.join(run.layout.gather(state.trainable), frozen)
-    return params, ledger
+    return params, ledger, _Path(np.array(path), seen) if watches else None
 
 
 def _of_size(phase: Phase, num_examples: int) -> Phase:

@@ -16,12 +16,15 @@ from dpjax.data import Dataset, Source, Units
 from dpjax.dp import seeds
 from dpjax.models import Params
 
-__all__ = ["CANARIES", "Game", "make"]
+__all__ = ["CANARIES", "UNUSED", "Game", "likelihoods", "make"]
 
 CANARIES = ("gradient", "mislabeled", "random")
 
 _LEAF = "audit_canaries"  # the extra parameter: one coordinate per gradient canary
 _BEYOND = 100.0  # norm of a canary's gradient over the clip bound
+
+UNUSED = 20_000
+"""Coordinates beside those of gradient canaries that nothing moves but noise."""
 
 
 class Game(NamedTuple):
@@ -66,11 +69,51 @@ class Game(NamedTuple):
         )
         return Units(both, whole.limit) if isinstance(whole, Units) else both
 
+    def watched(self, params: Params) -> np.ndarray | None:
+        """The coordinates of gradient canaries, then those that nothing moves; None for others."""
+        return np.asarray(params[_LEAF]) if _LEAF in params else None
+
     def scores(self, params: Params) -> np.ndarray:
-        """How much each canary looks like it took part, `[canaries]`."""
-        if _LEAF in params:
-            return np.asarray(params[_LEAF])
+        """How much each canary looks like it took part, `[canaries]`, from the last parameters."""
+        if (moved := self.watched(params)) is not None:
+            return moved[: len(self.labels)]
         return _losses(self, self.run.params) - _losses(self, params)
+
+
+def likelihoods(
+    path: np.ndarray, canaries: int, probs: np.ndarray, strengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores gradient canaries by all checkpoints, as an attacker who sees every step would.
+
+    Between two checkpoints a coordinate moves by a sum of noisy gradients, weighted by whatever the
+    optimizer does. If that is linear, the triangular root of the movements' covariance undoes it:
+    what is left is the noisy gradient of each stretch in units of its noise, and its likelihood
+    ratio follows. Half of the unused coordinates estimate the covariance. The others are treated
+    like the canaries, so that a canary that took no part has their law, whatever the optimizer is.
+
+    Args:
+        path: `[checkpoints + 1, coordinates]`, from the first to the last, canaries first.
+        canaries: how many there are.
+        probs: `[checkpoints]`, the probability that a canary was in a stretch.
+        strengths: `[checkpoints]`, how far it then moves the sum, in units of its noise.
+
+    Returns:
+        Scores of the canaries, and of the other half of the unused coordinates.
+    """
+    moves = np.diff(path.astype(np.float64), axis=0)
+    half = canaries + (path.shape[1] - canaries) // 2
+    covariance = np.atleast_2d(np.cov(moves[:, half:]))
+    size = np.trace(covariance) / len(moves)
+    if not (np.isfinite(size) and size > 0):  # no noise at all, or none that is finite
+        total = path[-1] - path[0]
+        return total[:canaries], total[canaries:half]
+    root = np.linalg.cholesky(covariance + 1e-9 * size * np.eye(len(moves)))
+    noisy = np.linalg.solve(root, moves[:, :half])
+    c, q = strengths[:, None], probs[:, None]
+    # log(1 - q + q exp(c z - c^2 / 2)), which must not overflow.
+    with np.errstate(divide="ignore"):
+        scores = np.logaddexp(np.log1p(-q), np.log(q) + c * noisy - c * c / 2).sum(0)
+    return scores[:canaries], scores[canaries:]
 
 
 def make(run: Run, canaries: str, count: int) -> Game:
@@ -100,7 +143,7 @@ def make(run: Run, canaries: str, count: int) -> Game:
 
 
 def _with_leaf(run: Run, count: int) -> Run:
-    """Gives a run `count` parameters that only gradient canaries move, one each."""
+    """Gives a run `count` parameters that only gradient canaries move, one each, and others."""
     rule, classes = run.rule, run.train.num_classes
     # Of a norm just within the bound and one far beyond it, that of which the rule keeps more:
     # global clipping drops what is beyond its bound.
@@ -114,7 +157,7 @@ def _with_leaf(run: Run, count: int) -> Run:
         return jnp.where(index < 0, real, -norm * params[_LEAF][jnp.maximum(index, 0)])
 
     return run._replace(
-        params={**run.params, _LEAF: jnp.zeros(count, jnp.float32)},
+        params={**run.params, _LEAF: jnp.zeros(count + UNUSED, jnp.float32)},
         loss_fn=loss_fn,
         phases=tuple(p._replace(trainable=_and_leaf(p.trainable)) for p in run.phases),
     )

@@ -64,7 +64,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     else:
         check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
-    phases = schedules.phases(config, tuning, sizes, len(train))
+    phases = schedules.phases(config, tuning, sizes, len(train), params)
     return Run(
         config=config,
         train=train,

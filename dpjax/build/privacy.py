@@ -15,6 +15,7 @@ from dpjax import data, dp
 from dpjax.build.run import Phase, Temperature
 from dpjax.data import Dataset, Units
 from dpjax.files import choose, resolve, returned
+from dpjax.models import Params, finetune
 
 __all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "sampler", "temperature", "with_noise"]
 
@@ -27,6 +28,9 @@ _TWO_PARTS = (
 def check(config: ConfigDict) -> None:
     """Refuses a name or a budget in `config.dp` that suits no data."""
     choose("dp.method", config.method, dict.fromkeys(dp.METHODS))
+    choose("dp.noise", config.noise, dict.fromkeys(("gaussian", "secure")))
+    if config.noise == "secure":
+        _check_secure(config)
     try:
         dp.accounting.check_budget(config.epsilon, config.delta)
     except ValueError as error:
@@ -50,6 +54,18 @@ def check(config: ConfigDict) -> None:
         raise ValueError(_TWO_PARTS.format(share=fitted.share, sampler=config.sampler))
     if counts is not None and not 0 < counts < math.inf:
         raise ValueError(f"dp.adaptive.count_noise={counts} must be > 0 and finite.")
+
+
+def _check_secure(config: ConfigDict) -> None:
+    for name, value, wanted in (
+        ("method", config.method != "bookkeeping", "'auto' or 'vmap', which sums exactly"),
+        ("temperature.share", not config.temperature.share, "0: its noise is float32"),
+        ("adaptive.quantile", config.adaptive.quantile is None, "None: its noise is float32"),
+    ):  # fmt: skip
+        if not value:
+            section, _, field = name.rpartition(".")
+            found = config[section][field] if section else config[field]
+            raise ValueError(f"dp.{name}={found!r} must be {wanted}, with dp.noise='secure'.")
 
 
 def sampler(config: ConfigDict) -> str | dp.sampling.Factory:
@@ -138,8 +154,22 @@ def temperature(
     return rest, Temperature(share, mechanism, chosen.bound)
 
 
-def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> tuple[Phase, ...]:
-    """Gives every phase a mechanism, so that their composition meets the one budget."""
+def with_noise(
+    config: ConfigDict, made: Sequence[Phase], num_examples: int, params: Params | None = None
+) -> tuple[Phase, ...]:
+    """Gives every phase a mechanism, so that their composition meets the one budget.
+
+    Args:
+        config: of the run.
+        made: the phases.
+        num_examples: N.
+        params: all parameters, whose number secure noise depends on.
+    """
+    secure_sizes = None
+    if config.dp.noise == "secure":
+        if params is None:
+            raise ValueError("dp.noise='secure' is not for heads on cached features.")
+        secure_sizes = [finetune.count(finetune.split(params, p.trainable)[0]) for p in made]
     sizes = [phase.batch_size for phase in made]
     adaptive, counts = config.dp.adaptive, None
     if adaptive.quantile is not None:
@@ -155,6 +185,7 @@ def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> 
         noise_ratios=[1.0 if p.training == last else config.lp.noise_ratio for p in made],
         sampler=sampler(config.dp),
         count_noises=counts,
+        secure_sizes=secure_sizes,
         **({} if cut is None else {"max_batch_size": cut}),
     )
     return tuple(p._replace(mechanism=m) for p, m in zip(made, mechanisms, strict=True))

@@ -20,7 +20,7 @@ from dpjax.build.optimizer import optimizer
 from dpjax.build.privacy import with_noise
 from dpjax.build.run import Phase
 from dpjax.dp.sampling import whole_steps
-from dpjax.models import finetune
+from dpjax.models import Params, finetune
 
 __all__ = ["Schedule", "Stage", "batch_sizes", "bounds", "phases", "stages", "values"]
 
@@ -170,7 +170,11 @@ def _schedule(field: str, config: ConfigDict) -> Schedule:
 
 
 def phases(
-    config: ConfigDict, tuning: finetune.FineTuning, sizes: Schedule, num_examples: int
+    config: ConfigDict,
+    tuning: finetune.FineTuning,
+    sizes: Schedule,
+    num_examples: int,
+    params: Params | None = None,
 ) -> tuple[Phase, ...]:
     """Returns the phases of a run; those of a private one compose to no more than its budget.
 
@@ -179,6 +183,7 @@ def phases(
         tuning: what trains after linear probing.
         sizes: the schedule of the batch size.
         num_examples: N.
+        params: all parameters; only secure noise needs them.
     """
     cut = stages(
         num_examples=num_examples,
@@ -226,4 +231,4 @@ def phases(
             )
             for number, stage in enumerate(mine, start=1)
         ]
-    return tuple(made) if config.dp is None else with_noise(config, made, num_examples)
+    return tuple(made) if config.dp is None else with_noise(config, made, num_examples, params)

@@ -68,7 +68,7 @@ class Steps:
         ledger: of the run. To resume, one that was charged for the steps that ran: iteration goes
             on after them.
         data: arrays `[examples, ...]` of the private examples.
-        private_seed: secret 128-bit integer, see `seeds.draw_private_seed`.
+        private_seed: secret integer of 256 bits, see `seeds.draw_private_seed`.
         chunk_size: examples at once.
         phase: number of the phase in the ledger.
 

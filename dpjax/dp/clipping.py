@@ -83,15 +83,17 @@ class ClippedSum(metaclass=_NoiseFirst):
     its factor is public, and scales sum and noise alike.)
 
     Attributes:
-        value: pytree of float32 arrays, the sum (never a mean).
-        sensitivity: float32 scalar, the L2 sensitivity of `value` to adding or removing one
+        value: pytree of float32 arrays, the sum (never a mean); of int32 arrays for secure noise.
+        sensitivity: float32 scalar, the L2 sensitivity of the sum to adding or removing one
             example.
         seal: bool, set here.
+        unit: of an int32 value: what 1 stands for, float32 scalar. None: `value` is float32.
     """
 
     value: PyTree
     sensitivity: jax.Array
     seal: Any = _UNSEALED
+    unit: jax.Array | None = None
 
     def __post_init__(self) -> None:
         if self.seal is _UNSEALED:
@@ -103,7 +105,18 @@ class ClippedSum(metaclass=_NoiseFirst):
             return NotImplemented
         value = jax.tree.map(jnp.add, self.value, other.value)
         sensitivity = jnp.maximum(self.sensitivity, other.sensitivity)
-        return ClippedSum(value, sensitivity, self.seal & other.seal)
+        return ClippedSum(value, sensitivity, self.seal & other.seal, self._common_unit(other))
+
+    def _common_unit(self, other: ClippedSum) -> jax.Array | None:
+        """The unit of both sums; NaN if they differ. An empty sum, of unit 0, has any."""
+        if self.unit is None or other.unit is None:
+            if self.unit is not other.unit:
+                raise TypeError(
+                    "a sum of integers (for secure noise) and one of floats do not add."
+                )
+            return None
+        same = (self.unit == other.unit) | (self.unit == 0) | (other.unit == 0)
+        return jnp.where(same, jnp.maximum(self.unit, other.unit), jnp.nan)
 
     def __radd__(self, other: object) -> ClippedSum:
         """Lets `sum(chunks)` start from its 0."""

@@ -12,16 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from dp_accounting import DpEvent
 from scipy.special import log_ndtr, ndtr
 
 from dpjax.dp import accounting
-from dpjax.dp.mechanism import Mechanism, shared_accountant
+from dpjax.dp.mechanism import Mechanism, epsilon_of, shared_accountant
 from dpjax.dp.noise import GaussianState
 
 __all__ = [
-    "AUDIT", "BudgetExceeded", "Ledger", "Phase", "noise_draws", "publishable", "statement",
-    "to_markdown",
+    "AUDIT", "BudgetExceeded", "Ledger", "Phase", "gdp_mu", "noise_draws", "publishable",
+    "statement", "to_markdown",
 ]  # fmt: skip
 
 SEED_POLICIES = {
@@ -210,20 +209,15 @@ def _cost_by_part(
     mechanisms: Sequence[Mechanism], parts: Sequence[str], steps: Sequence[int], delta: float
 ) -> dict[str, float]:
     """Epsilon of so many steps of each mechanism, by the part of the data that it reads."""
-    by_part: dict[str, list[DpEvent]] = {}
-    for mechanism, part, number in zip(mechanisms, parts, steps, strict=True):
-        events = by_part.setdefault(part, [])
-        if number:
-            events.append(mechanism.event(number))
+    accountant = shared_accountant(mechanisms)
+    rows = list(zip(mechanisms, parts, steps, strict=True))
     return {
-        part: accounting.epsilon(
-            events,
-            delta,
-            accountant=shared_accountant(mechanisms),
-            relation=mechanisms[0].relation,
+        part: epsilon_of(
+            [m for m, p, _ in rows if p == part], [n for _, p, n in rows if p == part], delta,
+            accountant=accountant,
         )
-        for part, events in by_part.items()
-    }
+        for part in dict.fromkeys(parts)
+    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)
@@ -237,11 +231,11 @@ def _membership(plan: tuple[tuple[Mechanism, str], ...], delta: float) -> dict[s
     tpr = min(
         min(math.exp(min(e, 50.0)) * fpr + d, 1 - math.exp(-e) * (1 - d - fpr)) for e, d in pairs
     )
-    return {"gdp_mu": max(itertools.starmap(_gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
+    return {"gdp_mu": max(itertools.starmap(gdp_mu, pairs)), "tpr_at_fpr_0.001": min(tpr, 1.0)}
 
 
-def _gdp_mu(epsilon: float, delta: float) -> float:
-    """The mu > 0 at which the Gaussian mechanism of sensitivity mu is exactly (epsilon, delta)."""
+def gdp_mu(epsilon: float, delta: float) -> float:
+    """Returns the mu > 0 at which a Gaussian mechanism of sensitivity mu is (epsilon, delta)."""
 
     def delta_of(log_mu: float) -> float:  # arXiv 1905.02383, corollary 2.13
         mu = math.exp(log_mu)
@@ -258,6 +252,20 @@ def _gdp_mu(epsilon: float, delta: float) -> float:
 def _is_count(value: Any) -> bool:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return whole and value >= 0
+
+
+def _noise_in_words(mechanisms: Sequence[Mechanism]) -> str:
+    sizes = {m.secure_size for m in mechanisms}
+    if None in sizes:
+        return "Gaussian, float32, JAX threefry2x32 (not a cryptographic generator)"
+    return (
+        "secure: a Gaussian rounded to integers, within 2^-71 of its law for each number, made of "
+        "ChaCha20's bits under a 256-bit key and added to an exact sum of integers; delta includes "
+        "the distance of the laws. The guarantee holds for all bits of what is released. It "
+        "assumes that ChaCha20 cannot be told from random bits, and that a gradient has the same "
+        "bits in whatever row of a batch it is computed. Batches are drawn by Philox, which is not "
+        "cryptographic"
+    )
 
 
 def noise_draws(state: Any) -> int:
@@ -353,6 +361,7 @@ def statement(
                 "noise_multiplier": p.mechanism.noise_multiplier,
                 "gradient_noise_multiplier": p.mechanism.gradient_noise_multiplier,
                 "count_noise": p.mechanism.count_noise,
+                "secure_size": p.mechanism.secure_size,
                 "name": p.name,
                 "part": p.part,
                 "steps_done": p.steps_done,
@@ -361,7 +370,7 @@ def statement(
             for p in ledger.phases
         ],
         "clipping": clipping,
-        "noise": "Gaussian, float32, JAX threefry2x32 (not a cryptographic generator)",
+        "noise": _noise_in_words(mechanisms),
         "seed_policy": SEED_POLICIES[seed_policy],
         "released": list(released),
         "not_charged": list(not_charged),

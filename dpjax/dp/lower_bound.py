@@ -8,13 +8,18 @@ below the claim proves nothing: the attack may be weak.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_ndtr, ndtr, ndtri
 
-__all__ = ["ManyRuns", "OneRun", "many_runs", "one_run", "p_value", "upper_limit"]
+__all__ = [
+    "ManyRuns", "OneRun", "gaussian_epsilon", "guesses_mu", "many_runs", "moments_mu", "one_run",
+    "p_value", "ranks_mu", "upper_limit",
+]  # fmt: skip
 
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # fractions of the canaries to guess as included
 _THRESHOLDS = 33  # candidate thresholds: quantiles of the first half of the scores
@@ -112,6 +117,102 @@ def one_run(
         if bound > best.epsilon:
             best = OneRun(bound, positive, negative, int(right))
     return best
+
+
+def ranks_mu(inside: np.ndarray, reference: np.ndarray, *, confidence: float = 0.95) -> float:
+    """Bounds mu of a mu-GDP mechanism from below, by where scores rank among those of nobody.
+
+    Let F be the law of the score of a canary that took no part, and U = F(score) of one that did.
+    If the pair is mu-GDP, every test of level a finds it with probability at most
+    Phi(Phi^-1(a) + mu), so Phi^-1(U) is stochastically below N(mu, 1), whatever the score is. The
+    mean of n independent ones exceeds mu + z / sqrt(n) with probability at most 1 - confidence. F
+    is estimated by the reference, which adds its variance.
+
+    Args:
+        inside: `[n]` scores of canaries that took part, independent given the mechanism's own
+            randomness, as those of directions with independent noise are.
+        reference: `[R]` scores of directions that nobody moved, of the same law as that of a canary
+            that took no part; R much larger than n.
+        confidence: in (0, 1).
+
+    Returns:
+        The largest mu that is refuted; 0 if none.
+
+    Source: the trade-off functions of Dong, Roth, Su 2019 (arXiv 1905.02383); that all canaries and
+        unseen directions come from one run is Andrew et al. 2023 (arXiv 2302.03098); the normal
+        scores are van der Waerden's.
+    """
+    below = np.searchsorted(np.sort(reference), inside, "left")
+    upto = np.searchsorted(np.sort(reference), inside, "right")
+    rank = ((below + upto) / 2 + 0.5) / (len(reference) + 1)
+    return _mean_above_chance(ndtri(rank), len(reference), confidence)
+
+
+def moments_mu(inside: np.ndarray, reference: np.ndarray, *, confidence: float = 0.95) -> float:
+    """As `ranks_mu`, of scores that are taken to be Gaussian (arXiv 2302.03098): no guarantee."""
+    spread = float(np.std(reference))
+    if not spread > 0:  # no noise, and no Gaussian
+        return 0.0
+    z = (np.asarray(inside) - np.mean(reference)) / spread
+    return _mean_above_chance(z, len(reference), confidence)
+
+
+def _mean_above_chance(z: np.ndarray, others: int, confidence: float) -> float:
+    if not len(z) or not others:
+        return 0.0
+    error = math.sqrt(1 / len(z) + 1 / others)
+    return max(0.0, float(np.mean(z)) - float(ndtri(confidence)) * error)
+
+
+def guesses_mu(scores: np.ndarray, included: np.ndarray, *, confidence: float = 0.95) -> float:
+    """Bounds mu of a mu-GDP mechanism from the right guesses in one run, as `one_run` does epsilon.
+
+    Nothing is assumed of the dependence between canaries.
+
+    Source: Mahloujifar, Melis, Chaudhuri 2024, arXiv 2410.22235, algorithm 3, with the trade-off
+        function of the Gaussian mechanism.
+    """
+    scores, included = np.asarray(scores, np.float64), np.asarray(included, bool)
+    order, m = np.argsort(scores, kind="stable"), scores.size
+    tops = sorted({max(1, round(share * m)) for share in _SHARES})
+    pairs = [(k, other) for k in tops for other in (0, k) if k + other <= m]
+    best = 0.0
+    for positive, negative in pairs:
+        right = included[order[m - positive :]].sum() + (~included[order[:negative]]).sum()
+        level = (1 - confidence) / len(pairs)
+        refutes = functools.partial(
+            _guesses_refute, m=m, made=positive + negative, correct=int(right), level=level
+        )
+        if refutes(best):
+            best = _bisect(refutes, best, _HIGHEST)
+    return best
+
+
+def _guesses_refute(mu: float, m: int, made: int, correct: int, level: float) -> bool:
+    """Whether so many right guesses are too many for mu-GDP."""
+    r, h = level * correct / m, level * (made - correct) / m
+    for i in range(correct - 1, -1, -1):
+        above = max(h, float(ndtr(ndtri(r) - mu)))
+        if above == h:
+            break
+        r, h = min(r + i / (made - i) * (above - h), 1.0), above
+    return r + h > made / m
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Returns the epsilon (nats) at which mu-GDP is (epsilon, delta)-DP; 0 where delta suffices.
+
+    >>> round(gaussian_epsilon(1.0, 1e-5), 3)
+    4.377
+    """
+
+    def costs_more(epsilon: float) -> bool:  # arXiv 1905.02383, corollary 2.13
+        tail = epsilon + log_ndtr(-epsilon / mu - mu / 2)
+        return bool(ndtr(-epsilon / mu + mu / 2) - math.exp(min(tail, 0.0)) > delta)
+
+    if mu <= 0 or not costs_more(0.0):
+        return 0.0
+    return _bisect(costs_more, 0.0, 16 * _HIGHEST)
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

@@ -17,13 +17,16 @@ import numpy as np
 import optax
 from dp_accounting import DpEvent
 
-from dpjax.dp import accounting, sampling
+from dpjax.dp import accounting, chacha, sampling, secure
 from dpjax.dp.accounting.events import count, positive
 from dpjax.dp.adaptive import gradient_noise_multiplier
 from dpjax.dp.noise import gaussian
 from dpjax.dp.sampling import Factory, RandomAllocation, Sampler
 
-__all__ = ["Mechanism", "calibrated", "calibrated_phases", "num_steps", "shared_accountant"]
+__all__ = [
+    "Mechanism", "calibrated", "calibrated_phases", "delta_left", "epsilon_of", "num_steps",
+    "shared_accountant",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Mechanism:
         count_noise: standard deviation of the noise on the count that an adaptive bound asks for
             in every step, in examples; None where there is none. Gradient and count together have
             `noise_multiplier`, so the gradient gets more noise; see `adaptive`.
+        secure_size: how many numbers a sum has, where its noise is secure; None for noise in
+            float32. A hundredth of delta then pays for the sampler's law, see `secure`.
 
     Guarantees:
         `event()` describes exactly the batches that `indices` draws and the noise that
@@ -55,6 +60,7 @@ class Mechanism:
     steps: int
     noise_multiplier: float
     count_noise: float | None = None
+    secure_size: int | None = None
 
     def __post_init__(self) -> None:
         sampling.check(self.sampler)
@@ -62,6 +68,15 @@ class Mechanism:
         positive("noise_multiplier", self.noise_multiplier)
         if self.count_noise is not None:
             gradient_noise_multiplier(self.noise_multiplier, self.count_noise)  # raises
+        if self.secure_size is not None:
+            if self.count_noise is not None:
+                raise ValueError(
+                    f"count_noise={self.count_noise} must be None: there is no secure noise for "
+                    "the count of an adaptive bound."
+                )
+            secure.check(
+                self.noise_multiplier, self.expected_batch_size, count("size", self.secure_size)
+            )
 
     @property
     def num_examples(self) -> int:
@@ -108,12 +123,8 @@ class Mechanism:
         """Returns epsilon (nats) after `steps` steps (all by default) at the given delta."""
         if steps == 0:
             return 0.0
-        return accounting.epsilon(
-            self.event(steps),
-            delta,
-            accountant=accountant or self.accountant,
-            relation=self.relation,
-        )
+        number = self.steps if steps is None else steps
+        return epsilon_of([self], [number], delta, accountant=accountant or self.accountant)
 
     def indices(self, seed: int, step: int, *, first: int = 0) -> np.ndarray:
         """Returns the sorted indices of batch `step`, int64 `[size]`.
@@ -142,8 +153,55 @@ class Mechanism:
         return sampling.draw(self.sampler, seed, step)
 
     def transform(self, *, key: jax.Array) -> optax.GradientTransformation:
-        """Returns the noise transform that this mechanism accounts for."""
+        """Returns the noise transform that this mechanism accounts for.
+
+        Raises:
+            TypeError: the key is not of the kind of noise that is accounted for.
+        """
+        if chacha.is_chacha(key) != (self.secure_size is not None):
+            kind = "a ChaCha20 key" if self.secure_size else "a key of JAX's own"
+            raise TypeError(f"key={key!r} must be {kind}, for secure_size={self.secure_size}.")
         return gaussian(self.gradient_noise_multiplier, self.expected_batch_size, key=key)
+
+
+def epsilon_of(
+    mechanisms: Sequence[Mechanism],
+    steps: Sequence[int],
+    delta: float,
+    *,
+    accountant: str = "",
+) -> float:
+    """Returns epsilon (nats) of so many steps of each mechanism, composed, at a total delta.
+
+    Where noise is secure, a share of delta pays for the distance between the sampler's law and the
+    Gaussian's: delta' = delta + (1 + e^epsilon) * total variation (see `secure`).
+
+    Raises:
+        ValueError: that share does not suffice.
+    """
+    used = [(m, n) for m, n in zip(mechanisms, steps, strict=True) if n]
+    if not used:
+        return 0.0
+    epsilon = accounting.epsilon(
+        [m.event(n) for m, n in used] if len(used) > 1 else used[0][0].event(used[0][1]),
+        delta_left(delta, mechanisms),
+        accountant=accountant or shared_accountant(mechanisms),
+        relation=mechanisms[0].relation,
+    )
+    numbers = sum(n * (m.secure_size or 0) for m, n in used)
+    needed = (1 + math.exp(min(epsilon, 700.0))) * numbers * secure.GAP
+    if needed > secure.RESERVE * delta:
+        raise ValueError(
+            f"delta={delta:g}: secure noise of {numbers:.3g} numbers needs {needed:.2g} of it at "
+            f"epsilon={epsilon:.4g}, more than the share of {secure.RESERVE:g} that is set aside."
+        )
+    return epsilon
+
+
+def delta_left(delta: float, mechanisms: Sequence[Mechanism]) -> float:
+    """Returns what of delta is left for the Gaussian mechanisms themselves."""
+    used = any(m.secure_size is not None for m in mechanisms)
+    return delta * (1 - secure.RESERVE) if used else delta
 
 
 def shared_accountant(mechanisms: Sequence[Mechanism]) -> str:
@@ -196,6 +254,7 @@ def calibrated(
     epochs: float | None = None,
     sampler: str | Factory = "poisson",
     accountant: str = "",
+    secure_size: int | None = None,
     **options: Any,
 ) -> Mechanism:
     """Returns the mechanism with the least noise that meets the budget.
@@ -212,6 +271,7 @@ def calibrated(
             sampler from `num_examples`, `batch_size` and the options; "poisson" with B = N is a
             full batch.
         accountant: "pld" or "rdp"; the tightest one that knows the sampler by default.
+        secure_size: how many numbers train, for secure noise; see `Mechanism`.
         **options: of the sampler, such as `max_batch_size` of "truncated_poisson".
 
     Returns:
@@ -242,6 +302,7 @@ def calibrated(
         steps=[steps],
         sampler=sampler,
         accountant=accountant,
+        secure_sizes=None if secure_size is None else [secure_size],
         **options,
     )
     return mechanism
@@ -258,6 +319,7 @@ def calibrated_phases(
     sampler: str | Factory = "poisson",
     count_noises: Sequence[float] | None = None,
     accountant: str = "",
+    secure_sizes: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Mechanism, ...]:
     """Returns one mechanism per phase; their composition has the least noise within one budget.
@@ -273,6 +335,7 @@ def calibrated_phases(
         count_noises: of each phase, see `Mechanism.count_noise`; none by default. They do not
             change the noise multipliers, which are those of gradient and count together.
         accountant: as for `calibrated`.
+        secure_sizes: of each phase, for secure noise; see `Mechanism.secure_size`.
         **options: as for `calibrated`.
 
     Returns:
@@ -312,11 +375,13 @@ def calibrated_phases(
     sigma = accounting.calibrate_noise_multiplier(
         lambda s: [scaled(phase, s).event() for phase in phases],
         epsilon=epsilon,
-        delta=delta,
+        delta=delta if secure_sizes is None else delta * (1 - secure.RESERVE),
         accountant=accountant or shared_accountant(phases),
         relation=phases[0].relation,
     )
     made = [scaled(phase, sigma) for phase in phases]
     if count_noises is not None:
         made = [dataclasses.replace(m, count_noise=c) for m, c in zip(made, count_noises)]
+    if secure_sizes is not None:
+        made = [dataclasses.replace(m, secure_size=n) for m, n in zip(made, secure_sizes)]
     return tuple(made)

@@ -3,10 +3,14 @@
 Sum, never mean; one noise draw per step, in float32; one division, by the expected batch size,
 after the noise. Every other release in `dpjax.dp` (the count of an adaptive bound, the moments of
 least squares, the sign of a temperature's derivative) draws its noise from `standard_normal` too.
+
+The key decides which noise it is: with a ChaCha20 key, from `seeds.noise_key(seed, secure=True)`,
+it is the integer noise of `dp.secure`, and the sum must be an exact one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +19,9 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from dpjax.dp import chacha, secure
 from dpjax.dp.clipping import ClippedSum, ClipRule, flat
-from dpjax.dp.engines import clipped_sum
+from dpjax.dp.engines.clipped_sum import clipped_sum
 from dpjax.dp.engines.reference import once
 from dpjax.dp.meshes import mesh_of, on_mesh
 
@@ -75,16 +80,25 @@ def gaussian_noise(key: jax.Array, tree: PyTree) -> PyTree:
         Under `jax.jit` with sharded operands the values depend on the key and the shapes alone, not
         on the number of devices (JAX's partitionable threefry).
     """
+    return _flat_draw(_normal_numbers, key, tree)
+
+
+def _normal_numbers(key: jax.Array, size: int) -> jax.Array:
+    numbers = standard_normal(key, (size,))
+    # Computed once, before it is cut: fused into the leaves, it would be rounded one way on one
+    # device, another way on eight.
+    return once(numbers, jnp.sum(~jnp.isfinite(numbers[:1]), dtype=jnp.int32))
+
+
+def _flat_draw(numbers: Callable[[jax.Array, int], jax.Array], key: jax.Array, tree: PyTree) -> Any:
+    """Draws one flat array of numbers, and cuts it into the shapes of `tree`."""
     leaves, treedef = jax.tree.flatten(tree)
     sizes = [leaf.size for leaf in leaves]
 
     def draw(key: jax.Array) -> list[jax.Array]:
         # One draw, because every draw is a program of its own to the compiler: with one for each
-        # leaf, noise took most of the compile time of a step. Computed once, before it is cut:
-        # fused into the leaves, it would be rounded one way on one device, another way on eight.
-        numbers = standard_normal(key, (sum(sizes),))
-        numbers = once(numbers, jnp.sum(~jnp.isfinite(numbers[:1]), dtype=jnp.int32))
-        parts = jnp.split(numbers, np.cumsum(sizes)[:-1])
+        # leaf, noise took most of the compile time of a step.
+        parts = jnp.split(numbers(key, sum(sizes)), np.cumsum(sizes)[:-1])
         return [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
 
     mesh = mesh_of(tree)
@@ -109,7 +123,7 @@ def gaussian(
             the sum. 0 is not private.
         expected_batch_size: B = q N > 0, a public constant; never the realized size.
         key: typed PRNG key of the whole run; step t uses `fold_in(key, t)`. It must be secret
-            and used for nothing else.
+            and used for nothing else. A ChaCha20 key makes the noise secure, see `dp.secure`.
 
     Returns:
         A transform whose `update` takes a `ClippedSum` and returns float32 updates in the tree of
@@ -118,7 +132,8 @@ def gaussian(
     Guarantees:
         Given a `ClippedSum` of sensitivity S, one update is the Gaussian mechanism with standard
         deviation `noise_multiplier * S` on the sum. Noise is float32 whatever the dtype of the
-        parameters. It comes first in a chain: a transform before it is refused.
+        parameters. It comes first in a chain: a transform before it is refused. Secure noise is of
+        integers, and the result is NaN if the sum was made for another noise multiplier.
 
     Raises:
         TypeError: `update` received anything but a `ClippedSum` as clipping returns it, or the key
@@ -140,6 +155,7 @@ def gaussian(
         raise TypeError(f"key={key!r} must be a typed key, such as jax.random.key(seed).")
     if key.shape != ():
         raise TypeError(f"key of shape {key.shape} must be a single key.")
+    is_secure = chacha.is_chacha(key)
 
     def init(params: PyTree) -> GaussianState:
         del params
@@ -161,15 +177,33 @@ def gaussian(
                 "which voids its sensitivity. Chain it after dp.gaussian."
             )
 
+        if is_secure != (updates.unit is not None):
+            raise TypeError(
+                "secure noise and exact sums go together: give dp.clipped_sum secure_noise=sigma "
+                "and the transform a ChaCha20 key, or neither."
+            )
+
         def noisy_mean(total: PyTree, stddev: jax.Array, size: jax.Array, key: jax.Array) -> PyTree:
             noise = gaussian_noise(key, total)
             return jax.tree.map(
                 lambda s, z: (s.astype(jnp.float32) + stddev * z) / size, total, noise
             )
 
+        def secure_mean(total: PyTree, unit: jax.Array, size: jax.Array, key: jax.Array) -> PyTree:
+            noise = _flat_draw(secure.rounded_gaussian, key, total)
+            return jax.tree.map(
+                lambda s, z: (s + z).astype(jnp.float32) * (unit / size), total, noise
+            )
+
         stddev = jnp.asarray(noise_multiplier * updates.sensitivity, jnp.float32)
         size = jnp.asarray(expected_batch_size, jnp.float32)
-        args = updates.value, stddev, size, jax.random.fold_in(key, state.step)
+        draw_key = jax.random.fold_in(key, state.step)
+        if updates.unit is not None:
+            enough = stddev <= updates.unit * secure.STDDEV * (1 + 1e-5)
+            unit = jnp.where(enough, updates.unit, jnp.nan)
+            args = updates.value, unit, size, draw_key
+            return on_mesh(secure_mean, args, updates.value), GaussianState(step=state.step + 1)
+        args = updates.value, stddev, size, draw_key
         return on_mesh(noisy_mean, args, updates.value), GaussianState(step=state.step + 1)
 
     return optax.GradientTransformation(init, update)

@@ -111,6 +111,8 @@ def mechanisms(statement: dict[str, Any]) -> tuple[Mechanism, ...]:
             which a charged search does not support.
     """
     phases = statement["phases"]
+    if any(phase.get("secure_size") for phase in phases):
+        raise ValueError("dp.noise must be 'gaussian' in a charged search.")
     if len({phase["part"] for phase in phases}) > 1:
         raise ValueError("dp.temperature.share must be 0 in a charged search.")
 

@@ -14,9 +14,11 @@ import zlib
 import jax
 import numpy as np
 
+from dpjax.dp import chacha
+
 __all__ = ["digest", "draw_private_seed", "noise_key", "public_key", "sampler_seed"]
 
-_BITS = 128
+_BITS = 256
 
 
 def public_key(seed: int, name: str) -> jax.Array:
@@ -25,15 +27,17 @@ def public_key(seed: int, name: str) -> jax.Array:
 
 
 def draw_private_seed() -> int:
-    """Draws a 128-bit seed from the operating system's entropy."""
+    """Draws a 256-bit seed from the operating system's entropy."""
     return secrets.randbits(_BITS)
 
 
-def noise_key(private_seed: int, stream: str = "noise") -> jax.Array:
+def noise_key(private_seed: int, stream: str = "noise", *, secure: bool = False) -> jax.Array:
     """Returns the key of a noise stream: "noise" (gradients), "count" or "temperature".
 
-    It has 64 bits, all that JAX's threefry2x32 accepts.
+    It has 64 bits, all that JAX's threefry2x32 accepts; a secure one is a ChaCha20 key of 256 bits.
     """
+    if secure:
+        return chacha.key_of(_derive(private_seed, "secure " + stream))
     words = np.frombuffer(_derive(private_seed, stream)[:8], np.uint32)
     return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
 
@@ -52,4 +56,6 @@ def _derive(private_seed: int, stream: str) -> bytes:
     """SHA-256 of the seed and the stream's name: no stream reveals anything about another."""
     if not 0 <= private_seed < 2**_BITS:
         raise ValueError(f"private_seed={private_seed} must be in [0, 2**{_BITS}).")
-    return hashlib.sha256(private_seed.to_bytes(_BITS // 8, "big") + stream.encode()).digest()
+    # Seeds of up to 128 bits keep the streams that they had before seeds of 256 bits.
+    size = 16 if private_seed < 2**128 else _BITS // 8
+    return hashlib.sha256(private_seed.to_bytes(size, "big") + stream.encode()).digest()

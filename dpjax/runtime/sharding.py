@@ -168,8 +168,8 @@ def sum_over_devices(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
         The sums, without the leading axis.
 
     Guarantees:
-        Whatever the number of leaves: one all-reduce for all replicated sums, and one
-        reduce-scatter for all sharded ones.
+        Whatever the number of leaves: one all-reduce for all replicated sums of a dtype, and one
+        reduce-scatter for all sharded ones, which have one dtype.
     """
     leaves, treedef = jax.tree.flatten(tree)
     sharded_axes = jax.tree.leaves(axes)
@@ -244,11 +244,15 @@ def gather_leaves(tree: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
 
 def _joined(function: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Applies an elementwise function of one vector to all arrays at once."""
-    if not arrays:
-        return []
-    vector = function(jnp.concatenate([x.ravel() for x in arrays]))
-    ends = np.cumsum([x.size for x in arrays])[:-1]
-    return [p.reshape(x.shape) for p, x in zip(jnp.split(vector, ends), arrays)]
+    results = list(arrays)
+    # A vector for each dtype: one of both kinds would round integers to floats.
+    for kind in dict.fromkeys(x.dtype for x in arrays):
+        places = [i for i, x in enumerate(arrays) if x.dtype == kind]
+        vector = function(jnp.concatenate([arrays[i].ravel() for i in places]))
+        ends = np.cumsum([arrays[i].size for i in places])[:-1]
+        for i, part in zip(places, jnp.split(vector, ends)):
+            results[i] = part.reshape(arrays[i].shape)
+    return results
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

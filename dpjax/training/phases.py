@@ -148,6 +148,7 @@ def _functions(run: Run, phase: Phase) -> Steps:
         private=run.rule is not None,
         method=config.dp.method if config.dp is not None else "auto",
         microbatch_size=config.microbatch,
+        secure=phase.mechanism is not None and phase.mechanism.secure_size is not None,
     )
 
 
@@ -171,7 +172,9 @@ def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
         # accounted multiplier (see `dp.adaptive`).
         noise_multiplier=jnp.asarray(mechanism.gradient_noise_multiplier, jnp.float32),
         rule=dataclasses.replace(run.rule, threshold=phase.bound),
-        noise_key=jax.random.fold_in(seeds.noise_key(private_seed), phase.training),
+        noise_key=jax.random.fold_in(
+            seeds.noise_key(private_seed, secure=mechanism.secure_size is not None), phase.training
+        ),
     )
     if mechanism.count_noise is not None:
         hyper = hyper._replace(

@@ -33,7 +33,7 @@ _RATE, _LIMIT = "optimizer.learning_rate", "data.unit_records"
 # Sampling probabilities of a unit, learning rates, seeds.
 _GRID: dict[str, tuple[tuple[float, ...], tuple[float, ...], int]] = {
     "smoke": ((0.25,), (3e-3,), 1),
-    "laptop": ((0.064, 0.256), (1e-3, 3e-3), 3),
+    "laptop": ((0.256,), (3e-3,), 3),
     "paper": ((0.032, 0.064, 0.128, 0.256), (1e-3, 3e-3, 1e-2), 10),
 }
 _ACC = "accuracy [%]"

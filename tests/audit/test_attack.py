@@ -16,7 +16,8 @@ from dpjax import build, dp
 from dpjax.audit import attack, canaries
 from dpjax.commands import cli
 from dpjax.dp import seeds
-from dpjax.dp.lower_bound import p_value
+from dpjax.dp.ledger import gdp_mu
+from dpjax.dp.lower_bound import p_value, ranks_mu
 from dpjax.runtime import Workdir, sharding
 from dpjax.training import feed, loop
 
@@ -82,13 +83,22 @@ def without_noise(run):
     return run._replace(phases=tuple(p._replace(optimizer=quiet) for p in run.phases))
 
 
+def with_half_the_noise(run):
+    def half(hyper):
+        return dp.sgd(1.0, hyper.noise_multiplier / 2, hyper.batch_size, key=hyper.noise_key)
+
+    return run._replace(phases=tuple(p._replace(optimizer=half) for p in run.phases))
+
+
 def without_clipping(run):
     return run._replace(rule=Unclipped(**vars(dp.flat(1.0, normalized=True))))
 
 
 def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):
     report = attack.audit(whole, count=COUNT)
-    assert 0.2 < report["bound"] <= report["claimed_epsilon"] <= 8.0
+    assert report["claimed_epsilon"] / 2 < report["bound"] <= report["claimed_epsilon"] <= 8.0
+    assert report["bound"] == report["estimators"]["ranks"] > 2 * report["estimators"]["guesses"]
+    assert report["claimed_mu"] >= gdp_mu(report["claimed_epsilon"], report["delta"]) - 1e-3
     assert len(report["scores_in"]) + len(report["scores_out"]) == COUNT
     assert "No contradiction" in attack.line(report)
     # The claim is that of the run that was audited: its steps, noise and rate, whatever its size.
@@ -97,14 +107,16 @@ def test_a_correct_run_is_not_contradicted_and_the_bound_is_not_empty(whole):
     assert report["steps_done"] == mechanism.steps
 
 
-@pytest.mark.parametrize("breaks", [without_noise, without_clipping])
+@pytest.mark.parametrize("breaks", [without_noise, with_half_the_noise, without_clipping])
 def test_a_broken_run_is_refuted(breaks, sampled):
     report = attack.audit(breaks(sampled), count=COUNT)
     assert report["bound"] > report["claimed_epsilon"]
     assert "REFUTED" in attack.line(report)
+    assert report["mu"]["ranks"] > report["claimed_mu"]
     guesses = report["guesses"]
     tried = guesses["positive"] + guesses["negative"]
-    assert p_value(COUNT, tried, guesses["correct"], report["claimed_epsilon"], 1e-5) < 0.05
+    p = p_value(COUNT, tried, guesses["correct"], report["claimed_epsilon"], 1e-5)
+    assert (p < 0.05) == (breaks is not with_half_the_noise)  # which guesses alone do not show
 
 
 def test_many_runs(strict):
@@ -303,3 +315,26 @@ def test_training_audits_itself_and_says_so_in_the_statement(tmp_path, capsys):
     assert (workdir.path / "audit.json").stat().st_mtime_ns == written
     config.audit.count = 41
     assert "one run of 41" in attack.line(attack.attach(run, workdir))
+
+
+def test_all_checkpoints_show_what_momentum_and_schedules_hide():
+    """Momentum and a falling rate: the last parameters weigh steps unequally, the path does not."""
+    rng = np.random.default_rng(0)
+    steps, count, q, strength = 40, 3000, 0.2, 1.0
+    joined = (rng.random((steps, count)) < q) & (np.arange(count) < count // 2)
+    grads = rng.normal(size=(steps, count + 6000))
+    grads[:, :count] += strength * joined
+    velocity, place, path = 0.0, np.zeros(count + 6000), [np.zeros(count + 6000)]
+    for step in range(steps):
+        velocity = 0.95 * velocity + grads[step]
+        place = place + 0.9**step * velocity
+        path.append(place)
+    laws = np.full(steps, q), np.full(steps, strength)
+    own, unused = canaries.likelihoods(np.stack(path), count, *laws)
+    exact = np.log(1 - q + q * np.exp(strength * grads - strength**2 / 2)).sum(0)
+    assert unused.shape == (3000,)
+    assert np.corrcoef(own, exact[:count])[0, 1] > 0.98
+    seen = ranks_mu(own[: count // 2], unused)
+    last = ranks_mu(place[: count // 2], place[count : count + 3000])
+    assert seen > last + 0.3
+    assert ranks_mu(own[count // 2 :], unused) < 0.1  # those that took part in nothing

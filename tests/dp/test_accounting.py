@@ -531,6 +531,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
         assert spent(accounting.full_batch(3.0, 2)) > 0
 
 
+def test_the_cache_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DPJAX_CACHE_DIR", "~/here")
+    spent(accounting.full_batch(3.0, 3))
+    assert len(list((tmp_path / "here" / "accounting").iterdir())) == 1
+
+
 def test_infinity_survives_the_cache(fresh_cache):
     assert [spent(dpa.NonPrivateDpEvent()) for _ in range(2)] == [math.inf, math.inf]
 

@@ -202,3 +202,66 @@ def test_the_runs_that_chose_the_threshold_are_not_counted():
     assert len({bound.threshold for bound in found}) == 1
     assert found[2].false_negative == 1.0
     assert found[2].false_positive == lower_bound.upper_limit(0, 80, 0.975)
+
+
+def directions(mu, seed, canaries=250, unused=20_000):
+    rng = np.random.default_rng(seed)
+    return mu + rng.normal(size=canaries), rng.normal(size=unused)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 2.0])
+def test_ranks_hold_and_are_nearly_all_that_a_gaussian_shows(mu):
+    """200 games: 5 % may exceed the truth; 26 do with a probability below 1e-5."""
+    games = [directions(mu, seed) for seed in range(200)]
+    ranks = np.array([lower_bound.ranks_mu(*game) for game in games])
+    assert (ranks > mu).sum() < 26
+    if mu:
+        assert (ranks > mu).any()
+        assert np.median(ranks) == pytest.approx(mu - 1.645 * math.sqrt(1 / 250), abs=0.04)
+
+
+def test_ranks_see_no_more_than_the_trade_off_allows():
+    """Scores that are no Gaussians: one in twenty canaries is certain, the others are noise."""
+    inside, unused = directions(0.0, 0)
+    inside[:12] = 50.0
+    # The mu of (0, 1/20): total variation 1/20.
+    assert lower_bound.ranks_mu(inside, unused) < 2 * stats.norm.ppf(0.5 + 1 / 40) + 0.15
+    assert lower_bound.ranks_mu(np.exp(inside / 9), np.exp(unused / 9)) == pytest.approx(
+        lower_bound.ranks_mu(inside, unused)
+    )
+    assert lower_bound.moments_mu(inside, unused) > 2  # what a shape that is assumed may do
+    assert lower_bound.ranks_mu(np.zeros(250), np.zeros(20_000)) == 0.0
+    assert lower_bound.ranks_mu(np.zeros(0), unused) == 0.0
+
+
+@pytest.mark.parametrize("mu", [0.5, 2.0])
+def test_guesses_of_a_gaussian_hold_and_show_more(mu):
+    games = [gaussian_game(mu, 500, seed) for seed in range(20)]
+    found = [lower_bound.guesses_mu(*game) for game in games]
+    assert sum(m > mu for m in found) < 9
+    if mu == 2.0:
+        epsilons = [lower_bound.gaussian_epsilon(m, 1e-5) for m in found]
+        plain = [lower_bound.one_run(*game, delta=1e-5).epsilon for game in games]
+        assert np.median(epsilons) > 1.5 * np.median(plain)
+
+
+@pytest.mark.parametrize("mu", [1.0, 2.0])
+def test_guesses_of_a_gaussian_against_jax_privacy(mu):
+    auditing = pytest.importorskip("jax_privacy.auditing")
+    scores, coins = gaussian_game(mu, 400, seed=1)
+    for count in (60, 160):
+        right = int(coins[np.argsort(scores)[-count:]].sum())
+        theirs = auditing._epsilon_one_run_fdp(0.0, 400, count, right, 0.05, 1e-5)
+        own = optimize.brentq(
+            lambda m, count=count, right=right: (
+                0.5 - lower_bound._guesses_refute(m, 400, count, right, 0.05)
+            ), 1e-6, 20.0,
+        )  # fmt: skip
+        assert lower_bound.gaussian_epsilon(own, 1e-5) == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 8.0])
+def test_epsilon_of_a_gaussian(mu):
+    assert lower_bound.gaussian_epsilon(mu, 1e-6) == pytest.approx(gaussian_epsilon(mu, 1e-6))
+    assert lower_bound.gaussian_epsilon(0.0, 1e-6) == 0.0
+    assert lower_bound.gaussian_epsilon(1e-9, 1e-6) == 0.0

@@ -34,7 +34,7 @@ def test_entropy():
     assert max(drawn).bit_length() > 100
 
 
-@pytest.mark.parametrize("seed", [-1, 2**128])
+@pytest.mark.parametrize("seed", [-1, 2**256])
 def test_range(seed):
     with pytest.raises(ValueError, match="private_seed="):
         seeds.noise_key(seed)

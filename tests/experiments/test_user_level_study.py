@@ -22,7 +22,6 @@ def test_the_smoke_study_runs_and_every_statement_is_about_units(tmp_path):
 
 def test_a_batch_of_units_has_the_same_probability_at_every_size_of_a_unit():
     points = list(user_level.sweep("laptop"))
-    assert {(p["data.name"][-2:], p["batch_size"]) for p in points} == {
-        ("_1", 256), ("_1", 1024), ("_4", 64), ("_4", 256), ("16", 16), ("16", 64),
-    }  # fmt: skip
+    sizes = {(p["data.name"][-2:], p["batch_size"]) for p in points}
+    assert sizes == {("_1", 1024), ("_4", 256), ("16", 64)}
     assert max(p["data.unit_records"] for p in points) == 16

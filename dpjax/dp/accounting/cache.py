@@ -51,7 +51,7 @@ def cached(key: Any, compute: Callable[[], float]) -> float:
         Different keys never share a number. A cache that is absent, damaged or not writable costs
         time and nothing else.
     """
-    root = os.environ.get("DPJAX_CACHE_DIR", os.path.expanduser("~/.cache/dpjax"))
+    root = os.path.expanduser(os.environ.get("DPJAX_CACHE_DIR", "~/.cache/dpjax"))
     name = fingerprint((importlib.metadata.version("dp-accounting"), _CODE, key))
     if not root or name is None:
         return compute()

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpjax.dp import secure
 from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 from dpjax.dp.engines import bookkeeping, reference
 from dpjax.dp.meshes import closes_over_explicit, mesh_of, on_mesh
@@ -31,6 +32,7 @@ def clipped_sum(
     *,
     method: str = "auto",
     microbatch_size: int | None = None,
+    secure_noise: jax.typing.ArrayLike | None = None,
 ) -> Callable[[PyTree, PyTree, jax.Array], tuple[ClippedSum, PerExample]]:
     """Builds the function that sums clipped per-example gradients over a masked batch.
 
@@ -43,15 +45,17 @@ def clipped_sum(
             differentiates per example the leaves that it finds no product for.
         microbatch_size: examples whose per-example state is in memory at once; must divide the
             batch. None takes the batch whole.
+        secure_noise: noise multiplier of the secure noise that will be added, see `dp.secure`. The
+            sum is then exact, in integers, which the vmap engine forms.
 
     Returns:
         `(params, batch, mask) -> (ClippedSum, PerExample)` where every leaf of `batch` is
         `[batch, ...]` and `mask` is `[batch]` bool, False for padding.
 
     Guarantees:
-        The sum is float32 whatever the dtype of the model. Adding or removing one example moves
-        it by at most `ClippedSum.sensitivity`; padding and examples with a non-finite loss or
-        gradient contribute exactly zero.
+        The sum is float32 whatever the dtype of the model, or int32 for secure noise. Adding or
+        removing one example moves it by at most `ClippedSum.sensitivity`; padding and examples with
+        a non-finite loss or gradient contribute exactly zero.
 
     Raises:
         ValueError: an unknown method, a microbatch size that does not divide the batch, or a batch
@@ -64,6 +68,11 @@ def clipped_sum(
         raise ValueError(f"method={method!r} must be one of {METHODS}.")
     if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(f"microbatch_size={microbatch_size} must be >= 1.")
+    if secure_noise is not None:
+        if method == "bookkeeping":
+            raise ValueError("method='bookkeeping' sums in float32; secure noise needs 'vmap'.")
+        method = "vmap"
+    dtype = jnp.float32 if secure_noise is None else jnp.int32
 
     def clipped_sum_fn(
         params: PyTree, batch: PyTree, mask: jax.Array
@@ -72,30 +81,40 @@ def clipped_sum(
         params, batch = _parameters(params), jax.tree.map(jnp.asarray, batch)
         _check_sizes(batch, mask)
         args = params, batch, jnp.asarray(mask)
-        like = ClippedSum(params, jnp.zeros(())), PerExample(*[args[2]] * 4)
+        scalar = jnp.zeros(())
+        unit = None if secure_noise is None else scalar
+        like = ClippedSum(params, scalar, unit=unit), PerExample(*[args[2]] * 4)
         return on_mesh(summed, args, like, replicate=_replicate(loss_fn, method, params, batch))
 
     def summed(params: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
         size = mask.shape[0]
+        sensitivity, unit, options = rule.sensitivity(), None, {}
+        if secure_noise is not None:
+            entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+            grid = secure.grid(sensitivity, secure_noise, entries)
+            sensitivity, unit, options = grid.sensitivity, grid.unit, {"grid": grid}
+
+        def made(total: PyTree) -> ClippedSum:
+            return ClippedSum(total, sensitivity, unit=unit)
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
         if size == 0:  # of no example: the step is noise alone
-            return _nothing(rule, params)
+            return made(zeros), _no_facts(rule, params)
         micro = microbatch_size or size
         if size % micro:
             raise ValueError(f"microbatch_size={micro} must divide the batch size {size}.")
-        engine = reference if method == "vmap" else bookkeeping
-        sensitivity = rule.sensitivity()
+        engine: Any = reference if method == "vmap" else bookkeeping
 
         if micro == size:
-            total, facts = engine.microbatch_sum(loss_fn, rule, params, batch, mask)
-            return ClippedSum(total, sensitivity), facts
+            total, facts = engine.microbatch_sum(loss_fn, rule, params, batch, mask, **options)
+            return made(total), facts
 
         def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
-            part, facts = engine.microbatch_sum(loss_fn, rule, params, *chunk)
+            part, facts = engine.microbatch_sum(loss_fn, rule, params, *chunk, **options)
             return jax.tree.map(jnp.add, total, part), facts
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         total, facts = jax.lax.scan(one, zeros, cut((batch, mask), micro))
-        return ClippedSum(total, sensitivity), _uncut(facts)
+        return made(total), _uncut(facts)
 
     return clipped_sum_fn
 
@@ -147,11 +166,9 @@ def _check_sizes(batch: PyTree, mask: jax.Array) -> None:
             )
 
 
-def _nothing(rule: ClipRule, params: PyTree) -> tuple[ClippedSum, PerExample]:
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+def _no_facts(rule: ClipRule, params: PyTree) -> PerExample:
     none, groups = jnp.zeros(0), jnp.zeros((0, rule.num_groups(params)))
-    facts = PerExample(loss=none, norms=groups, factors=groups, real=jnp.zeros(0, bool))
-    return ClippedSum(zeros, rule.sensitivity()), facts
+    return PerExample(loss=none, norms=groups, factors=groups, real=jnp.zeros(0, bool))
 
 
 def cut(tree: PyTree, size: int) -> PyTree:

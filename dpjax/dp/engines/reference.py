@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
 
+from dpjax.dp import secure
 from dpjax.dp.clipping import ClipRule, PerExample
 from dpjax.dp.engines import products
 
@@ -34,20 +35,33 @@ LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 
 def microbatch_sum(
-    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+    loss_fn: LossFn,
+    rule: ClipRule,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    grid: secure.Grid | None = None,
 ) -> tuple[PyTree, PerExample]:
     """Sums the clipped per-example gradients of one microbatch; see `clipped_sum`.
+
+    Args:
+        loss_fn: `(params, example) -> loss` of ONE example.
+        rule: the clipping rule.
+        params: trainable parameters.
+        batch: pytree of `[n, ...]`.
+        mask: `[n]` bool, False for padding.
+        grid: where given, gradients are rounded to it one by one, and the sum is int32 and exact.
 
     Guarantees:
         What is measured is what is summed: the norm is that of the very array that the factor
         multiplies, so a contribution exceeds its bound by rounding alone, which `ClipRule.factors`
         allows for.
     """
-    total, facts = _batched(loss_fn, rule, params, batch, mask)
+    total, facts = _batched(loss_fn, rule, params, batch, mask, grid)
     if mask.shape[0] == 1 or not differentiates_convolutions(loss_fn, params, batch):
         return total, facts
     doubtful = mask & ~(jnp.isfinite(facts.loss) & jnp.all(jnp.isfinite(facts.norms), 1))
-    return one_by_one(loss_fn, rule, params, batch, doubtful, total, facts)
+    return one_by_one(loss_fn, rule, params, batch, doubtful, total, facts, grid)
 
 
 def once(arrays: PyTree, doubts: jax.Array) -> PyTree:
@@ -103,6 +117,7 @@ def one_by_one(
     doubtful: jax.Array,
     total: PyTree,
     facts: PerExample,
+    grid: secure.Grid | None = None,
 ) -> tuple[PyTree, PerExample]:
     """Adds doubtful examples to a sum that leaves them out, each in a program of its own.
 
@@ -114,6 +129,7 @@ def one_by_one(
         doubtful: `[n]` bool; none in an ordinary batch, which then costs nothing.
         total: the sum over the other examples.
         facts: of all examples, to be corrected for the doubtful ones.
+        grid: of the sum, see `microbatch_sum`.
 
     Returns:
         The sum over all examples, and their facts.
@@ -124,7 +140,7 @@ def one_by_one(
         total, facts = state
         row = order[i]
         example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(again(x), row, 1), batch)
-        part, one = _batched(loss_fn, rule, params, example, jnp.ones(1, bool))
+        part, one = _batched(loss_fn, rule, params, example, jnp.ones(1, bool), grid)
         facts = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0), facts, one
         )
@@ -141,7 +157,12 @@ def again(array: jax.Array) -> jax.Array:
 
 
 def _batched(
-    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+    loss_fn: LossFn,
+    rule: ClipRule,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    grid: secure.Grid | None,
 ) -> tuple[PyTree, PerExample]:
     groups, num_groups = rule.groups(params), rule.num_groups(params)
     loss, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(params, batch)
@@ -156,12 +177,18 @@ def _batched(
     use = mask & jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms), 1)
     factors = jnp.where(use[:, None], jax.vmap(rule.factors)(norms), 0.0)
 
-    def clipped(group: int, g: jax.Array, like: jax.Array) -> jax.Array:
-        kept = jnp.where(use[:, None], g, 0.0)  # where, not multiplication: 0 * NaN is NaN
-        return jnp.sum(kept * factors[:, group, None], 0).reshape(jnp.shape(like))
-
-    own = jax.tree.leaves(params)
-    total = jax.tree.unflatten(treedef, [clipped(*three) for three in zip(groups, leaves, own)])
+    clipped = [
+        # where, not multiplication: 0 * NaN is NaN
+        jnp.where(use[:, None], g, 0.0) * factors[:, group, None]
+        for group, g in zip(groups, leaves)
+    ]
+    if grid is not None:
+        clipped = secure.on_grid(clipped, grid)
+    sums = [
+        jnp.sum(g, 0, dtype=g.dtype).reshape(jnp.shape(like))
+        for g, like in zip(clipped, jax.tree.leaves(params))
+    ]
+    total = jax.tree.unflatten(treedef, sums)
     facts = PerExample(
         loss=jnp.where(mask, loss, 0.0),
         norms=jnp.where(mask[:, None], norms, 0.0),
