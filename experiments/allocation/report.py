@@ -98,7 +98,7 @@ def paired(found: Sequence[Cell]) -> list[Row]:
             {c.batch_size: c for c in groups.get((task, sampler, epsilon), [])}
             for sampler in ("poisson", "random_allocation")
         )
-        both = [b for b in poisson if b in allocation and b < poisson[b].num_examples]
+        both = [b for b in poisson if b in allocation and _alike(poisson[b], allocation[b])]
         if not both:
             continue
         best = max(both, key=lambda b: poisson[b].mean)
@@ -120,6 +120,15 @@ def paired(found: Sequence[Cell]) -> list[Row]:
     return rows
 
 
+def _alike(one: Cell, other: Cell) -> bool:
+    """Whether two samplers are worth comparing: not full batches, and of the same steps, nearly.
+
+    An epoch of allocation has a whole number of steps; of two thirds of N, it is a full batch.
+    """
+    close = abs(one.steps - other.steps) <= 0.05 * one.steps
+    return close and one.batch_size < one.num_examples
+
+
 def _gains(one: Cell, other: Cell) -> list[float]:
     seeds = sorted(set(one.accuracy) & set(other.accuracy))
     return [other.accuracy[seed] - one.accuracy[seed] for seed in seeds]
@@ -134,8 +143,9 @@ def _together(found: Sequence[Cell]) -> str:
             continue
         others = {c.batch_size: c for c in groups.get((task, "random_allocation", epsilon), [])}
         for cell in group:
-            if cell.batch_size in others and cell.batch_size < cell.num_examples:
-                mean, half = study.interval(_gains(cell, others[cell.batch_size]))
+            other = others.get(cell.batch_size)
+            if other is not None and _alike(cell, other):
+                mean, half = study.interval(_gains(cell, other))
                 gains.append(100 * mean)
                 better += mean > half
                 worse += -mean > half
@@ -256,6 +266,9 @@ def left_out(groups: Mapping[Setting, list[Cell]]) -> dict[Setting, float]:
 
 def rules_table(groups: Mapping[Setting, list[Cell]]) -> list[Row]:
     """Mean and worst regret of every rule."""
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
+    if not groups:
+        return []
     table = {name: regrets(rule, groups) for name, rule in FAMILY.items()}
     fitted = min(table, key=lambda name: _loss(table[name].values()))
     found = {
