@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.weights = "vit_ti16_augreg"
     config.finetune = "film"
     config.dp.epsilon = 1.0
+    config.dp.sampler = "random_allocation"
     # As in arXiv 2510.20616, at 1.5 % above the least noise; the planner picks 128, within 5 %.
     config.batch_size = 1024
     config.physical_batch = 256

@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.finetune = "film"
     config.dp.epsilon = 1.0
     config.dp.bound = 1.0
+    config.dp.sampler = "random_allocation"
     # As in arXiv 2510.20616. The planner picks 2048 for all data, at little more noise, and 256 for
     # a tenth, for at least 40 steps: 20 are enough if the rate grows with B.
     config.batch_size = 2048 if arg else 4096

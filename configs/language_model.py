@@ -29,6 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.finetune = "lora:16:attn/|mlp/"
     config.dp.epsilon = 8.0
+    config.dp.sampler = "random_allocation"
     config.batch_size = 512
     config.physical_batch = 64
     config.epochs = 10.0

@@ -26,6 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.tokenizer = "minilm_l6_tokenizer"
     config.finetune = "lora:8"
     config.dp.epsilon = 1.0
+    config.dp.sampler = "random_allocation"
     # At 2.1 % above the least noise; the planner picks 512, the smallest B within 5 %.
     config.batch_size = 1024
     config.physical_batch = 64

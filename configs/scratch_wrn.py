@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dp.epsilon = 8.0
     config.dp.bound = 1.0
     config.dp.normalized = False
+    config.dp.sampler = "random_allocation"
     # What the planner picks.
     config.batch_size = 4096
     config.physical_batch = 256

@@ -1,5 +1,6 @@
 """Every config of the repository builds: shapes traced, budget calibrated, without its data."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -54,11 +55,23 @@ def test_config_builds(path):
     if config.dp is None:
         return
     build.privacy.clip_rule(config.dp)
-    mechanism = dp.calibrated(
-        epsilon=config.dp.epsilon,
-        delta=config.dp.delta,
-        num_examples=num_examples,
-        batch_size=config.batch_size,
-        steps=steps,
+    mechanism, poisson = (
+        dp.calibrated(
+            epsilon=config.dp.epsilon,
+            delta=config.dp.delta,
+            num_examples=num_examples,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            sampler=sampler,
+        )
+        for sampler in (config.dp.sampler, "poisson")
     )
     assert mechanism.epsilon(config.dp.delta) <= config.dp.epsilon
+    # Why it is the sampler of the configs: less noise in all of them.
+    assert config.dp.sampler == "random_allocation"
+    assert noise_of_a_run(mechanism) < noise_of_a_run(poisson)
+
+
+def noise_of_a_run(mechanism):
+    """Of the mean gradients, summed over the run: sigma sqrt(T) over q T."""
+    return mechanism.noise_multiplier / (mechanism.sampling_prob * math.sqrt(mechanism.steps))

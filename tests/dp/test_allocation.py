@@ -86,11 +86,11 @@ def test_a_large_epoch_is_drawn_in_milliseconds():
     sampling._epoch.cache_clear()
     spent = []
     for step in (0, 1, 80, 81, 160, 161):
-        began = time.perf_counter()
+        began = time.process_time()  # not the time of a busy machine's other work
         law.indices(2, step)
-        spent.append(time.perf_counter() - began)
-    assert min(spent[::2]) < 0.1  # 6 to 10 ms on a core of its own
-    assert min(spent[1::2]) < 0.01
+        spent.append(time.process_time() - began)
+    assert min(spent[::2]) < 0.02  # 2.5 ms
+    assert min(spent[1::2]) < 0.002  # 0.4 ms
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_the_golden_noise(epsilon, t, golden):
 def test_the_bounds_bracket_the_truth(sigma, t, steps, delta):
     event = accounting.allocation(sigma, t, steps)
     upper, lower = accounting.epsilon(event, delta), accounting.lower_epsilon(event, delta)
-    assert 0 < upper - lower < (1e-3 if t < 1000 else 2e-3) * upper
+    assert 0 < upper - lower < 1e-3 * upper
 
 
 def two_steps(sigma, epsilon, taken):

@@ -44,7 +44,7 @@ def on_cached_features(run):
 @pytest.mark.parametrize(
     "case",
     [
-        "private",
+        "random allocation, into a second epoch",
         "not private",
         pytest.param("private, loop on cached features", marks=pytest.mark.slow),
     ],
@@ -53,6 +53,8 @@ def test_equals_the_head_of_the_loop(case, tmp_path):
     config = tiny_config(finetune="head", epochs=1.2)
     if case == "not private":
         config.dp = None
+    elif "allocation" in case:
+        config.dp.sampler = "random_allocation"
     run = build.build(config)
     loop.train(on_cached_features(run) if "cached" in case else run, Workdir(tmp_path / "w"))
     want = models.read_tensors(tmp_path / "w" / "weights.safetensors")

@@ -19,13 +19,14 @@ from dpjax.commands import cli
 from dpjax.runtime import Workdir, compilation, hosts
 from dpjax.training import loop
 
-# Twenty steps of two phases, whose bound adapts and whose parameters are averaged; the physical
-# batch divides neither by two processes nor by eight devices.
+# Twenty steps of two phases by random allocation, whose bound adapts and whose parameters are
+# averaged; the physical batch divides neither by two processes nor by eight devices.
 STEPS = 20
 FIRST = 5  # the step from which the two processes resume, in the second phase
 CHANGES = {
     "epochs": 2.5, "checkpoint_every": 10, "eval_every": 10, "physical_batch": 61,
     "finetune": "film", "lp__fraction": 0.2, "ema": 0.9, "dp__adaptive__quantile": 0.5,
+    "dp__sampler": "random_allocation",
 }  # fmt: skip
 
 

@@ -1,0 +1,290 @@
+"""Private heads on cached features over batch sizes, budgets and two samplers.
+
+    DPJAX_DATA_DIR=DATA python -m experiments.allocation.heads --workdir=DIR
+    python -m experiments.allocation.report DIR
+
+Two questions share these runs. Is random allocation better than Poisson sampling at equal epsilon,
+epochs and tuning? And which batch size should the planner choose? So every task is trained by both
+samplers at 8 epochs, epsilon 0.5 to 8, delta 1e-5 and all batch sizes B that double from about
+N / 128, to the full batch.
+
+The learning rate of every cell (task, sampler, B, epsilon) is searched by the same procedure, by
+factors of 2, on one half of the held-out data with two seeds, and goes on until the best rate has
+a worse one on both sides. What is reported is the accuracy on the other half with five new seeds.
+
+DIR/runs.jsonl gets one line per run; a block (task, sampler, B) is written at once, and finished
+blocks are skipped. The private seeds are fixed and the search is not charged: these runs are for
+study, not for release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dpjax import build, dp, files, heads
+from dpjax import config as configs
+from dpjax.build import planner
+from dpjax.heads import FeatureSet
+from dpjax.runtime import compilation
+
+__all__ = ["TASKS", "Task", "batch_sizes", "block", "main", "opened", "read"]
+
+DELTA = 1e-5
+EPOCHS = 8.0
+EPSILONS = (0.5, 1.0, 2.0, 8.0)
+TUNING_SEEDS = (1, 2)
+SEEDS = (11, 12, 13, 14, 15)
+BOUND = 2.0  # C, where features have the norm `SCALE`: the best of `experiments/head_grid`
+SCALE = 8.0
+_RATES = 2.0 ** np.arange(-14, 6)  # more than any search has used
+
+Row = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """Data and frozen backbone.
+
+    Attributes:
+        overrides: of the default config.
+        width: the features are projected to so many random directions, which is faster; None
+            keeps them.
+        examples: N; the first of the training split.
+    """
+
+    overrides: Row
+    width: int | None
+    examples: int
+
+
+_LITE0 = {
+    "data.name": "cifar10", "model.name": "efficientnet_lite", "model.size": "lite0",
+    "model.weights": "efficientnet_lite0", "model.options": {"image_size": 128},
+    "data.train_split": "train[:8192]", "data.test_split": "test[:2000]",
+}  # fmt: skip
+_DIGITS = {
+    "data.name": "mnist", "model.weights": "vit_mini_digits",
+    "model.options": {"width": 64, "depth": 3, "heads": 4, "mlp": 128, "patch": 7},
+}  # fmt: skip
+_MINILM = {
+    "model.name": "text_encoder", "model.size": "minilm_l6", "model.weights": "minilm_l6",
+    "model.options": {"max_length": 32},
+}  # fmt: skip
+_NEWS = {
+    **_MINILM, "data.name": "20newsgroups",
+    "data.train_split": "train[:6000]", "data.test_split": "test[:3000]",
+}  # fmt: skip
+_REUTERS = {**_MINILM, "data.name": "reuters52"}
+
+# All have one N, and their harder versions another, so that they share the calibrated noise.
+TASKS = {
+    "digits": Task({"data.name": "digits"}, None, 600),  # for the tests: a random backbone
+    "cifar10": Task(_LITE0, 192, 6000),
+    "mnist": Task(_DIGITS, None, 6000),
+    "20newsgroups": Task(_NEWS, 128, 6000),
+    "reuters52": Task(_REUTERS, 128, 6000),
+    "cifar10_tenth": Task(_LITE0, 192, 600),
+    "mnist_tenth": Task(_DIGITS, None, 600),
+    "20newsgroups_tenth": Task(_NEWS, 128, 600),
+    "reuters52_tenth": Task(_REUTERS, 128, 600),
+}
+
+
+def opened(task: Task) -> tuple[FeatureSet, FeatureSet, FeatureSet]:
+    """Returns normalized features: private, held out for tuning, held out for the result."""
+    config = configs.default()
+    with config.unlocked():
+        for name, value in task.overrides.items():
+            config.update_from_flattened_dict({name: None})
+            config.update_from_flattened_dict({name: value})
+        config.dp = None
+    config.batch_size = 1
+    run = build.build(config)
+    train, held = (
+        _projected(heads.compute_features(run.model, run.params, dataset), task.width)
+        for dataset in (run.train, run.test)
+    )
+    train = train.select(np.arange(task.examples))
+    order = np.random.default_rng(0).permutation(len(held))
+    half = len(held) // 2
+    return train, held.select(order[:half]), held.select(order[half:])
+
+
+def _projected(features: FeatureSet, width: int | None) -> FeatureSet:
+    """Normalized features; the directions are public, and each example is mapped on its own."""
+    features = heads.normalize(features, center=True, scale=SCALE)
+    if width is None:
+        return features
+    directions = np.random.default_rng(0).normal(size=(features.width, width))
+    values = features.values @ directions.astype(np.float32)
+    return heads.normalize(dataclasses.replace(features, values=values), scale=SCALE)
+
+
+def batch_sizes(num_examples: int) -> list[int]:
+    """Candidates of the planner with at most about 1,024 steps in 8 epochs."""
+    return [b for b in planner.candidates(num_examples) if b >= num_examples / 128]
+
+
+def block(
+    name: str,
+    sets: tuple[FeatureSet, FeatureSet, FeatureSet],
+    sampler: str,
+    batch_size: int,
+    *,
+    epsilons: Sequence[float] = EPSILONS,
+    start: dict[float, float],
+    tuning_seeds: Sequence[int] = TUNING_SEEDS,
+    seeds: Sequence[int] = SEEDS,
+) -> list[Row]:
+    """Searches the learning rate of every epsilon, and trains with the best.
+
+    Args:
+        name: of the task.
+        sets: as `opened` returns them.
+        sampler: "poisson" or "random_allocation".
+        batch_size: B.
+        epsilons: budgets.
+        start: rate at which the search begins, of every epsilon; replaced by the best one.
+        tuning_seeds: private seeds of the search.
+        seeds: private seeds of the result.
+
+    Returns:
+        One row per run; `accuracy` is that on the half that the search did not see.
+    """
+    train, tuning, result = sets
+    mechanisms = {
+        epsilon: dp.calibrated(
+            epsilon=epsilon, delta=DELTA, num_examples=len(train), batch_size=batch_size,
+            epochs=EPOCHS, sampler=sampler if batch_size < len(train) else "full_batch",
+        )
+        for epsilon in epsilons
+    }  # fmt: skip
+    rows: list[Row] = []
+
+    def trained(pairs: Sequence[tuple[float, float]], seeds: Sequence[int], role: str) -> None:
+        """Trains (epsilon, rate) pairs with all seeds."""
+        points = [
+            heads.Point(rate, seed, dp.flat(BOUND, normalized=True), mechanisms[epsilon])
+            for seed in seeds
+            for epsilon, rate in pairs
+        ]
+        steps = points[0].mechanism.steps  # type: ignore[union-attr]
+        fits = heads.train_heads(
+            train, points, steps=steps, batch_size=batch_size, optimizer=_adam(steps),
+            at_once=len(epsilons),
+        )  # fmt: skip
+        for_tuning, for_result = (heads.evaluate(fits.params, held) for held in (tuning, result))
+        for (epsilon, rate), point, one, other in zip(
+            list(pairs) * len(seeds), points, for_tuning, for_result, strict=True
+        ):
+            rows.append({
+                "task": name, "sampler": sampler, "N": len(train), "B": batch_size, "T": steps,
+                "epsilon": epsilon, "rate": rate, "seed": point.private_seed, "role": role,
+                "noise_multiplier": mechanisms[epsilon].noise_multiplier,
+                "tuning_accuracy": one["accuracy"], "accuracy": other["accuracy"],
+            })  # fmt: skip
+
+    tried: dict[float, dict[float, float]] = {epsilon: {} for epsilon in epsilons}
+    for offset in (-1, 0, 1):
+        trained([(e, _rate(start[e], offset)) for e in epsilons], tuning_seeds, "tuning")
+    while True:
+        for row in rows:
+            same = [r["tuning_accuracy"] for r in rows
+                    if (r["epsilon"], r["rate"]) == (row["epsilon"], row["rate"])]  # fmt: skip
+            tried[row["epsilon"]][row["rate"]] = float(np.mean(same))
+        wanted = {e: _next(tried[e]) for e in epsilons}
+        pairs = [(e, rate) for e, rate in wanted.items() if rate is not None]
+        if not pairs:
+            break
+        pairs += [pairs[-1]] * (len(epsilons) - len(pairs))  # one shape: compiled once
+        before = len(rows)
+        trained(pairs, tuning_seeds, "tuning")
+        unique = {(r["epsilon"], r["rate"], r["seed"]): r for r in rows[before:]}
+        rows[before:] = unique.values()
+    for epsilon in epsilons:
+        start[epsilon] = max(tried[epsilon], key=lambda rate: tried[epsilon][rate])
+    trained([(e, start[e]) for e in epsilons], seeds, "result")
+    return rows
+
+
+def _rate(rate: float, offset: int) -> float:
+    return float(_RATES[int(np.argmin(np.abs(np.log(_RATES / rate)))) + offset])
+
+
+def _next(tried: dict[float, float]) -> float | None:
+    """The rate to try next: the neighbor of a best rate that stands at an edge."""
+    best = max(tried, key=lambda rate: tried[rate])
+    if best == max(tried):
+        return _rate(best, 1)
+    return _rate(best, -1) if best == min(tried) else None
+
+
+@functools.cache  # one factory, one compilation
+def _adam(steps: int) -> heads.Optimizer:
+    return build.optimizer.optimizer(configs.default().optimizer, steps, private=True)
+
+
+def read(workdir: Path) -> list[Row]:
+    """Reads the runs of a work directory."""
+    return list(_lines(workdir / "runs.jsonl"))
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    if path.exists():
+        for line in path.read_text().splitlines():
+            yield json.loads(line)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0, or 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="allocation", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--tasks", default=",".join(name for name in TASKS if name != "digits"))
+    parser.add_argument("--samplers", default=",".join(planner.SAMPLERS))
+    flags = parser.parse_args(argv)
+    compilation.keep_on_disk()
+    try:
+        _run(flags.workdir, flags.tasks.split(","), flags.samplers.split(","))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(workdir: Path, tasks: Iterable[str], samplers: Sequence[str]) -> None:
+    for name in tasks:
+        files.choose("tasks", name, TASKS)
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name in tasks:
+        sets = opened(TASKS[name])
+        rows = read(workdir)
+        done = {(r["task"], r["sampler"], r["B"]) for r in rows}
+        start = {sampler: dict.fromkeys(EPSILONS, 2.0**-8) for sampler in samplers}
+        jobs = [(b, sampler) for b in batch_sizes(len(sets[0])) for sampler in samplers]
+        for batch_size, sampler in tqdm(jobs, desc=name, unit="block", file=sys.stderr):
+            if (name, sampler, batch_size) in done:
+                ours = (name, sampler, batch_size, "result")
+                for row in rows:
+                    if (row["task"], row["sampler"], row["B"], row["role"]) == ours:
+                        start[sampler][row["epsilon"]] = row["rate"]
+                continue
+            begin = time.perf_counter()
+            found = block(name, sets, sampler, batch_size, start=start[sampler])
+            tqdm.write(f"{name} {sampler} B={batch_size}: {len(found)} runs, "
+                       f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)  # fmt: skip
+            with (workdir / "runs.jsonl").open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
