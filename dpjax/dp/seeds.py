@@ -30,7 +30,8 @@ def draw_private_seed() -> int:
 
 
 def noise_key(private_seed: int, stream: str = "noise") -> jax.Array:
-    """Returns the key of a noise stream: "noise" (gradients), "count" or "temperature".
+    """Returns the key of a noise stream: "noise" (gradients), "count", "temperature" or
+    "vote".
 
     It has 64 bits, all that JAX's threefry2x32 accepts.
     """

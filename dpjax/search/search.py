@@ -238,6 +238,11 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
         run = build.build(base)
         if run.temperature is not None:
             raise ValueError("dp.temperature.share must be 0 in a charged search.")
+        if run.vote is not None:
+            raise ValueError(
+                f"finetune={base.finetune!r} is charged by itself: in a charged search, name the "
+                "blocks, or let the sweep try some sets."
+            )
         spend = repeat_and_select.epsilon_of_one(
             [phase.mechanism for phase in run.phases if phase.mechanism is not None],
             budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
