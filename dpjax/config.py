@@ -76,8 +76,9 @@ def default() -> ConfigDict:
                 "keep_head": False,  # take the head of the weights too: the classes are the same
                 "dtype": "float32",  # of activations; parameters, sums and noise are float32
             },
-            # full, head, film, bias, lora:RANK:TARGETS, blocks:first:K, blocks:last:K, regex:R, or
-            # several with "+"
+            # full, head, film, bias, lora:RANK:TARGETS, blocks:first:K, blocks:last:K,
+            # blocks:at:I,J, regex:R, or several with "+". Or vote:K: the head, and the K blocks
+            # that a noised vote of the training examples picks, within the budget (`dp.vote`).
             "finetune": "full",
             # Linear probing first, then the set above, under one budget (arXiv 2402.18905).
             "lp": {
@@ -125,6 +126,9 @@ def default() -> ConfigDict:
                     "bound": 5.0,  # on an example's derivative of the loss
                     "steps": 10,  # noised signs of the derivative, each halving the range
                 },
+                # Of finetune="vote:K": the vote alone costs this share of epsilon. Training gets
+                # what the whole budget then leaves.
+                "vote": 0.1,
             },
             # Expected (logical) batch size B; "auto": the choice of `dpjax.build.planner`, which
             # looks at N, epochs, epsilon and delta alone.

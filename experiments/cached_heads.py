@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from dpjax import build, dp, heads, metrics, models
 from dpjax.build import describe, predictor
 from dpjax.config import default, differences
-from dpjax.models import InputSpec
+from dpjax.models import TextSpec
 from dpjax.runtime import Workdir
 from dpjax.training import results
 
@@ -33,9 +33,9 @@ _BATCHED = ("optimizer.learning_rate", "dp.bound", "dp.epsilon", "private_seed")
 # Fields that the engine of heads knows; a run that changes another one takes the train loop.
 _KNOWN = (
     "seed", "private_seed", "data.name", "data.data_dir", "data.train_split", "data.test_split",
-    "data.subset", "data.holdout", "finetune", "dp.epsilon", "dp.delta", "dp.clipping",
-    "dp.bound", "dp.normalized", "dp.gamma", "dp.sampler", "batch_size", "epochs", "log_every",
-    "physical_batch", "microbatch", "eval_every", "checkpoint_every", "dp.method",
+    "data.subset", "data.holdout", "data.tokenizer", "finetune", "dp.epsilon", "dp.delta",
+    "dp.clipping", "dp.bound", "dp.normalized", "dp.gamma", "dp.sampler", "batch_size", "epochs",
+    "log_every", "physical_batch", "microbatch", "eval_every", "checkpoint_every", "dp.method",
     "keep_checkpoints",
 )  # fmt: skip
 _KNOWN_TREES = ("model.", "optimizer.")
@@ -50,10 +50,11 @@ class Job:
 
 
 def fits(config: ConfigDict) -> bool:
-    """Whether `dpjax.heads` can do a run: it trains a head, and needs features only, not images."""
+    """Whether `dpjax.heads` can do a run: it trains a new head, and needs no more than features."""
     if config.finetune != "head" or config.dp is None or config.private_seed is None:
         return False
-    if not isinstance(build.model.model(config.model, 1).input, InputSpec):
+    spec = build.model.model(config.model, 1).input
+    if isinstance(spec, TextSpec) and spec.causal:  # its head is its table of words
         return False
     changed = [text.split(":")[0].removeprefix("config.") for text in _changes(config)]
     return all(name in _KNOWN or name.startswith(_KNOWN_TREES) for name in changed)

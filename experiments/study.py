@@ -304,12 +304,15 @@ def write(
         workdir: directory of the study.
         title: title of the report.
         parts: text, tables and figures, in order.
-        results: all points, to report the missing ones.
+        results: all points, to report the missing ones; none of a report that has no points.
 
     Returns:
         The files written.
     """
-    lines, paths = [f"# {title}", "", _progress(results), ""], []
+    lines: list[str] = [f"# {title}", ""]
+    paths: list[Path] = []
+    if results:
+        lines += [_progress(results), ""]
     for part in parts:
         if isinstance(part, str):
             lines += [part, ""]

@@ -198,6 +198,11 @@ def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) 
     check_arguments(canaries=canaries, count=count, runs=runs, confidence=confidence)
     if run.ledger is None:
         raise ValueError("dp=None: a run without privacy claims nothing to audit.")
+    if run.vote is not None:
+        raise ValueError(
+            f"finetune={run.config.finetune!r}: an audit's runs hold no vote. Audit the blocks "
+            "that it picked, the finetune of vote.json."
+        )
     if canaries == "mislabeled" and runs == 1 and count > len(run.test):
         raise ValueError(f"count={count} must be <= the {len(run.test)} held-out examples.")
     if canaries == "mislabeled" and run.train.num_classes < 2:

@@ -15,12 +15,13 @@ from dpjax.build import (
     schedules,
 )
 from dpjax.build.build import build
-from dpjax.build.run import Phase, Run, Temperature
+from dpjax.build.run import Phase, Run, Temperature, Vote
 
 __all__ = [
     "Phase",
     "Run",
     "Temperature",
+    "Vote",
     "build",
     "data",
     "describe",

@@ -38,6 +38,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     # What needs no data comes first: a wrong name costs no reading, which can take minutes.
     config = without_infinite_budget(config)
     _check_values(config)
+    privacy.check_vote(config)
     layout = sharding.layout(config.sharding)
     adaptive = rule = None
     if config.dp is not None:
@@ -65,6 +66,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
         check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = schedules.phases(config, tuning, sizes, len(train), params)
+    vote = privacy.vote(config, len(train))
     return Run(
         config=config,
         train=train,
@@ -77,9 +79,10 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
         rule=rule,
         adaptive=adaptive,
         temperature=temperature,
+        vote=vote,
         batch_plan=plan,
         phases=phases,
-        ledger=privacy.ledger(config, phases, temperature),
+        ledger=privacy.ledger(config, phases, temperature, vote),
         layout=layout,
     )
 

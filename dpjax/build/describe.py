@@ -66,6 +66,11 @@ def describe(run: Run) -> str:
             "clipping engine": _engine(run, trainable, frozen),
             "seed": "OS entropy" if config.private_seed is None else dp.SEED_POLICIES["fixed"],
         }
+        if run.vote is not None:
+            rows["vote"] = (
+                f"picks {run.vote.number} of the blocks first, which alone train with the head; "
+                f"sigma {run.vote.mechanism.noise_multiplier:.4f}, within the same budget"
+            )
         if run.temperature is not None:
             rows["temperature"] = (
                 f"fitted on {len(run.temperature.data):,} examples that do not train, "
@@ -153,7 +158,8 @@ def _unit(run: Run) -> str:
 def ledger_after(run: Run, steps: int) -> dp.Ledger:
     """Returns the ledger of a run that has executed `steps` steps, phase after phase.
 
-    What is beyond the last phase was spent on fitting the temperature.
+    What is beyond the last phase was spent on fitting the temperature. A vote comes before all
+    steps, and is charged even if there are none.
 
     Raises:
         dp.BudgetExceeded: the budget does not cover them.
@@ -161,7 +167,11 @@ def ledger_after(run: Run, steps: int) -> dp.Ledger:
     ledger = run.ledger
     if ledger is None:
         raise ValueError("a run without privacy has no ledger.")
+    if run.vote is not None:
+        ledger = ledger.charge(0)
     for index, planned in enumerate(ledger.phases):
+        if run.vote is not None and index == 0:
+            continue
         last = index == len(ledger.phases) - 1  # which refuses steps that nobody planned
         if now := steps if last else min(steps, planned.mechanism.steps):
             ledger = ledger.charge(index, now)
@@ -185,6 +195,11 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
             *(
                 ["the clip bound of every step, clip_bound in metrics.jsonl"]
                 if run.adaptive is not None
+                else []
+            ),
+            *(
+                ["the blocks that train and the noised votes for all of them, in vote.json"]
+                if run.vote is not None
                 else []
             ),
             *(
@@ -259,6 +274,8 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
             for index, phase in enumerate(run.phases)
         },
     }
+    if run.vote is not None:
+        facts["vote"] = {**_law(run.vote.mechanism), "number": run.vote.number}
     if run.temperature is not None:
         facts["temperature"] = {
             **_law(run.temperature.mechanism),

@@ -21,6 +21,7 @@ __all__ = [
     "model_title",
     "size",
     "tuned",
+    "vote_count",
     "weights_file",
 ]
 
@@ -136,9 +137,38 @@ def initial(net: Model, config: ConfigDict, weights: str | None) -> Params:
     return params if weights is None else net.load(params, weights, head=config.model.keep_head)
 
 
+def vote_count(text: str) -> int | None:
+    """Returns K of the fine-tuning set "vote:K"; None of any other."""
+    parts = text.split("+")
+    if not any(part.split(":")[0] == "vote" for part in parts):
+        return None
+    count = text.removeprefix("vote:")
+    if len(parts) > 1 or not count.isdecimal():
+        raise ValueError(f"finetune={text!r} must be vote:K, with a whole number K, and no more.")
+    return int(count)
+
+
+def _blocks(end: str, count: str) -> finetune.FineTuningSet:
+    places: dict[str, Any] = {"at": lambda: [int(place) for place in count.split(",")]}
+    return finetune.blocks(**{end: places.get(end, lambda: int(count))()})
+
+
+def _candidates(count: str) -> finetune.FineTuningSet:
+    """All blocks and the head: of them, a vote picks so many blocks."""
+
+    def make(net: Model) -> finetune.FineTuning:
+        names = finetune.block_names(net)
+        if not 1 <= int(count) < len(names):
+            raise ValueError(f"{count} must be in 1..{len(names) - 1}: there are {len(names)}.")
+        return finetune.blocks(last=len(names))(net)
+
+    return make
+
+
 def finetuning_set(text: str) -> finetune.FineTuningSet:
     """Makes a fine-tuning set from text such as "film", "blocks:last:2" or "bias+regex:cls"."""
     sets = []
+    vote_count(text)  # raises if it is not alone
     for part in text.split("+"):
         name, *rest = part.split(":")
         make = choose(
@@ -149,7 +179,8 @@ def finetuning_set(text: str) -> finetune.FineTuningSet:
                 "head": lambda: finetune.head(),
                 "film": lambda: finetune.film(),
                 "bias": lambda: finetune.bias(),
-                "blocks": lambda end, count: finetune.blocks(**{end: int(count)}),
+                "blocks": _blocks,
+                "vote": _candidates,
                 "lora": lambda rank="8", *targets: finetune.lora(
                     rank=int(rank), **({"targets": ":".join(targets)} if targets else {})
                 ),

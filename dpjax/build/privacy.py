@@ -12,12 +12,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpjax import data, dp
-from dpjax.build.run import Phase, Temperature
+from dpjax.build.model import vote_count
+from dpjax.build.run import Phase, Temperature, Vote
 from dpjax.data import Dataset, Units
 from dpjax.files import choose, resolve, returned
 from dpjax.models import Params, finetune
 
-__all__ = ["adaptive_bound", "check", "clip_rule", "ledger", "sampler", "temperature", "with_noise"]
+__all__ = [
+    "adaptive_bound",
+    "check",
+    "check_vote",
+    "clip_rule",
+    "ledger",
+    "sampler",
+    "temperature",
+    "vote",
+    "with_noise",
+]
 
 _TWO_PARTS = (
     "dp.temperature.share={share} needs a guarantee for adding or removing an example, but "
@@ -154,6 +165,42 @@ def temperature(
     return rest, Temperature(share, mechanism, chosen.bound)
 
 
+def check_vote(config: ConfigDict) -> None:
+    """Refuses what a vote for the blocks that train does not go with."""
+    if vote_count(config.finetune) is None:
+        return
+    given = f"finetune={config.finetune!r}"
+    if config.dp is None:
+        raise ValueError(f"{given} is a noised vote, but dp=None: name the blocks instead.")
+    if not 0 < config.dp.vote < 1:
+        raise ValueError(f"dp.vote={config.dp.vote} must be in (0, 1).")
+    for wrong, what in (
+        (config.task != "classification", f"task={config.task!r}"),
+        (config.dp.sampler == "fixed_size", "dp.sampler='fixed_size'"),
+        (config.dp.noise == "secure", "dp.noise='secure'"),
+        (config.data.unit is not None, f"data.unit={config.data.unit!r}"),
+        (config.lp.fraction == 1, "lp.fraction=1.0, which trains no block"),
+        (config.audit.count > 0, f"audit.count={config.audit.count}"),
+    ):
+        if wrong:
+            raise ValueError(f"{given} does not go with {what}.")
+
+
+def vote(config: ConfigDict, num_examples: int) -> Vote | None:
+    """Makes the mechanism of the vote for the blocks that train; None: there is no vote."""
+    count = vote_count(config.finetune)
+    if count is None or config.dp is None:
+        return None
+    mechanism = dp.calibrated(
+        epsilon=config.dp.vote * config.dp.epsilon,
+        delta=config.dp.delta,
+        num_examples=num_examples,
+        batch_size=num_examples,
+        steps=1,
+    )
+    return Vote(mechanism, count)
+
+
 def with_noise(
     config: ConfigDict, made: Sequence[Phase], num_examples: int, params: Params | None = None
 ) -> tuple[Phase, ...]:
@@ -176,6 +223,7 @@ def with_noise(
         given = adaptive.count_noise
         counts = [size / 20 if given is None else given for size in sizes]
     last, cut = made[-1].training, config.dp.max_batch_size
+    held = vote(config, num_examples)
     mechanisms = dp.calibrated_phases(
         epsilon=config.dp.epsilon,
         delta=config.dp.delta,
@@ -185,6 +233,7 @@ def with_noise(
         noise_ratios=[1.0 if p.training == last else config.lp.noise_ratio for p in made],
         sampler=sampler(config.dp),
         count_noises=counts,
+        before=() if held is None else (held.mechanism,),
         secure_sizes=secure_sizes,
         **({} if cut is None else {"max_batch_size": cut}),
     )
@@ -192,12 +241,16 @@ def with_noise(
 
 
 def ledger(
-    config: ConfigDict, made: tuple[Phase, ...], fitted: Temperature | None
+    config: ConfigDict,
+    made: tuple[Phase, ...],
+    fitted: Temperature | None,
+    held: Vote | None = None,
 ) -> dp.Ledger | None:
     """Returns the empty ledger of a run; None without privacy."""
     if config.dp is None:
         return None
-    paid = [dp.Phase(p.name, p.mechanism) for p in made if p.mechanism is not None]
+    paid = [] if held is None else [dp.Phase("vote", held.mechanism)]
+    paid += [dp.Phase(p.name, p.mechanism) for p in made if p.mechanism is not None]
     if fitted is not None:
         if paid[0].mechanism.relation != fitted.mechanism.relation:
             share, name = config.dp.temperature.share, config.dp.sampler

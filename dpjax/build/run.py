@@ -16,7 +16,7 @@ from dpjax.models import Model, Params
 from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, LossFn
 
-__all__ = ["Phase", "Run", "Temperature"]
+__all__ = ["Phase", "Run", "Temperature", "Vote"]
 
 
 class Phase(NamedTuple):
@@ -68,6 +68,18 @@ class Temperature(NamedTuple):
     bound: float
 
 
+class Vote(NamedTuple):
+    """How the blocks that train are chosen before training.
+
+    Attributes:
+        mechanism: one full batch, see `dp.noisy_vote`.
+        number: of blocks to pick.
+    """
+
+    mechanism: dp.Mechanism
+    number: int
+
+
 class Run(NamedTuple):
     """A run as objects; see `build`.
 
@@ -85,6 +97,8 @@ class Run(NamedTuple):
         rule: clipping rule, at the first phase's bound; None without privacy.
         adaptive: how the bound follows a quantile; None if it does not.
         temperature: None if no temperature is fitted.
+        vote: None if the config says what trains. Else the phases train all candidates, until the
+            loop has held the vote.
         batch_plan: why the batch size is what it is, if the config left it to the planner.
         phases: what is executed, in order.
         ledger: nothing executed yet; None without privacy.
@@ -102,6 +116,7 @@ class Run(NamedTuple):
     rule: dp.ClipRule | None
     adaptive: dp.QuantileBound | None
     temperature: Temperature | None
+    vote: Vote | None
     batch_plan: Plan | None
     phases: tuple[Phase, ...]
     ledger: dp.Ledger | None

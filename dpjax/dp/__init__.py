@@ -80,6 +80,7 @@ from dpjax.dp.sampling import (
     chunks,
 )
 from dpjax.dp.temperature import fit_temperature
+from dpjax.dp.vote import noisy_vote
 
 __all__ = [
     "AUDIT",
@@ -125,6 +126,7 @@ __all__ = [
     "linear_head",
     "lower_bound",
     "noise_draws",
+    "noisy_vote",
     "num_steps",
     "one_group",
     "per_layer",

@@ -318,6 +318,7 @@ def calibrated_phases(
     noise_ratios: Sequence[float] | None = None,
     sampler: str | Factory = "poisson",
     count_noises: Sequence[float] | None = None,
+    before: Sequence[Mechanism] = (),
     accountant: str = "",
     secure_sizes: Sequence[int] | None = None,
     **options: Any,
@@ -334,6 +335,7 @@ def calibrated_phases(
         sampler: as for `calibrated`.
         count_noises: of each phase, see `Mechanism.count_noise`; none by default. They do not
             change the noise multipliers, which are those of gradient and count together.
+        before: mechanisms on the same examples that the budget pays for too, as they are.
         accountant: as for `calibrated`.
         secure_sizes: of each phase, for secure noise; see `Mechanism.secure_size`.
         **options: as for `calibrated`.
@@ -342,7 +344,7 @@ def calibrated_phases(
         A mechanism for each phase, in order, for phases that all read the same examples.
 
     Guarantees:
-        Their composition costs at most `epsilon` at `delta`.
+        Their composition, with all of `before`, costs at most `epsilon` at `delta`.
 
     Raises:
         ValueError: an impossible budget, naming field and value.
@@ -373,10 +375,10 @@ def calibrated_phases(
         return dataclasses.replace(mechanism, noise_multiplier=noise)
 
     sigma = accounting.calibrate_noise_multiplier(
-        lambda s: [scaled(phase, s).event() for phase in phases],
+        lambda s: [*(m.event() for m in before), *(scaled(phase, s).event() for phase in phases)],
         epsilon=epsilon,
         delta=delta if secure_sizes is None else delta * (1 - secure.RESERVE),
-        accountant=accountant or shared_accountant(phases),
+        accountant=accountant or shared_accountant([*before, *phases]),
         relation=phases[0].relation,
     )
     made = [scaled(phase, sigma) for phase in phases]

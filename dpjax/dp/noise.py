@@ -2,7 +2,8 @@
 
 Sum, never mean; one noise draw per step, in float32; one division, by the expected batch size,
 after the noise. Every other release in `dpjax.dp` (the count of an adaptive bound, the moments of
-least squares, the sign of a temperature's derivative) draws its noise from `standard_normal` too.
+least squares, the sign of a temperature's derivative, a vote) draws its noise from
+`standard_normal` too.
 
 The key decides which noise it is: with a ChaCha20 key, from `seeds.noise_key(seed, secure=True)`,
 it is the integer noise of `dp.secure`, and the sum must be an exact one.

@@ -32,7 +32,7 @@ def draw_private_seed() -> int:
 
 
 def noise_key(private_seed: int, stream: str = "noise", *, secure: bool = False) -> jax.Array:
-    """Returns the key of a noise stream: "noise" (gradients), "count" or "temperature".
+    """Returns the key of a noise stream: "noise" (gradients), "count", "temperature" or "vote".
 
     It has 64 bits, all that JAX's threefry2x32 accepts; a secure one is a ChaCha20 key of 256 bits.
     """

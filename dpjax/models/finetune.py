@@ -21,6 +21,7 @@ __all__ = [
     "FineTuning",
     "FineTuningSet",
     "bias",
+    "block_names",
     "blocks",
     "combine",
     "count",
@@ -97,26 +98,32 @@ def bias() -> FineTuningSet:
     return _with_new_head(_BIAS.pattern)
 
 
-def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
-    """The first and the last blocks of the backbone, and the head.
+def blocks(*, first: int = 0, last: int = 0, at: Sequence[int] = ()) -> FineTuningSet:
+    """The first and the last blocks of the backbone, and those at some places, and the head.
 
     Args:
         first: number of blocks next to the input.
         last: number of blocks next to the head.
+        at: places of blocks, counted from 0 at the input.
 
     Raises:
         ValueError: a negative number, no block at all, or, once a model is given, more blocks than
             it has.
     """
-    if first < 0 or last < 0 or first + last == 0:
+    if first < 0 or last < 0 or first + last + len(at) == 0:
         raise ValueError(f"first={first}, last={last} must be >= 0 and not both 0.")
+    if min(at, default=0) < 0 or len(set(at)) < len(at):
+        raise ValueError(f"at={tuple(at)} must be different places, from 0.")
 
     def make(model: Model) -> FineTuning:
-        paths = _paths(model)
-        names = sorted({_block(path) for path in paths} - {()})
+        names = block_names(model)
         if first + last > len(names):
             raise ValueError(f"first={first}, last={last} exceed the model's {len(names)} blocks.")
-        selected = set(names[:first]) | set(names[len(names) - last :])
+        if max(at, default=-1) >= len(names):
+            raise ValueError(f"at={tuple(at)} must be below the model's {len(names)} blocks.")
+        numbers = [_block(f"{name}/") for name in names]
+        selected = set(numbers[:first]) | set(numbers[len(names) - last :])
+        selected |= {numbers[place] for place in at}
         in_head = _in_new_head(model)
 
         def trainable(path: str) -> bool:
@@ -125,6 +132,18 @@ def blocks(*, first: int = 0, last: int = 0) -> FineTuningSet:
         return _plain(model, trainable)
 
     return make
+
+
+def block_names(model: Model) -> list[str]:
+    """Returns the first parts of the paths of the model's blocks, in order from the input.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    names = {path.split("/")[0] for path in _paths(model) if _block(path)}
+    if not names:
+        raise ValueError("the model has no blocks, parts named blocks_0, stages_1 or the like.")
+    return sorted(names, key=lambda name: _block(f"{name}/"))
 
 
 def _block(path: str) -> tuple[int, ...]:

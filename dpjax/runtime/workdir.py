@@ -40,8 +40,8 @@ _PACKAGES = (
 # file that shows a number named `nonprivate/...`.
 PUBLISHED = frozenset({
     "best.json", "config.json", "confusion.png", "environment.json", "eval.json", "model.json",
-    "privacy.json", "privacy.md", "reliability.png", "weights.safetensors",
-    "weights_ema.safetensors",
+    "privacy.json", "privacy.md", "reliability.png", "vote.json",
+    "weights.safetensors", "weights_ema.safetensors",
 })  # fmt: skip
 
 

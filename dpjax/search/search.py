@@ -237,6 +237,11 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
                 f"{base.data.test_split!r} must not overlap the training data, in a charged "
                 "search: the score would read private data without being charged."
             )
+        if run.vote is not None:
+            raise ValueError(
+                f"finetune={base.finetune!r} is charged by itself: in a charged search, name the "
+                "blocks, or let the sweep try some sets."
+            )
         spend = repeat_and_select.epsilon_of_one(
             [phase.mechanism for phase in run.phases if phase.mechanism is not None],
             budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,

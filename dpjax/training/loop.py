@@ -36,7 +36,7 @@ from dpjax.runtime import (
     hosts,
 )
 from dpjax.step import TrainState
-from dpjax.training import capacity, check, feed, phases, results
+from dpjax.training import capacity, check, feed, phases, results, vote
 
 __all__ = ["Preempted", "TrainingFailed", "train"]
 
@@ -101,11 +101,15 @@ def _train(run: Run, workdir: Workdir, stop: Callable[[int], bool]) -> dict[str,
     config = run.config
     private_seed = _private_seed(run, workdir)
     name = workdir.claim(identity(run, private_seed))
+    spending = _Spending(run, workdir)
+    if run.vote is not None:
+        spending.record(0)  # on disk before the vote, which precedes the first step
+        run = vote.decided(run, workdir, private_seed)
+        check.engines(run)  # on what trains now, which is less than what stood to vote
     prepared = phases.prepare(run, private_seed)
     size = capacity.physical_batch(config, prepared, run.params, run.train)
     eval_size = size if config.physical_batch == "auto" else 4 * size
     evaluate = feed.Evaluator(run.apply, run.test, run.train.num_classes, run.layout, eval_size)
-    spending = _Spending(run, workdir)
     with Checkpoints(
         workdir.path / "checkpoints",
         keep=config.keep_checkpoints,
@@ -135,8 +139,9 @@ class _Spending:
         self._run, self._workdir = run, workdir
         known = workdir.read("privacy.json") if workdir.exists("privacy.json") else {}
         # A killed process may have executed every step that it had reported, so a later statement
-        # must never report fewer.
-        self.charged = self._floor = int(hosts.first(known.get("steps_done", 0)))
+        # must never report fewer. A vote is no step of training, but one of the ledger.
+        first = 0 if run.vote is None else run.vote.mechanism.steps
+        self.charged = self._floor = max(0, int(hosts.first(known.get("steps_done", 0))) - first)
 
     def record(self, steps: int, *, floor: int = 0) -> None:
         """Writes a statement of `steps` steps, or of as many as an earlier process reported."""
@@ -144,7 +149,7 @@ class _Spending:
         self.charged = max(self._floor, steps)
         # A run that was stopped before its first step keeps the statement of the steps that it was
         # about to execute: too much, never too little.
-        if self._run.ledger is not None and self.charged:
+        if self._run.ledger is not None and (self.charged or self._run.vote is not None):
             facts = statement(self._run, ledger_after(self._run, self.charged))
             self._workdir.write("privacy.json", facts)
             self._workdir.write("privacy.md", to_markdown(facts))

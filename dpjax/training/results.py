@@ -116,7 +116,8 @@ def _check_draws(run: Run, workdir: Workdir, state: TrainState) -> None:
     planned = sum(phase.steps for phase in run.phases if phase.training == last)
     drawn, steps = dp.noise_draws(state.opt), int(state.step)
     charged = hosts.first(workdir.read("privacy.json")["steps_done"] if workdir.writes else None)
-    if drawn != planned or steps > charged:
+    held = 0 if run.vote is None else run.vote.mechanism.steps
+    if drawn != planned or steps > charged - held:
         raise dp.BudgetExceeded(
             f"{drawn} draws of noise in a training of {planned} steps, {steps} steps in all, but "
             f"the statement covers {charged}."

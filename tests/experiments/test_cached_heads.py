@@ -38,6 +38,14 @@ def test_what_the_engine_does_not_know_takes_the_loop(changes):
     assert not cached_heads.fits(head_config(**changes))
 
 
+def test_heads_of_texts_are_trained_on_features_too():
+    text = {"model__name": "text_encoder", "model__size": "minilm_l6", "model__options": {}}
+    assert cached_heads.fits(head_config(**text))
+    # The output layer of a language model is pretrained, and reads every token.
+    decoder = {"model__name": "decoder", "model__size": "tiny"}
+    assert not cached_heads.fits(head_config(**{**text, **decoder}))
+
+
 def test_groups_share_all_but_what_is_batched(tmp_path):
     rates = [head_config(optimizer__learning_rate=r, dp__bound=r, private_seed=3) for r in (1, 2)]
     others = [head_config(dp__clipping="global"), head_config(seed=1)]

@@ -16,20 +16,21 @@ from tiny import tiny_config
 from dpjax import build, dp, step
 from dpjax.audit import attack
 from dpjax.dp import adaptive, noise, repeat_and_select, seeds, temperature
+from dpjax.dp import vote as dp_vote
 from dpjax.runtime import Workdir, sharding
 from dpjax.search import search
-from dpjax.training import feed, loop, phases, results
+from dpjax.training import feed, loop, phases, results, vote
 
 PRIVATE_SEED = 5
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Two trainings of two steps, a bound that adapts, a temperature; small enough to compile."""
+    """A vote, two trainings of two steps, a bound that adapts, a temperature; small to compile."""
     built = build.build(
         tiny_config(
             epochs=0.6, lp__fraction=0.5, dp__adaptive__quantile=0.5, dp__temperature__share=0.2,
-            batch_size=210,
+            batch_size=210, finetune="vote:1", model__options__depth=2,
         )
     )  # fmt: skip
     assert [phase.training for phase in built.phases] == [0, 1]
@@ -94,6 +95,8 @@ def streams(run, path, patch, private_seed=PRIVATE_SEED):
     spy(noise, "gaussian_noise", "gradient")
     spy(adaptive, "standard_normal", "count")
     spy(temperature, "standard_normal", "temperature")
+    spy(dp_vote, "standard_normal", "vote")
+    patch.setattr(vote, "ballots", lambda run: np.zeros((len(run.train), 2)))
     phases._make_steps.cache_clear()  # traced anew, with the spies
     config = run.config.copy_and_resolve_references()
     config.private_seed = private_seed
@@ -127,8 +130,8 @@ def streams(run, path, patch, private_seed=PRIVATE_SEED):
     keys += [(str(use), words(key)) for use, key in trainings.items()]
     keys.append(("noise", words(seeds.noise_key(private_seed))))  # parent of the trainings'
     keys.append(("temperature's parent", words(given[0])))
-    keys += [(name, words(seeds.public_key(run.config.seed, name)))
-             for name in ("init", "augment", "audit")]  # fmt: skip
+    keys += [(f"public {name}", words(seeds.public_key(run.config.seed, name)))
+             for name in ("init", "augment", "audit", "vote", "vote head")]  # fmt: skip
     return keys
 
 
@@ -143,10 +146,11 @@ def check(run, path, patch):
     uses = [use for use, _ in keys]
     assert uses.count("gradient") == uses.count("count") == steps == 4
     assert uses.count("temperature") == run.temperature.mechanism.steps
+    assert uses.count("vote") == 1
     values = [value[:2] for _, value in keys]
     twice = sorted({use for use, value in keys if values.count(value[:2]) > 1})
     assert twice == []
-    secret = {"gradient", "count", "temperature", "temperature's parent", "sampler"}
+    secret = {"gradient", "count", "temperature", "temperature's parent", "sampler", "vote"}
     secret |= {use for use in uses if "noise" in use or use == "count's parent"}
     private = {pair for pair in keys if pair[0] in secret}
     other = streams(with_seed(run, 1), path / "1", patch)
@@ -170,7 +174,7 @@ def charged(run, path, patch, seed=0):
     """The runs that a charged search draws."""
     config = run.config.copy_and_resolve_references()
     config.update({"private_seed": None, "batch_size": 200})
-    patch.setattr(build, "build", lambda config: run._replace(temperature=None))
+    patch.setattr(build, "build", lambda config: run._replace(temperature=None, vote=None))
     patch.setattr(repeat_and_select, "epsilon_of_one", lambda *arguments, **options: 0.1)
     job = search.Job("f", path, [{}] * 50, "accuracy", [])
     path.mkdir()
@@ -227,6 +231,9 @@ EDITS = {
     "the temperature's key is that of the count": edited_stream(
         lambda seed, stream: (seed, "count" if stream == "temperature" else stream)
     ),
+    "the vote's key is that of the count": edited_stream(
+        lambda seed, stream: (seed, "count" if stream == "vote" else stream)
+    ),
     "noise from the public seed": edited_hyper(
         lambda h, run, seed: {"noise_key": seeds.public_key(run.config.seed, "noise")}
     ),
@@ -249,7 +256,7 @@ EDITS = {
 NEXT = step._next_bound
 
 
-# The first four would have passed the suite before; the others are of their kind.
+# The first four had once passed the suite; the others are of their kind.
 @pytest.mark.parametrize(
     "edit", [*list(EDITS)[:4], *[pytest.param(e, marks=pytest.mark.slow) for e in list(EDITS)[4:]]]
 )

@@ -1,0 +1,147 @@
+"""The study on hard tasks: its search, its lines, its verdicts, and what small classes get."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dpjax import dp, heads
+from experiments.clip_batch import hard, hard_report, rules
+
+
+def made_up(examples, seed):
+    """Features of three classes, the last one rare."""
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random(examples) < 0.05, 2, rng.integers(0, 2, examples))
+    labels[:3] = (0, 1, 2)
+    values = 2 * np.eye(3, 6)[labels] + rng.normal(size=(examples, 6))
+    return heads.FeatureSet(values, labels, 3, "blobs")
+
+
+SETS = (made_up(120, 0), made_up(80, 1), made_up(80, 2))
+
+
+@pytest.fixture(scope="module")
+def block():
+    line, start = hard.Line("flat", "adam", (0.1, 2.0)), {}
+    rows = hard.block(SETS, line, 120, epsilons=(2.0, 8.0), start=start, at_once=4)
+    return rows, start
+
+
+def test_a_search_ends_where_both_neighbors_are_worse(block):
+    rows, start = block
+    for cell in ((e, c) for e in (2.0, 8.0) for c in (0.1, 2.0)):
+        mine = [r for r in rows if (r["epsilon"], r["C"]) == cell]
+        tried = {}
+        for row in mine:
+            if row["role"] == "tuning":
+                tried.setdefault(row["rate"], []).append(row["tuning_accuracy"])
+        best = start[cell]
+        assert {best / 2, best, 2 * best} <= set(tried)
+        assert np.mean(tried[best]) == max(map(np.mean, tried.values()))
+        results = [r for r in mine if r["role"] == "result"]
+        assert [(r["rate"], r["seed"]) for r in results] == [(best, s) for s in hard.SEEDS]
+        assert set(hard.SEEDS).isdisjoint(hard.TUNING_SEEDS)
+
+
+def test_rows_say_what_ran_and_what_classes_got(block):
+    row = next(r for r in block[0] if r["role"] == "result" and r["epsilon"] == 8.0)
+    mechanism = dp.calibrated(
+        epsilon=8.0, delta=hard.DELTA, num_examples=120, batch_size=120, epochs=hard.EPOCHS
+    )
+    assert (row["T"], row["noise_multiplier"]) == (8, mechanism.noise_multiplier)
+    counts = np.bincount(SETS[2].labels)
+    whole = sum(counts[int(k)] * v for k, v in row["by_class"].items()) / 80
+    assert whole == pytest.approx(row["accuracy"], abs=1e-5)
+    assert np.mean(list(row["by_class"].values())) == pytest.approx(row["macro"], abs=1e-5)
+
+
+@pytest.mark.parametrize("bound", [0.01, 1.0, 100.0])
+def test_tanh_clips_smoothly_below_flat(bound):
+    norms = np.geomspace(1e-6, 1e6, 9, dtype=np.float32)
+    for norm in norms:
+        soft, flat = (
+            float(rule.factors(np.array([norm]))[0] * norm)
+            for rule in (rules.tanh(bound), rules.RULES["flat"](bound))
+        )
+        assert soft == pytest.approx(math.tanh(norm / bound), rel=1e-4)
+        assert soft <= flat * (1 + 1e-5) <= 1 + 2e-5
+
+
+def row(task="t", **values):
+    known = {"task": task, "N": 1000, "line": "flat", "role": "result", "macro": 0.5, "rate": 0.1,
+             "by_class": {"0": 1.0, "1": 0.5}}  # fmt: skip
+    return {**known, **values}
+
+
+def lines(accuracies, **common):
+    """Runs from {(epsilon, B, C): accuracies in percent, by seed}."""
+    return [
+        row(epsilon=e, B=b, C=c, seed=seed, accuracy=v / 100, tuning_accuracy=v / 100, **common)
+        for (e, b, c), values in accuracies.items()
+        for seed, v in enumerate(values)
+    ]
+
+
+FACTS = row(role="nonprivate", accuracy=0.9, class_sizes=[900, 5], held_sizes=[30, 2])
+del FACTS["line"]
+GRID = {
+    (0.5, 100, 0.1): (50, 52, 51), (0.5, 100, 3.0): (60, 63, 61), (0.5, 1000, 3.0): (40, 41, 42),
+    (8.0, 100, 0.1): (80, 81, 82), (8.0, 100, 3.0): (70, 74, 72), (8.0, 1000, 0.1): (82, 83, 84.5),
+}  # fmt: skip
+
+
+def test_claims_are_judged_by_paired_differences():
+    found = {(r["claim"], r["epsilon"]): r for r in hard_report.claims([FACTS, *lines(GRID)], "t")}
+    larger = found["a tighter epsilon wants a larger C", 0.5]
+    assert (larger["points"], larger["verdict"]) == (pytest.approx(31 / 3), "shown")
+    assert found["a tighter epsilon wants a smaller B", 0.5]["verdict"] == "shown"
+    few = "few epochs: the full batch loses"
+    assert (found[few, 0.5]["verdict"], found[few, 8.0]["points"]) == ("shown", 0)
+    other = {(8.5 - e, b, c): v for (e, b, c), v in GRID.items()}  # the budgets change places
+    found = {r["claim"]: r for r in hard_report.claims([FACTS, *lines(other)], "t")[:2]}
+    assert {r["verdict"] for r in found.values()} == {"refuted"}
+
+
+def test_an_optimum_at_an_end_is_called_one():
+    found = hard_report.interior([FACTS, *lines(GRID)], "t", 8.0)
+    assert (found["B*"], found["B* is"], found["C* is"]) == (1000, "full batch", "lowest")
+    assert (found["B* low"], found["rate is"]) == (1000, "at an end")
+    tried = [row(epsilon=8.0, B=1000, C=0.1, role="tuning", rate=r, seed=1) for r in (0.05, 0.2)]
+    assert hard_report.interior([FACTS, *lines(GRID), *tried], "t", 8.0)["rate is"] == "inside"
+
+
+def test_the_exponent_of_the_rate_is_read_off_the_best_cells():
+    found = [
+        r for b in (64, 256, 1024) for e in (1.0, 2.0)
+        for r in lines({(e, b, 1.0): (70, 71)}, rate=0.01 * (b / 64) ** 0.5 * (1.0 + (e > 1.5) / 9))
+    ]  # fmt: skip
+    (slope,) = hard_report.rate_slopes([FACTS, *found], "t")
+    assert slope["exponent of B"] == pytest.approx(0.5)
+    assert slope["sqrt(B)"] == "shown"
+
+
+def test_small_classes_are_pooled_by_their_size():
+    found = hard_report.small_classes([FACTS, *lines(GRID)], "t")
+    assert found[0]["classes of 200 and more [%]"] == 100
+    assert found[0]["classes of 1 to 9 [%]"] == 50
+    assert "classes of 10 to 49 [%]" not in found[0]
+
+
+def test_a_run_writes_blocks_once_and_the_report_is_rebuilt(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(hard, "opened", lambda task: SETS)
+    monkeypatch.setitem(hard.LINES, "flat", hard.Line("flat", "adam", (0.1, 2.0)))
+    monkeypatch.setitem(hard.TASKS, "digits", hard.TASKS["digits"]._replace(batches=()))
+    for _ in range(2):  # the second time, everything is there
+        hard.run(tmp_path, ["digits"], ["flat"], epsilons=(2.0, 8.0), at_once=4)
+    rows = hard.read(tmp_path / "runs.jsonl")
+    assert len(rows) == 1 + len(block[0])
+    written = {p.name for p in hard_report.main(tmp_path)}
+    assert {"report.md", "claims.csv", "optima.csv", "difficulty.png", "grid_0.png",
+            "nonprivate_gradients.csv"} <= written  # fmt: skip
+    text = (tmp_path / "report.md").read_text()
+    assert "nonprivate_" not in text.split("## Gradients: NOT private")[0]
+    looked = hard.read(tmp_path / "nonprivate.jsonl")
+    assert [r["epsilon"] for r in looked] == [2.0, 8.0]
+    assert all(len(r["norms"]) == 2 for r in looked)
+    assert hard.main([f"--workdir={tmp_path}", "--tasks=nothing"]) == 2
