@@ -30,7 +30,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from dpjax import dp
 from dpjax.dp.clipping import by_leaf
-from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines import parts
 
 SIZE = 4
 MASKED = 1  # the example that is padding
@@ -1018,7 +1018,7 @@ def check(program: Program, rules: tuple[str, ...] = tuple(RULES)) -> Failure | 
 
 
 def _check(program: Program, rules: tuple[str, ...], options: dict[str, Any]) -> Failure | None:
-    with mock.patch.dict(bookkeeping._CHUNK, {"cpu": program.chunk}):
+    with mock.patch.dict(parts._CHUNK, {"cpu": program.chunk}):
         return _failure(program, rules, options)
 
 

@@ -20,7 +20,7 @@ from losses import (
 
 from dpjax import dp
 from dpjax.dp.clipping import by_leaf, per_layer
-from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines import bookkeeping, parts
 
 pytestmark = pytest.mark.usefixtures("without_margins")
 
@@ -208,7 +208,7 @@ def test_chunks_of_examples(monkeypatch, name, chunk):
     layer, inputs, size = CHUNKED[name]
     loss_fn, params = as_loss(layer, inputs)
     whole = both(loss_fn, dp.flat(0.5), params, inputs)
-    monkeypatch.setitem(bookkeeping._CHUNK, "cpu", chunk * size)
+    monkeypatch.setitem(parts._CHUNK, "cpu", chunk * size)
     agree(loss_fn, params, inputs)
     assert_close(whole[0], both(loss_fn, dp.flat(0.5), params, inputs)[1])
 

@@ -8,7 +8,7 @@ import fuzz_programs
 import jax
 import pytest
 
-from dpjax.dp.engines import sites
+from dpjax.dp.engines import sites, tracing
 
 # The programs of every day: of the first 2,600, thirty with a product of each kind, and others.
 EVERYDAY = (
@@ -80,7 +80,7 @@ def test_the_programs_of_every_day_are_of_every_kind():
             seen |= {op, (op, options.get("how")), *((op, r) for r in options.get("roles", ()))}
         params, batch = fuzz_programs.numbers_of(program)
         example = {k: v[0] for k, v in batch.items()}
-        traced = sites.trace(fuzz_programs.loss_of(program), params, example)
+        traced = tracing.trace(fuzz_programs.loss_of(program), params, example)
         weights = [*traced.groups, *itertools.chain(*traced.mixed)]
         several += any(len(weight) > 1 for weight in weights)
         kinds.update({w[0].kind if w[0].view else "derived" for w in weights})

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dpjax.dp.engines import bookkeeping
-from dpjax.dp.engines.bookkeeping import LeafPlan
+from dpjax.dp.engines.plans import LeafPlan
 
 __all__ = ["explain", "route_shares"]
 

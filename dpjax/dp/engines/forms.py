@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.dp.engines.sites import Site, View, layout
+from dpjax.dp.engines.sites import Site, layout
+from dpjax.dp.engines.views import View
 
 __all__ = [
     "Form",

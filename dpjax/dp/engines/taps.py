@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-from dpjax.dp.engines.sites import Key, Site, Traced, inlined, scan_parts
+from dpjax.dp.engines.sites import Key, Site
+from dpjax.dp.engines.tracing import Traced, inlined, scan_parts
 
 __all__ = ["evaluate", "function_of_leaves"]
 

@@ -1,0 +1,155 @@
+"""How the gradient of each leaf is handled: which product, in which form, or example by example.
+
+The plan is made from sizes alone, before anything is computed. It decides what the engine does,
+and is what a run prints and `explain` tells.
+
+- "gram", "outer", "outer again", "lookup": the leaf's uses are all products in one layout. The norm
+  comes from Gram matrices, or from gradients that are formed, where they are cheaper; those are
+  kept for the sum if they take little memory.
+- "derived": the gradient is formed for a few examples at a time, because the weight is a function
+  of its leaves, or because a leaf is used in several layouts.
+- "direct": JAX differentiates the leaf for each example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from dpjax.dp.engines import forms, products
+from dpjax.dp.engines.forms import Form
+from dpjax.dp.engines.sites import Weight
+from dpjax.dp.engines.tracing import Traced, trace
+
+__all__ = ["Group", "LeafPlan", "Mixed", "Plan", "make_plan", "plan"]
+
+PyTree = Any
+LossFn = Callable[[PyTree, PyTree], jax.Array]
+
+
+class LeafPlan(NamedTuple):
+    """How the gradient of one leaf is handled.
+
+    Attributes:
+        path: the leaf's path, keys joined by "/".
+        route: "gram", "outer", "embed", "conv", "derived", "direct" or "unused".
+        reason: the sizes that decided, or why no product was found.
+        source: the line of the model that decided, "file.py:12 (function)", if JAX knows it.
+    """
+
+    path: str
+    route: str
+    reason: str
+    source: str = ""
+
+
+class Group(NamedTuple):
+    """The sites of one view of a leaf, and how their norms are computed.
+
+    Attributes:
+        sites: uses of the view.
+        form: sizes of the joint canonical form.
+        norm: "lookup", "gram", "outer" or "outer again".
+    """
+
+    sites: Weight
+    form: Form
+    norm: str
+
+    @property
+    def route(self) -> str:
+        """The name in the plan."""
+        kinds = {site.kind for site in self.sites}
+        return kinds.pop() if kinds in ({"embed"}, {"conv"}) else self.norm.split()[0]
+
+
+class Mixed(NamedTuple):
+    """Weights that are formed for each example, because their leaves have several uses.
+
+    Attributes:
+        weights: the sites of each weight.
+        leaves: all leaves that they are computed from.
+        kept: whether the leaves' gradients are kept for the sum, or formed a second time.
+        numbers: numbers of the gradients of all weights, of one example.
+    """
+
+    weights: tuple[Weight, ...]
+    leaves: tuple[int, ...]
+    kept: bool
+    numbers: int
+
+    @property
+    def route(self) -> str:
+        """The name in the plan."""
+        return "conv" if {s.kind for w in self.weights for s in w} == {"conv"} else "derived"
+
+
+class Plan(NamedTuple):
+    traced: Traced
+    groups: tuple[Group, ...]
+    mixed: tuple[Mixed, ...]
+
+
+def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ...]:
+    """Says how each leaf of `params` is handled, without computing anything.
+
+    Args:
+        loss_fn: `(params, example) -> scalar loss`.
+        params: trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
+        example: ONE example, likewise.
+
+    Returns:
+        One record per leaf, in `jax.tree.leaves` order.
+    """
+    planned = make_plan(loss_fn, params, example)
+    traced = planned.traced
+    routes = {leaf: ("direct", reason) for leaf, reason in traced.direct.items()}
+    for group in planned.groups:
+        routes[min(group.sites[0].leaves)] = group.route, _sizes(group.sites, group.norm)
+    for mixed in planned.mixed:
+        norm = "outer" if mixed.kept else "outer again"
+        for leaf in mixed.leaves:
+            own = [w for w in mixed.weights if leaf in w[0].leaves]
+            sizes = "; ".join(_sizes(weight, norm) for weight in own) + ", derived"
+            routes[leaf] = mixed.route, sizes
+    unused = "unused", "the loss does not depend on it"
+    return tuple(
+        LeafPlan(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            *routes.get(i, unused),
+            traced.sources.get(i, ""),
+        )
+        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params))
+    )
+
+
+def _sizes(sites: Weight, norm: str) -> str:
+    form = forms.form_of(sites)
+    sizes = f"T={form.T} d={form.d} p={form.p}" + (f" B={form.B}" if form.B > 1 else "")
+    return sizes if {site.kind for site in sites} in ({"dot"}, {"embed"}) else f"{sizes}, {norm}"
+
+
+def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
+    traced = trace(loss_fn, params, example)
+    leaves = jax.tree.leaves(params)
+    groups = []
+    for sites in traced.groups:
+        form = forms.form_of(sites)
+        if all(site.kind == "embed" for site in sites):
+            # Where lookups outnumber the rows, a gradient takes less room than its parts.
+            norm = "lookup" if form.T < form.d else "outer"
+        else:
+            norm = products.cheapest(form)
+        groups.append(Group(sites, form, norm))
+    mixed = []
+    for weights in traced.mixed:
+        own = sorted({leaf for sites in weights for leaf in sites[0].leaves})
+        sizes = [forms.form_of(sites) for sites in weights]
+        total = Form(1, 1, 1, sum(math.prod(leaves[i].shape) for i in own),
+                     sum(form.recorded for form in sizes))  # fmt: skip
+        numbers = sum(form.B * form.d * form.p for form in sizes)
+        mixed.append(Mixed(weights, tuple(own), products.can_keep(total), numbers))
+    return Plan(traced, tuple(groups), tuple(mixed))

@@ -1,0 +1,462 @@
+"""Finds where trainable parameters meet the example in a loss function's jaxpr.
+
+Ghost clipping rests on one fact: where a weight enters as `y = x @ w`, its gradient is `x^T g`,
+with g the cotangent of y. Norms and weighted sums of such gradients follow from x and g, which one
+backward pass over the batch gives for all examples. This module looks for all such equations in
+the jaxpr of the loss of ONE example, whatever library wrote it and after JAX's own elimination of
+dead code:
+
+- A *view* is a part of a value that is a part of a leaf, in another order or scaled; see `views`.
+- A *site* is an equation that multiplies views with a value that depends on the example; see
+  `sites`.
+- A *derived* weight is another function of parameters alone, such as weight standardization. The
+  function's derivative takes the weight's gradient to the leaves. It has to be computed in float32,
+  and may be converted at the end: a derivative in fewer bits rounds gradients to those bits, and a
+  sum of many such gradients would move by more than the bound.
+- A *scalar* is a number computed from parameters alone that meets the example, such as a penalty
+  that is added to the loss. Its gradient is one array for all examples, times a number of each.
+- A leaf with any other use is *direct*: it is differentiated example by example, as it is.
+
+Uses of one leaf add up before they are squared: |a + b|^2 has a cross term. Uses in one layout add
+in the canonical form, where their tokens are joined; uses of disjoint parts of a leaf are
+orthogonal. Leaves with other uses are taken together with all weights that they are part of, and
+the sum is formed for each example (`Traced.mixed`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives as P
+from jax.interpreters import partial_eval
+
+from dpjax.dp.engines.sites import (
+    Key,
+    Site,
+    Weight,
+    are_disjoint,
+    joined,
+    sites_of,
+    source_of,
+)
+from dpjax.dp.engines.views import View, follow, is_float, limit_of
+
+__all__ = ["Traced", "inlined", "scan_parts", "trace"]
+
+PyTree = Any
+
+_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+_MOST_SCALARS = 4  # of one leaf: each needs an array of the leaf's size
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A loss function's jaxpr and what each parameter leaf does in it.
+
+    Attributes:
+        jaxpr: the jaxpr of `loss_fn(params, example)` for ONE example.
+        consts: its constants.
+        groups: the sites of one view of a leaf each; views of one leaf are disjoint.
+        mixed: weights whose leaves have several uses, or that are derived; no leaf is in two.
+        direct: for each other leaf that is used, why it is not covered by sites.
+        scalars: by place, the leaves of scalars that meet the example. The place of an equation's
+            operand is the equation's key with -1 - operand behind it.
+        sources: by leaf, the line of the model that decided, if JAX knows it.
+        spreads: whether a batched gradient may spread one example's NaN over the others.
+        taps: shape and dtype of the cotangent of each site's equation and of each scalar.
+    """
+
+    jaxpr: core.Jaxpr
+    consts: Sequence[Any]
+    groups: tuple[Weight, ...]
+    mixed: tuple[tuple[Weight, ...], ...]
+    direct: dict[int, str]
+    scalars: dict[Key, frozenset[int]]
+    sources: dict[int, str]
+    spreads: bool
+
+    taps: dict[Key, jax.ShapeDtypeStruct]
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, those of one equation included."""
+        return [s for w in (*self.groups, *itertools.chain(*self.mixed)) for s in w]
+
+
+class _Info(NamedTuple):
+    """What is known of a value: does it depend on the example, and on which leaves otherwise."""
+
+    example: bool = False
+    leaves: frozenset[int] = frozenset()
+    views: tuple[View, ...] = ()  # empty if some dependence on a leaf is no view
+    full: bool = True  # whether it, and all that it was computed from, has 32 bits or more
+
+
+class _Walk(NamedTuple):
+    """What one walk over a jaxpr found.
+
+    Attributes:
+        sites: in the order of the jaxpr.
+        scalars: see `Traced`.
+        direct: reason and line of leaves with other uses.
+        convolutions: those whose kernel differs between examples or has leaves, which are named.
+        shapes: shape and dtype of the output of each site's equation, scans first, and of scalars.
+        early: whether products of parameters alone count as sites, if the result is small.
+    """
+
+    sites: list[Site]
+    scalars: dict[Key, frozenset[int]]
+    direct: dict[int, tuple[str, str]]
+    convolutions: dict[Key, frozenset[int]]
+    shapes: dict[Key, jax.ShapeDtypeStruct]
+    early: bool
+
+    def add(self, sites: list[Site], lengths: tuple[int, ...], output: Any) -> None:
+        self.sites.extend(sites)
+        for site in sites:
+            shape = (*lengths, *output.shape)
+            self.shapes[site.key] = jax.ShapeDtypeStruct(shape, output.dtype)
+
+    def give_up(self, leaves: Iterable[int], reason: str, source: str = "") -> None:
+        for leaf in leaves:
+            self.direct.setdefault(leaf, (reason, source))
+
+
+def _empty(early: bool) -> _Walk:
+    return _Walk([], {}, {}, {}, {}, early)
+
+
+def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
+    """Traces `loss_fn` on one example and classifies the leaves of `params`.
+
+    Args:
+        loss_fn: `(params, example) -> scalar loss`.
+        params: pytree of arrays or abstract values, the trainable parameters.
+        example: one example, arrays or abstract values.
+
+    Returns:
+        The jaxpr with its sites.
+
+    Raises:
+        TypeError: the loss is not a scalar.
+    """
+    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, example)
+    outputs = jax.tree.leaves(shape)
+    if len(outputs) != 1 or outputs[0].shape != ():
+        raise TypeError(f"loss_fn must return one scalar, got {shape}.")
+    # Scans that return parameters nobody reads, heads whose logits nobody reads: not uses.
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
+    leaves = jax.tree.leaves(params)
+    infos = [
+        _Info(
+            False,
+            frozenset([i]),
+            (View(i, tuple(leaf.shape), (0,) * len(leaf.shape), limit=limit_of(leaf)),),
+            _is_full(leaf),
+        )
+        if 0 not in leaf.shape
+        else _Info()  # no number of it is used anywhere
+        for i, leaf in enumerate(leaves)
+    ]
+    infos += [_Info(True)] * (len(jaxpr.invars) - len(leaves))
+
+    def walked(early: bool) -> Traced:
+        walk = _empty(early)
+        (loss,) = _walk(jaxpr, infos, (), (), walk)
+        # A leaf that reaches the loss without meeting the example has no equation to tap.
+        walk.give_up(loss.leaves, "the loss depends on it without the example")
+        return _resolve(jaxpr, closed.consts, walk)
+
+    def formed(traced: Traced) -> int:
+        """Numbers of the gradients that are formed for each example."""
+        mixed = (site.leaves for weight in itertools.chain(*traced.mixed) for site in weight)
+        return sum(math.prod(leaves[i].shape) for i in frozenset(traced.direct).union(*mixed))
+
+    found = walked(early=False)
+    return min(found, walked(early=True), key=formed) if formed(found) else found
+
+
+def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
+    """Groups the sites by weight; decides which leaves are taken together, and which are direct."""
+    direct = dict(walk.direct)
+    uses: dict[int, list[Site]] = {}
+    for site in walk.sites:
+        for leaf in site.leaves:
+            uses.setdefault(leaf, []).append(site)
+    scalars: dict[int, int] = {}
+    for leaf in itertools.chain(*walk.scalars.values()):
+        scalars[leaf] = scalars.get(leaf, 0) + 1
+        if leaf not in uses:
+            direct.setdefault(leaf, ("it meets the example in a scalar", ""))
+        elif scalars[leaf] > _MOST_SCALARS:
+            direct.setdefault(leaf, (f"more than {_MOST_SCALARS} scalars depend on it", ""))
+
+    groups: list[Weight] = []
+    # Leaves that are taken together, by any one of them.
+    together: dict[int, set[int]] = {}
+    for leaf, sites in uses.items():
+        weights = joined(sites) if all(site.view for site in sites) else []
+        whole = len(weights) == 1 and math.prod(weights[0][0].shape) == _leaf_size(weights[0][0])
+        if weights and are_disjoint(weights) and scalars.get(leaf, 0) <= whole:
+            groups += [] if leaf in direct else weights
+            continue
+        for other in {leaf}.union(*(site.leaves for site in sites)):
+            one, two = together.get(leaf, {leaf}), together.get(other, {other})
+            for member in (merged := one | two):
+                together[member] = merged
+    mixed = []
+    for leaves in {min(leaves): leaves for leaves in together.values()}.values():
+        if leaves & direct.keys():
+            for leaf in leaves:
+                direct.setdefault(leaf, ("its weight has a leaf that is used elsewhere", ""))
+            continue
+        own = {id(site): site for leaf in leaves for site in uses[leaf]}
+        mixed.append(tuple(joined(list(own.values()))))
+    # Leaves that became direct after their groups had been formed.
+    groups = [sites for sites in groups if sites[0].leaves.isdisjoint(direct)]
+    sites = [s for w in (*groups, *itertools.chain(*mixed)) for s in w]
+    keys = {site.key for site in sites}
+    covered: frozenset[int] = frozenset().union(*(site.leaves for site in sites))
+    sources = {leaf: source for leaf, (_, source) in direct.items()}
+    for site in sites:
+        for leaf in site.leaves:
+            sources.setdefault(leaf, site.source)
+    covering = {k: own & covered for k, own in walk.scalars.items() if own & covered}
+    taps = {site.key: walk.shapes[site.key] for site in sites}
+    taps |= {place: walk.shapes[place] for place in covering}
+    return Traced(
+        taps=taps,
+        jaxpr=jaxpr,
+        consts=consts,
+        groups=tuple(groups),
+        mixed=tuple(mixed),
+        direct={leaf: reason for leaf, (reason, _) in sorted(direct.items())},
+        scalars={k: walk.scalars[k] for k in covering},
+        sources=sources,
+        spreads=any(
+            key not in keys or own & direct.keys() for key, own in walk.convolutions.items()
+        ),
+    )
+
+
+def _leaf_size(site: Site) -> int:
+    view = site.view_of_leaf
+    return math.prod(view.steps[0].shape if view.steps else view.shape)
+
+
+def _walk(
+    jaxpr: core.Jaxpr,
+    infos: Sequence[_Info],
+    prefix: Key,
+    lengths: tuple[int, ...],
+    walk: _Walk,
+    branch: bool = False,
+) -> list[_Info]:
+    """Propagates `infos` through `jaxpr`, adding to `walk` the sites and the direct leaves."""
+    env: dict[Any, _Info] = dict(zip(jaxpr.invars, infos))
+    narrowed: set[Any] = set()  # conversions of values of 32 bits, which derived weights may end in
+
+    def read(atom: Any) -> _Info:
+        # Constants of the jaxpr are in no environment: they know neither example nor leaf.
+        return _Info() if isinstance(atom, core.Literal) else env.get(atom, _Info())
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        key = (*prefix, i)
+        args = [read(atom) for atom in eqn.invars]
+        inner = inlined(eqn)
+        inside = bool(lengths) or branch
+        if inner is not None:
+            outs = _walk(inner[0], args, key, lengths, walk, branch)
+        elif eqn.primitive.name == "stop_gradient":
+            outs = [_Info(args[0].example)]
+        elif not any(a.example for a in args):
+            outs = _without_example(eqn, args, key, lengths, narrowed, inside, walk)
+        elif eqn.primitive is P.scan_p:
+            outs = _walk_scan(eqn, args, key, lengths, walk)
+        elif eqn.primitive is P.cond_p:
+            outs = _walk_cond(eqn, args, key, lengths, walk)
+        else:
+            # Past this equation the leaf is part of a value that depends on the example: whatever
+            # uses that value is no use of the leaf.
+            outs = [_Info(True)] * len(eqn.outvars)
+            _meet(eqn, args, key, lengths, narrowed, inside, walk)
+        outs = [o if _is_inexact(v.aval) else _Info(o.example) for o, v in zip(outs, eqn.outvars)]
+        env.update(zip(eqn.outvars, outs))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _without_example(
+    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...],
+    narrowed: set[Any], inside: bool, walk: _Walk,
+) -> list[_Info]:  # fmt: skip
+    """A function of parameters alone: views, perhaps, or part of a derived weight."""
+    if walk.early and any(a.leaves for a in args) and len(eqn.outvars) == 1:
+        # A product with a learned query, or the first rows of a table: if the result is smaller
+        # than the weight, it may as well be taken for a value of the example.
+        size = _size(eqn.outvars[0])
+        fits = [i for i, a in enumerate(args) if a.views and _size(eqn.invars[i]) > size]
+        for operand in fits:
+            info = args[operand]
+            found = sites_of(eqn, operand, info.views, info.leaves, key, lengths)
+            if found:
+                walk.add(found, lengths, eqn.outvars[0].aval)
+                rest = [a for i, a in enumerate(args) if i != operand]
+                walk.give_up(_leaves(rest), *_reason(eqn))
+                return [_Info(True)]
+    full = all(a.full for a in args) and not _is_closed(eqn)
+    full = full and all(_is_full(v.aval) for v in eqn.outvars)
+    if eqn.primitive is P.convert_element_type_p and args[0].full:
+        narrowed.add(eqn.outvars[0])
+    views = None
+    if any(a.views for a in args) and all(a.views or not a.leaves for a in args):
+        views = follow(eqn, [a.views for a in args])
+    return [
+        _Info(False, _leaves(args), tuple(views[k]) if views else (), full)
+        if views is None or views[k]
+        else _Info(False)
+        for k in range(len(eqn.outvars))
+    ]
+
+
+def _meet(
+    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...],
+    narrowed: set[Any], inside: bool, walk: _Walk,
+) -> None:  # fmt: skip
+    """Parameters meet the example: in a site, as a scalar, or in another way."""
+    if not eqn.outvars:
+        return  # `jax.debug.print` and its like
+    convolves = eqn.primitive is P.conv_general_dilated_p
+    if (convolves and (args[1].example or _leaves(args))) or _convolves_inside(eqn):
+        walk.convolutions[key] = _leaves(args)
+    positions = [i for i, a in enumerate(args) if a.leaves]
+    found = []
+    if len(positions) == 1:
+        (operand,) = positions
+        info = args[operand]
+        # A derived weight's derivative in fewer bits, or inside of a loop, is left to JAX.
+        known = not inside and (info.full or eqn.invars[operand] in narrowed)
+        if info.views or known:
+            found = sites_of(eqn, operand, info.views, info.leaves, key, lengths)
+    walk.add(found, lengths, eqn.outvars[0].aval)
+    for i in positions if not found else ():
+        if _size(eqn.invars[i]) == 1 and is_float(eqn.invars[i].aval) and not inside:
+            walk.scalars[(*key, -1 - i)] = args[i].leaves
+            aval: Any = eqn.invars[i].aval
+            walk.shapes[(*key, -1 - i)] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        else:
+            walk.give_up(args[i].leaves, *_reason(eqn))
+
+
+def _reason(eqn: core.JaxprEqn) -> tuple[str, str]:
+    return f"used by {eqn.primitive.name}", source_of(eqn)
+
+
+def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    parts = jax.tree.leaves(list(eqn.params.values()))
+    closed = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in parts]
+    return [p for p in closed if isinstance(p, core.Jaxpr)]
+
+
+def _convolves_inside(eqn: core.JaxprEqn) -> bool:
+    inner = [e for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
+    # The derivative that a custom rule has is not in its parameters in readable form.
+    custom = eqn.primitive.name.startswith("custom_vjp")
+    return custom or any(
+        e.primitive is P.conv_general_dilated_p or _convolves_inside(e) for e in inner
+    )
+
+
+def _is_closed(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation has an inside (a loop, a custom derivative) that the walk skips.
+
+    What it computes inside may have fewer bits than its inputs and outputs show.
+    """
+    return bool(_inner_jaxprs(eqn))
+
+
+def _size(atom: Any) -> int:
+    return math.prod(atom.aval.shape)
+
+
+def _is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _is_full(value: Any) -> bool:
+    return not is_float(value) or jnp.finfo(value.dtype).bits >= 32
+
+
+def _leaves(args: Iterable[_Info]) -> frozenset[int]:
+    return frozenset(leaf for a in args for leaf in a.leaves)
+
+
+def inlined(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+    """The inner jaxpr and constants of a call that only groups equations, remat included."""
+    if eqn.primitive is P.remat_p:
+        return eqn.params["jaxpr"], ()
+    name = _CALLS.get(eqn.primitive.name)
+    return None if name is None else (eqn.params[name].jaxpr, eqn.params[name].consts)
+
+
+def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan.
+
+    Read from shapes, because the equation's parameters that say it changed their names between
+    versions of JAX: what is scanned or stacked has one axis more outside of the body than inside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    ndim = lambda atom: len(atom.aval.shape)  # noqa: E731
+    num_scanned = sum(ndim(v) > ndim(w) for v, w in zip(eqn.invars, body.invars))
+    num_carry = sum(ndim(v) == ndim(w) for v, w in zip(eqn.outvars, body.outvars))
+    return len(eqn.invars) - num_scanned - num_carry, num_carry
+
+
+def _walk_scan(
+    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...], walk: _Walk
+) -> list[_Info]:
+    """Enters a scan: constants are shared by its iterations, scanned inputs are slices."""
+    num_consts, num_carry = scan_parts(eqn)
+    body = eqn.params["jaxpr"].jaxpr
+
+    def enter(info: _Info, scanned: bool) -> _Info:
+        views = (view._replace(scanned=(*view.scanned, scanned)) for view in info.views)
+        return info._replace(views=tuple(views))
+
+    consts = [enter(a, False) for a in args[:num_consts]]
+    xs = [enter(a, True) for a in args[num_consts + num_carry :]]
+    initial = args[num_consts : num_consts + num_carry]
+    for a in initial:  # the carry changes from turn to turn: no view of one leaf
+        walk.give_up(a.leaves, "used by the carry of scan", source_of(eqn))
+    carry = [_Info(a.example) for a in initial]
+    inside = (*lengths, eqn.params["length"])
+    # A carry may come to depend on the example after some turns. Dependence only grows, so this
+    # ends; the walk that counts is the one made once it has.
+    while True:
+        outs = _walk(body, consts + carry + xs, key, inside, _empty(walk.early))
+        after = [_Info(a.example or b.example) for a, b in zip(carry, outs)]
+        if after == carry:
+            break
+        carry = after
+    outs = _walk(body, consts + carry + xs, key, inside, walk)
+    for out in outs:  # a leaf that leaves the scan, stacked or carried, is no longer followed
+        walk.give_up(out.leaves, "used by the output of scan", source_of(eqn))
+    return [_Info(True)] * len(outs)
+
+
+def _walk_cond(
+    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...], walk: _Walk
+) -> list[_Info]:
+    """Enters the branches of cond or switch."""
+    for number, body in enumerate(eqn.params["branches"]):
+        outs = _walk(body.jaxpr, args[1:], (*key, number), lengths, walk, branch=True)
+        for out in outs:
+            walk.give_up(out.leaves, "used by the output of cond", source_of(eqn))
+    return [_Info(True)] * len(eqn.outvars)
