@@ -29,6 +29,7 @@ from dpjax.dp import (
     lower_bound,
     repeat_and_select,
     sampling,
+    secure,
     seeds,
 )
 from dpjax.dp.adaptive import QuantileBound, quantile_bound
@@ -61,13 +62,14 @@ from dpjax.dp.ledger import (
     BudgetExceeded,
     Ledger,
     Phase,
+    gdp_mu,
     noise_draws,
     publishable,
     statement,
     to_markdown,
 )
-from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
-from dpjax.dp.noise import aggregate, gaussian
+from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, epsilon_of, num_steps
+from dpjax.dp.noise import aggregate, gaussian, standard_normal
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
 from dpjax.dp.sampling import (
     PADDING,
@@ -116,10 +118,12 @@ __all__ = [
     "check_engine",
     "chunks",
     "clipped_sum",
+    "epsilon_of",
     "explain",
     "fit_temperature",
     "flat",
     "gaussian",
+    "gdp_mu",
     "global_",
     "lamb",
     "least_squares",
@@ -137,8 +141,10 @@ __all__ = [
     "rule",
     "sampling",
     "scale_by_adam_corrected",
+    "secure",
     "seeds",
     "sgd",
+    "standard_normal",
     "statement",
     "take",
     "to_markdown",

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from dpjax import dp, models
 from dpjax.dp import secure, seeds
-from dpjax.dp.noise import standard_normal
 
 __all__ = ["main"]
 
@@ -49,7 +48,7 @@ def main() -> None:
         grad = jax.jit(dp.clipped_sum(loss, dp.flat(1.0), microbatch_size=args.micro, **options))
         return lambda batch=batch: grad(params, batch, mask)[0].value
 
-    normal = jax.jit(standard_normal, static_argnums=1)
+    normal = jax.jit(dp.standard_normal, static_argnums=1)
     integer = jax.jit(secure.rounded_gaussian, static_argnums=1)
     keys = [seeds.noise_key(0), seeds.noise_key(0, secure=True)]
     parts = {

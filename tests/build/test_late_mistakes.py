@@ -37,6 +37,10 @@ MISTAKES = {
     "a vote without noise": (["finetune=vote:1", "dp=None"], "name the blocks instead"),
     "price of a vote": (["finetune=vote:1", "dp.vote=1.0"], "dp.vote=1.0 must be in (0, 1)"),
     "a vote and an audit": (["finetune=vote:1", "audit.count=9"], "does not go with audit.count=9"),
+    "a vote and secure noise": (
+        ["finetune=vote:1", "dp.noise=secure"],
+        "does not go with dp.noise",
+    ),
     "a vote of units": (["finetune=vote:1", "data.unit=who"], "does not go with data.unit='who'"),
     "a vote for nothing": (["finetune=vote:1", "lp.fraction=1"], "does not go with lp.fraction"),
     "a vote and its relation": (
