@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +80,10 @@ def train(
     """
     config = run.config
     workdir.check(config)
-    hosts.agree({"config": digest(config), "data": run.train.digest, "code": code_digest()})
+    # Salted, for the message: a plain digest would confirm a guess of the private data.
+    salt = hosts.first(secrets.token_hex(16))
+    data_digest = digest([salt, run.train.digest])
+    hosts.agree({"config": digest(config), "data": data_digest, "code": code_digest()})
     for phase in run.phases:
         if phase.mechanism is not None and phase.mechanism.num_examples != len(run.train):
             raise ValueError(
