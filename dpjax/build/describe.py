@@ -197,7 +197,7 @@ def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
             "rows named nonprivate/... in metrics.jsonl: losses, norms and sizes of private "
             "batches",
             "the choice of hyperparameters, if private data was used to make it",
-            "the number of training examples, which is taken as public",
+            "the number of training examples, and what classes there are: both are taken as public",
             *(
                 [
                     "the evaluations, and which checkpoints keep_best keeps by them: they are made "
