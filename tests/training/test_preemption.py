@@ -292,6 +292,16 @@ def test_every_field_is_in_the_identity_or_may_change_for_a_reason(run):
     assert facts != build.describe.identity(run._replace(config=config), 5)
 
 
+def test_hosts_compare_no_plain_digest_of_the_data(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop.hosts, "agree", lambda facts: seen.append(facts) or 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            loop.train(run, Workdir(tmp_path))
+    assert seen[0]["config"] == seen[1]["config"]
+    assert len({run.train.digest, seen[0]["data"], seen[1]["data"]}) == 3
+
+
 def test_a_rule_of_any_function_and_any_parameters_has_an_identity(run):
     function = functools.partial(lambda base, norms, thresholds, w: base * w, 0.5)
     rule = dp.rule(function, 1.0, grouping=functools.partial(dp.by_leaf), w=jnp.array([0.5, 1.0]))
