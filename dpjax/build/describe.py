@@ -122,7 +122,7 @@ def _cumulative_noise(run: Run) -> float:
 
 def _engine(run: Run, trainable: Params, frozen: Params) -> str:
     """Says which engine clips, and how many of the parameters take which route through it."""
-    one = run.train.batch(np.array([0]), seed=0, step=0)
+    one = run.train.batch(np.array([-1]), seed=0, step=0)  # padding: its shapes are enough
     one.pop("identity")
     example = {name: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for name, v in one.items()}
     example["key"] = jax.eval_shape(lambda: jax.random.key(0))
