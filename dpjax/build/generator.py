@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from dpjax import models
 from dpjax.build import model
+from dpjax.build.predictor import finished
 from dpjax.config import default
 
 __all__ = ["is_language_model", "load", "save"]
@@ -34,22 +35,16 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> mo
         ValueError: it has not finished, or is not of a language model.
         FileNotFoundError: the tokenizer that the run names is gone.
     """
-    folder = Path(directory).expanduser()
-    known = ("weights.safetensors", "model.safetensors")
-    weights = weights or next((name for name in known if (folder / name).is_file()), known[0])
-    for name in ("model.json", weights):
-        if not (folder / name).is_file():
-            raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
-    if not is_language_model(folder):
+    folder, file, about = finished(directory, weights)
+    if about.get("task") != "causal_lm":
         raise ValueError(f"{str(folder)!r} is not a run of a language model.")
-    about = json.loads((folder / "model.json").read_text())
     config = default()
     with config.unlocked():
         config.model.update(about["model"])
     shape = model.size("model.options", models.DECODERS, config.model)
     net = models.decoder(shape, dtype=config.model.dtype)
     like: Any = jax.eval_shape(net.init, jax.random.key(0))
-    params = net.load(like, str(folder / weights))
+    params = net.load(like, str(file))
     spec = models.TextSpec(shape.max_length, shape.vocab_size, causal=True)
     codec = models.text_codec(_tokenizer(folder, about), spec, end=about["data"]["end_token"])
     return models.Generator(shape, params, codec, config.model.dtype)

@@ -26,7 +26,7 @@ from dpjax.build.run import Run
 from dpjax.config import default
 from dpjax.models import Model, Params
 
-__all__ = ["Predictions", "Predictor", "description", "image_files", "load"]
+__all__ = ["Predictions", "Predictor", "description", "finished", "image_files", "load"]
 
 _ROWS = 64  # examples at once; fewer are padded, so that one program serves all
 
@@ -221,6 +221,28 @@ def description(run: Run) -> dict[str, Any]:
     }
 
 
+def finished(
+    directory: str | os.PathLike[str], weights: str | None = None
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Returns the folder of a finished or exported run, its file of weights and its `model.json`.
+
+    Args:
+        directory: the folder.
+        weights: name of the file; None finds it.
+
+    Raises:
+        ValueError: a file is missing, naming it.
+    """
+    folder = Path(directory).expanduser()
+    if weights is None:  # timm and transformers call the file of an export model.safetensors
+        known = ("weights.safetensors", "model.safetensors")
+        weights = next((name for name in known if (folder / name).is_file()), known[0])
+    for name in ("model.json", weights):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
+    return folder, folder / weights, json.loads((folder / "model.json").read_text())
+
+
 def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Predictor:
     """Loads a finished run, or an exported one, to predict with it.
 
@@ -232,14 +254,7 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Pr
     Raises:
         ValueError: a file is missing or does not fit, naming it.
     """
-    folder = Path(directory).expanduser()
-    if weights is None:  # timm and transformers call the file of an export model.safetensors
-        known = ("weights.safetensors", "model.safetensors")
-        weights = next((name for name in known if (folder / name).is_file()), known[0])
-    for name in ("model.json", weights):
-        if not (folder / name).is_file():
-            raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
-    about = json.loads((folder / "model.json").read_text())
+    folder, file, about = finished(directory, weights)
     if about.get("task") == "causal_lm":
         raise ValueError(
             f"{str(folder)!r} is a language model: dpjax predict writes text with it, and so does "
@@ -251,7 +266,7 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Pr
         config.seed = about["seed"]
     names, shape = tuple(about["class_names"]), tuple(about["shape"])
     net = model(config.model, len(names))
-    params = _params(net, config, folder / weights)
+    params = _params(net, config, file)
     tokenize = None
     if isinstance(net.input, models.TextSpec):
         own = folder / about["data"]["tokenizer"]
