@@ -1,7 +1,8 @@
 """A finished run becomes a classifier of new images or texts.
 
 `description` says what a run's weights need to be used; it is `model.json` of the run, and `load`
-reads it. Nothing of it depends on a training example.
+reads it. It depends on the training data only through the classes and the size of inputs, which are
+taken as public.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ def _name(item: Any) -> str:
 def description(run: Run) -> dict[str, Any]:
     """Returns what the weights of a run need to be used: model, input and class names.
 
-    The fields "model", "data" and "seed" are those of the config. None depends on an example.
+    The fields "model", "data" and "seed" are those of the config; "class_names" and "shape" are
+    those of the training data, and taken as public.
     """
     config = run.config
     kept = ("host_image_size", "pad", "resample", "tokenizer", "end_token")
