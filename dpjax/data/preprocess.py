@@ -10,7 +10,6 @@ import jax.numpy as jnp
 __all__ = ["chain", "preprocess", "random_crop", "random_flip", "random_shift"]
 
 _RESAMPLE = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}
-_PAD = {"zero": "constant", "reflect": "reflect", "edge": "edge"}
 
 
 def preprocess(
@@ -71,30 +70,25 @@ def random_flip(image: jax.Array, *, key: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def random_crop(
-    image: jax.Array, *, key: jax.Array, padding: int, mode: str = "reflect"
-) -> jax.Array:
-    """Pads ONE image and cuts a window of its own size at a uniformly random place.
+def random_crop(image: jax.Array, *, key: jax.Array, padding: int) -> jax.Array:
+    """Pads ONE image by reflection and cuts a window of its own size at a uniformly random place.
 
     Args:
         image: [H, W, C], any dtype.
         key: used once.
         padding: pixels added on each side, >= 0.
-        mode: "reflect", "edge" or "zero". Zero is black only before normalization.
 
     Returns:
         [H, W, C], same dtype.
 
     Raises:
-        ValueError: a negative padding, a reflection wider than the image, or an unknown mode.
+        ValueError: a negative padding, or a reflection wider than the image.
     """
-    if mode not in _PAD:
-        raise ValueError(f"mode={mode!r} must be one of {sorted(_PAD)}.")
     _check_padding(image, padding)
-    if mode == "reflect" and padding >= min(image.shape[:2]):
+    if padding >= min(image.shape[:2]):
         raise ValueError(f"padding={padding} must be < {min(image.shape[:2])} to be reflected.")
     widths = ((padding, padding), (padding, padding), (0, 0))
-    return _window(jnp.pad(image, widths, mode=_PAD[mode]), image.shape, key, padding)
+    return _window(jnp.pad(image, widths, mode="reflect"), image.shape, key, padding)
 
 
 def random_shift(

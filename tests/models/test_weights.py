@@ -144,22 +144,22 @@ def test_half_precision_files_become_float32(timm_file, tmp_path):
 def test_own_files_are_checked_too(tmp_path):
     model = models.vision_transformer(VIT, 3)
     params = random(model)
-    path = tmp_path / "own.npz"
+    path = tmp_path / "own.safetensors"
     models.save_weights(params, path)
     other = models.vision_transformer(models.ViTConfig(**{**vars(VIT), "width": 10}), 3)
     with pytest.raises(ValueError, match=r"misshapen embed/kernel \[48, 8\], must be \[48, 10\]"):
         models.load_weights(path, zeros(other))
     with pytest.raises(ValueError, match="must end in"):
         models.save_weights(params, tmp_path / "own.pkl")
-    assert [p.name for p in tmp_path.iterdir()] == ["own.npz"]
+    assert [p.name for p in tmp_path.iterdir()] == ["own.safetensors"]
 
 
 def test_own_files_move_to_other_image_sizes(tmp_path):
     model = models.vision_transformer(VIT, 3)
     params = random(model)
-    models.save_weights(params, tmp_path / "own.npz")
+    models.save_weights(params, tmp_path / "own.safetensors")
     larger = models.vision_transformer(VIT.at(16), 3)
-    loaded = larger.load(zeros(larger), str(tmp_path / "own.npz"), head=True)
+    loaded = larger.load(zeros(larger), str(tmp_path / "own.safetensors"), head=True)
     assert loaded["pos_embed"].shape == (17, 8)
     np.testing.assert_array_equal(loaded["pos_embed"][0], params["pos_embed"][0])
     np.testing.assert_array_equal(loaded["embed"]["kernel"], params["embed"]["kernel"])
@@ -167,8 +167,8 @@ def test_own_files_move_to_other_image_sizes(tmp_path):
 
 def test_the_mini_vit_is_small_enough_to_ship(tmp_path):
     model = models.vision_transformer(models.SIZES["mini"], 10)
-    models.save_weights(random(model), tmp_path / "mini.npz")
-    assert (tmp_path / "mini.npz").stat().st_size < 1e6
+    models.save_weights(random(model), tmp_path / "mini.safetensors")
+    assert (tmp_path / "mini.safetensors").stat().st_size < 1e6
 
 
 @pytest.mark.parametrize(

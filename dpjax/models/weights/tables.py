@@ -248,22 +248,16 @@ def _find(
 
 
 def save_weights(params: Params, path: str | os.PathLike[str]) -> None:
-    """Writes a parameter tree atomically, one tensor per path, as `.npz` or `.safetensors`.
+    """Writes a parameter tree atomically, one tensor per path, as `.safetensors`.
 
     Raises:
         ValueError: another suffix.
     """
-    path = os.fspath(path)
-    suffix = os.path.splitext(path)[1]
-    if suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{path} must end in .npz or .safetensors.")
+    if os.path.splitext(path)[1] != ".safetensors":
+        raise ValueError(f"{os.fspath(path)} must end in .safetensors.")
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(params).items()}
     with replacing(path, secret=True) as partial:
-        if suffix == ".npz":
-            with partial.open("wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **arrays)
-        else:
-            safetensors_numpy.save_file(arrays, partial)
+        safetensors_numpy.save_file(arrays, partial)
 
 
 def load_weights(path: str | os.PathLike[str], like: Params, *, head: str | None = None) -> Params:
