@@ -124,7 +124,21 @@ def functions(
 
 
 def independent(net: Model, params: Params, shape: tuple[int, ...]) -> None:
-    """Checks that examples do not depend on each other, see `models.check_examples_independent`."""
+    """Checks that examples do not depend on each other, see `models.check_examples_independent`.
+
+    Args:
+        net: a decoder.
+        params: its parameters.
+        shape: of an example of the data, which a function of the user's may have made.
+
+    Raises:
+        ValueError: they do, or an example is not a window.
+    """
+    if len(shape) != 2 or shape[0] != 3:
+        raise ValueError(
+            f"data.name: an example of shape {list(shape)} must be a window [3, length] of tokens, "
+            "targets and bytes, as dpjax.data.causal.windows makes them."
+        )
     facts, _ = functions(net)
     windows = np.maximum(models.probe(net.input, shape), 0)
     models.check_examples_independent(lambda p, x: facts(p, x).nll, params, windows)

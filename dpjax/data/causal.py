@@ -230,6 +230,7 @@ def _has(fields: dict[str, Any], names: Sequence[str], *, some: bool = False) ->
 def _owner(fields: dict[str, Any], unit: str | None, where: str) -> str | None:
     if unit is None:
         return None
-    if not isinstance(fields.get(unit), (str, int)):
+    owner = fields.get(unit)
+    if not isinstance(owner, (str, int)) or not str(owner).strip():
         raise ValueError(f"{where}: data.unit={unit!r} must be a field with a name or a number.")
-    return str(fields[unit])
+    return str(owner).strip()  # as in tables of own data: "ann " is no other person

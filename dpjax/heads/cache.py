@@ -15,12 +15,10 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.extend
 import numpy as np
 from tqdm import tqdm
 
@@ -28,6 +26,7 @@ from dpjax import data, dp, files
 from dpjax.heads.features import FeatureSet
 from dpjax.models import InputSpec, Model, Params, check_examples_independent, flatten, probe
 from dpjax.runtime import sharding
+from dpjax.runtime.compilation import arrays_of, content
 
 __all__ = ["compute_features"]
 
@@ -164,43 +163,10 @@ def _key(
         return None
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
     digest.update(f"\n{dtype}\n{dataset.digest}\n".encode())
-    for array in (*_arrays(closed), *(leaf for _, leaf in sorted(flatten(body).items()))):
-        keys = isinstance(array, jax.Array) and jax.dtypes.issubdtype(
-            array.dtype, jax.dtypes.prng_key
-        )
-        host = np.asarray(jax.random.key_data(array) if keys else array)
-        digest.update(f"{host.shape} {host.dtype}".encode())
-        digest.update(np.ascontiguousarray(host).tobytes())
+    for array in (*arrays_of(closed), *(leaf for _, leaf in sorted(flatten(body).items()))):
+        digest.update(content(array))
     digest.update("\n".join(sorted(flatten(body))).encode())
     return digest.hexdigest()
-
-
-def _arrays(node: Any) -> Iterator[Any]:
-    """All arrays inside of a jaxpr that its print abbreviates or names only, in order.
-
-    Those are the constants of closed jaxprs, of which jit, scan, cond, ... hold more, arrays that
-    stand in an equation as literals, and arrays among the parameters of an equation.
-    """
-    if isinstance(node, jax.extend.core.ClosedJaxpr):
-        yield from node.consts
-        yield from _arrays(node.jaxpr)
-    elif isinstance(node, jax.extend.core.Jaxpr):
-        for equation in node.eqns:
-            yield from _literals(equation.invars)
-            for _, parameter in sorted(equation.params.items()):
-                yield from _arrays(parameter)
-        yield from _literals(node.outvars)
-    elif isinstance(node, (np.ndarray, jax.Array)):
-        yield node
-    elif isinstance(node, Mapping):
-        yield from _arrays(list(node.values()))
-    elif isinstance(node, (tuple, list)):
-        for item in node:
-            yield from _arrays(item)
-
-
-def _literals(variables: Iterable[Any]) -> Iterator[Any]:
-    return (v.val for v in variables if isinstance(v, jax.extend.core.Literal))
 
 
 def _computed(

@@ -1,18 +1,20 @@
-"""XLA compilations: cached on disk between runs, and counted."""
+"""Programs: compilations are cached on disk between runs and counted, jaxprs are told apart."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.extend
+import numpy as np
 
 from dpjax import files
 
-__all__ = ["Counter", "counting", "keep_on_disk"]
+__all__ = ["Counter", "arrays_of", "content", "counting", "keep_on_disk"]
 
 
 def keep_on_disk() -> None:
@@ -54,3 +56,38 @@ def counting() -> Iterator[Counter]:
         yield counter
     finally:
         jax.monitoring.unregister_event_duration_listener(counter)
+
+
+def arrays_of(node: Any) -> Iterator[Any]:
+    """All arrays inside of a jaxpr that its print abbreviates or names only, in order.
+
+    Those are the constants of closed jaxprs, of which jit, scan, cond, ... hold more, arrays that
+    stand in an equation as literals, and arrays among the parameters of an equation.
+    """
+    if isinstance(node, jax.extend.core.ClosedJaxpr):
+        yield from node.consts
+        yield from arrays_of(node.jaxpr)
+    elif isinstance(node, jax.extend.core.Jaxpr):
+        for equation in node.eqns:
+            yield from _literals(equation.invars)
+            for _, parameter in sorted(equation.params.items()):
+                yield from arrays_of(parameter)
+        yield from _literals(node.outvars)
+    elif isinstance(node, (np.ndarray, jax.Array)):
+        yield node
+    elif isinstance(node, Mapping):
+        yield from arrays_of(list(node.values()))
+    elif isinstance(node, (tuple, list)):
+        for item in node:
+            yield from arrays_of(item)
+
+
+def _literals(variables: Iterable[Any]) -> Iterator[Any]:
+    return (v.val for v in variables if isinstance(v, jax.extend.core.Literal))
+
+
+def content(array: Any) -> bytes:
+    """Shape, dtype and bits of an array, or of a key, to be hashed."""
+    keys = isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    host = np.asarray(jax.random.key_data(array) if keys else array)
+    return f"{host.shape} {host.dtype}".encode() + np.ascontiguousarray(host).tobytes()

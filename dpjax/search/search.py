@@ -166,7 +166,8 @@ def run(job: Job, flags: argparse.Namespace, base: ConfigDict) -> bool:
     try:
         if flags.method == "optuna":
             journal = job.workdir / "optuna.journal"
-            journal.touch(mode=0o600)
+            if not flags.storage:
+                journal.touch(mode=0o600)
             proposals.optimize(
                 job.found, job.run, name=flags.config, seed=flags.seed,
                 storage=flags.storage or journal,

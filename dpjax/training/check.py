@@ -14,7 +14,7 @@ import numpy as np
 from dpjax import dp, files
 from dpjax.build import Run
 from dpjax.models import Params, TextSpec, finetune
-from dpjax.runtime import code_digest
+from dpjax.runtime import code_digest, compilation
 
 __all__ = ["engines", "examples"]
 
@@ -80,4 +80,7 @@ def examples(run: Run) -> dict[str, jax.Array]:
 def _name(jaxpr: Any) -> str:
     """A file name for a program under this code; addresses of Python objects are left out."""
     program = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
-    return hashlib.sha256(f"{code_digest()}\n{program}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{code_digest()}\n{program}".encode())
+    for array in compilation.arrays_of(jaxpr):  # the print has their shapes alone
+        digest.update(compilation.content(array))
+    return digest.hexdigest()

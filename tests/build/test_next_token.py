@@ -131,6 +131,12 @@ def test_the_engine_gives_the_numbers_of_vmap(case, chunk, monkeypatch):
     assert large <= ({"embed/tokens"} if case == "tied" else set())
 
 
+def test_examples_that_are_no_windows_are_refused():
+    tuning, params = start(TINY)
+    with pytest.raises(ValueError, match=r"shape \[40\] must be a window \[3, length\]"):
+        next_token.independent(tuning.model, params, (40,))
+
+
 def test_metrics_of_tokens():
     rng = np.random.default_rng(0)
     nll, correct, tokens, size = (rng.integers(1, 9, 6).astype(np.float32) for _ in range(4))

@@ -119,6 +119,13 @@ def test_text_files_are_records(tmp_path, codec):
         load(tmp_path, codec, unit="author")
 
 
+def test_a_unit_is_called_by_its_name_without_blanks(tmp_path, codec):
+    records = [{"text": "a b", "who": who} for who in ("ann", " ann ", "bob")]
+    assert sorted(set(load(written(tmp_path, *records), codec, unit="who").units)) == ["ann", "bob"]
+    with pytest.raises(ValueError, match=r"line 1: data\.unit='who'"):
+        load(written(tmp_path, {"text": "a b", "who": " "}), codec, unit="who")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

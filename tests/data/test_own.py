@@ -341,6 +341,7 @@ def test_mistakes_in_a_table(folder, tmp_path, prepare, content, words):
 @pytest.mark.parametrize(
     "line, words",
     [('{"text": "a"', "l.jsonl:2 is not JSON"), ("3", "l.jsonl:2 is not an object"),
+     (r'{"text": "\ud83d", "label": "b"}', "l.jsonl:2: text cannot be written: surrogates"),
      ('{"text": "a", "label": null}', "label is None"), ('{"text": "a", "label": 1.5}', "1.5"),
      ('{"text": 3, "label": ["a"]}', "label is ['a']"),
      ('{"text": "c", "label": "b", "unit": "Ann"}', "l.jsonl:1 has no unit, but others do")],

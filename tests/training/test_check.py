@@ -1,5 +1,7 @@
 """A run compares its clipping engines before it spends any privacy."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
@@ -30,6 +32,15 @@ def test_engines_are_compared_once_for_a_program(cache):
     other = build.build(tiny_config(finetune="head"))
     assert check.engines(other) == 1
     assert len(list(cache.iterdir())) == 2
+
+
+def test_constants_of_a_program_are_part_of_it(cache):
+    names = set()
+    for scale in (1.0, 1e18):
+        constant = jnp.full(3, scale)
+        names.add(check._name(jax.make_jaxpr(lambda x, c=constant: x * c)(jnp.ones(3))))
+        names.add(check._name(jax.make_jaxpr(jax.jit(lambda x, c=constant: x + c))(jnp.ones(3))))
+    assert len(names) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):

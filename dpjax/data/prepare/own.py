@@ -227,6 +227,10 @@ def _table_rows(path: Path, by_stem: bool, seen: dict[str, str]) -> Iterator[Row
                     f"{where}: {key} is {value!r}, but must be a text or whole number."
                 )
             values[key] = str(value) if key == "text" else str(value).strip()
+            try:  # JSON can name halves of a character, which are no text
+                values[key].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where}: {key} cannot be written: {error.reason}.") from error
         if "\n" in values["label"]:
             raise ValueError(f"{where}: label {values['label']!r} must be one line.")
         content: Path | str = values[field]
