@@ -292,7 +292,7 @@ def test_exact_sums_and_secure_keys_go_together():
         tx = optax.chain(dp.gaussian(1.0, 64, key=key), optax.sgd(0.1))
         with pytest.raises(TypeError, match="go together"):
             tx.update(total, tx.init(PARAMS))
-    with pytest.raises(ValueError, match="noise_multiplier=0.0 must be > 0"):
+    with pytest.raises(ValueError, match=r"noise_multiplier=0\.0 must be > 0"):
         dp.gaussian(0.0, 64, key=KEY)
     with pytest.raises(TypeError, match="do not add"):
         plain + exact
