@@ -157,6 +157,8 @@ def gaussian(
     if key.shape != ():
         raise TypeError(f"key of shape {key.shape} must be a single key.")
     is_secure = chacha.is_chacha(key)
+    if is_secure:
+        check_scale("noise_multiplier", noise_multiplier)  # the grid is a part of the noise
 
     def init(params: PyTree) -> GaussianState:
         del params
@@ -252,7 +254,10 @@ def aggregate(
     # The gradient of a linear loss is its coefficients: the per-example gradients themselves.
     # Products of entries, not `vdot`, which an accelerator may take in fewer bits.
     clip = clipped_sum(
-        lambda params, grads: optax.tree.sum(optax.tree.mul(params, grads)), rule, method="vmap"
+        lambda params, grads: optax.tree.sum(optax.tree.mul(params, grads)),
+        rule,
+        method="vmap",
+        secure_noise=noise_multiplier if chacha.is_chacha(key) else None,
     )
 
     def update(

@@ -292,10 +292,22 @@ def test_exact_sums_and_secure_keys_go_together():
         tx = optax.chain(dp.gaussian(1.0, 64, key=key), optax.sgd(0.1))
         with pytest.raises(TypeError, match="go together"):
             tx.update(total, tx.init(PARAMS))
+    with pytest.raises(ValueError, match=r"noise_multiplier=0\.0 must be > 0"):
+        dp.gaussian(0.0, 64, key=KEY)
     with pytest.raises(TypeError, match="do not add"):
         plain + exact
     with pytest.raises(ValueError, match="bookkeeping"):
         dp.clipped_sum(loss, dp.flat(0.5), secure_noise=1.0, method="bookkeeping")
+
+
+def test_a_users_own_gradients_get_secure_noise_too():
+    grads = {"w": jnp.asarray(np.random.default_rng(2).normal(size=(8, 5)), jnp.float32)}
+    plain = dp.aggregate(0.5, 1e-2, 8, key=jax.random.key(0))
+    exact = dp.aggregate(0.5, 1e-2, 8, key=KEY)
+    params = {"w": jnp.zeros(5)}
+    one, two = (tx.update(grads, tx.init(params))[0]["w"] for tx in (plain, exact))
+    assert np.abs(one - two).max() < 12 * 1e-2 * 0.5 / 8
+    assert (one != two).all()
 
 
 # --- What is accounted ---------------------------------------------------------------------------

@@ -64,6 +64,20 @@ def test_sum_over_devices(text, count):
         assert sorted(found) == ["all-reduce"] + ["reduce-scatter"] * (text != "replicated")
 
 
+@pytest.mark.parametrize("text", ["replicated", "fsdp"])
+def test_integers_beside_floats_are_summed_exactly(text):
+    """Exact sums and the facts of a step travel together; as floats, 2**24 + 1 would be even."""
+    layout = sharding.layout(text)
+    axes = layout.axes(TREE)
+    parts = jax.tree.map(lambda x: np.full((8, *x.shape), 2**24 + 1, np.int32), TREE)
+    placed = jax.device_put((parts, np.ones(8, np.float32)), sharding.batch_sharding(layout.mesh))
+    got, fact = jax.jit(lambda t: sharding.sum_over_devices(t, (axes, -1), layout.mesh))(placed)
+    for leaf in jax.tree.leaves(got):
+        assert leaf.dtype == np.int32
+        assert (np.asarray(leaf) == 8 * (2**24 + 1)).all()
+    assert fact == 8
+
+
 @pytest.mark.parametrize("text", ["fsdp", "fsdp:head"])
 def test_gather_and_place(text):
     layout = sharding.layout(text)

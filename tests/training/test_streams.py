@@ -210,7 +210,10 @@ def edited_hyper(edit):
 def edited_stream(edit):
     def patched(patch):
         real = seeds.noise_key
-        patch.setattr(seeds, "noise_key", lambda seed, stream="noise": real(*edit(seed, stream)))
+        patch.setattr(
+            seeds, "noise_key",
+            lambda seed, stream="noise", secure=False: real(*edit(seed, stream), secure=secure),
+        )  # fmt: skip
 
     return patched
 
