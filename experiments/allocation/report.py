@@ -246,7 +246,7 @@ def _loss(values: Iterable[float]) -> float:
 
 
 def left_out(groups: Mapping[Setting, list[Cell]]) -> dict[Setting, float]:
-    """Regrets of the family's best rule of all other tasks; subsets go with their whole."""
+    """Regrets of the family's best rule of all other tasks; smaller sets go with their whole."""
     table = {name: regrets(rule, groups) for name, rule in FAMILY.items()}
 
     def data_of(key: Setting) -> str:
