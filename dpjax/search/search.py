@@ -196,6 +196,12 @@ _SECRET = "search_secret.json"  # the points of a charged search's runs, and so 
 
 def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
     """Draws the runs of a charged search, once, and sets the epsilon of each."""
+    for text in [base.finetune, *(row["finetune"] for row in job.found if "finetune" in row)]:
+        if build.model.vote_count(text) is not None:  # a mechanism of its own
+            raise ValueError(
+                f"finetune={text!r} must not be in a charged search: let the points name "
+                "blocks:at:I,J instead, and the search chooses among them."
+            )
     if base.dp is None:
         raise ValueError("config.dp=None trains without privacy: there is nothing to charge.")
     if base.private_seed is not None:
@@ -238,11 +244,6 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
         run = build.build(base)
         if run.temperature is not None:
             raise ValueError("dp.temperature.share must be 0 in a charged search.")
-        if run.vote is not None:
-            raise ValueError(
-                f"finetune={base.finetune!r} is charged by itself: in a charged search, name the "
-                "blocks, or let the sweep try some sets."
-            )
         spend = repeat_and_select.epsilon_of_one(
             [phase.mechanism for phase in run.phases if phase.mechanism is not None],
             budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
