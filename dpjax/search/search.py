@@ -200,6 +200,12 @@ _SECRET = "search_secret.json"  # the points of a charged search's runs, and so 
 
 def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
     """Draws the runs of a charged search, once, and sets the epsilon of each."""
+    for text in [base.finetune, *(row["finetune"] for row in job.found if "finetune" in row)]:
+        if build.model.vote_count(text) is not None:  # a mechanism of its own
+            raise ValueError(
+                f"finetune={text!r} must not be in a charged search: let the points name "
+                "blocks:at:I,J instead, and the search chooses among them."
+            )
     if base.dp is None:
         raise ValueError("config.dp=None trains without privacy: there is nothing to charge.")
     if base.private_seed is not None:
@@ -237,11 +243,6 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
                 f"data.holdout={base.data.holdout} must be None, and data.test_split="
                 f"{base.data.test_split!r} must not overlap the training data, in a charged "
                 "search: the score would read private data without being charged."
-            )
-        if run.vote is not None:
-            raise ValueError(
-                f"finetune={base.finetune!r} is charged by itself: in a charged search, name the "
-                "blocks, or let the sweep try some sets."
             )
         spend = repeat_and_select.epsilon_of_one(
             [phase.mechanism for phase in run.phases if phase.mechanism is not None],

@@ -26,6 +26,8 @@ def get_config(arg=None):
         config.data.train_split, config.data.test_split = "train[10%:]", "train[:10%]"
     if arg == "shared":
         config.data.name = "study:shared"
+    if arg == "voted":
+        config.finetune = "vote:1"
     if arg == "audited":
         config.audit.count = 9
     return config
@@ -179,6 +181,7 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
         (["--charge=5", "--method=optuna"], "independent"),
         (["--charge=5", "--config.private_seed=1"], "takes no overrides"),
         (["--charge=5", ":batches"], "'batch_size' must not vary"),
+        (["--charge=5", ":voted"], "finetune='vote:1' must not be in a charged search"),
         (["--charge=5", ":fixed"], "private_seed=5 must be None"),
         (["--charge=5", ":own"], "test_split='train[:10%]' must not overlap the training data"),
         (["--charge=5", ":shared"], "test_split='test' must not overlap the training data"),
