@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from dpjax import dp, files
 from dpjax.audit.canaries import CANARIES, make
-from dpjax.build import Phase, Run
+from dpjax.build import Run, TrainingPhase
 from dpjax.dp import lower_bound, seeds
 from dpjax.models import Params, finetune
 from dpjax.runtime import Workdir, hosts
@@ -240,7 +240,7 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
     return params, ledger
 
 
-def _of_size(phase: Phase, num_examples: int) -> Phase:
+def _of_size(phase: TrainingPhase, num_examples: int) -> TrainingPhase:
     """The phase with its sampler over `num_examples`, at the same probability."""
     if phase.mechanism is None:
         return phase

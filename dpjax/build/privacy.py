@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpjax import data, dp
-from dpjax.build.run import Phase, Temperature
+from dpjax.build.run import Temperature, TrainingPhase
 from dpjax.data import Dataset, Units
 from dpjax.files import choose, resolve, returned
 
@@ -138,7 +138,9 @@ def temperature(
     return rest, Temperature(share, mechanism, chosen.bound)
 
 
-def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> tuple[Phase, ...]:
+def with_noise(
+    config: ConfigDict, made: Sequence[TrainingPhase], num_examples: int
+) -> tuple[TrainingPhase, ...]:
     """Gives every phase a mechanism, so that their composition meets the one budget."""
     sizes = [phase.batch_size for phase in made]
     adaptive, counts = config.dp.adaptive, None
@@ -161,7 +163,7 @@ def with_noise(config: ConfigDict, made: Sequence[Phase], num_examples: int) -> 
 
 
 def ledger(
-    config: ConfigDict, made: tuple[Phase, ...], fitted: Temperature | None
+    config: ConfigDict, made: tuple[TrainingPhase, ...], fitted: Temperature | None
 ) -> dp.Ledger | None:
     """Returns the empty ledger of a run; None without privacy."""
     if config.dp is None:

@@ -16,10 +16,10 @@ from dpjax.models import Model, Params
 from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, LossFn
 
-__all__ = ["Phase", "Run", "Temperature"]
+__all__ = ["Run", "Temperature", "TrainingPhase"]
 
 
-class Phase(NamedTuple):
+class TrainingPhase(NamedTuple):
     """One stretch of training: what trains, for how long, under which mechanism.
 
     Attributes:
@@ -97,7 +97,7 @@ class Run(NamedTuple):
     adaptive: dp.QuantileBound | None
     temperature: Temperature | None
     batch_plan: Plan | None
-    phases: tuple[Phase, ...]
+    phases: tuple[TrainingPhase, ...]
     ledger: dp.Ledger | None
     layout: Layout
 
