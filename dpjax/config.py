@@ -167,6 +167,9 @@ def default() -> ConfigDict:
                 "confidence": 0.95,
             },
             "log_every": 1,
+            # Where rows go besides metrics.jsonl: tensorboard, wandb, or MODULE:FUNCTION of yours
+            # (see dpjax.runtime.rows); several with "+". Private rows keep their names.
+            "log_to": placeholder(str),
             "eval_every": placeholder(int),  # steps; None: ten times a run
             "checkpoint_every": 50,
             "keep_checkpoints": 2,  # the latest
@@ -188,7 +191,7 @@ MAY_CHANGE = {
         "audits are runs of their own, with seeds of their own",
     ),
     **dict.fromkeys(
-        ("checkpoint_every", "eval_every", "keep_best", "keep_checkpoints", "log_every"),
+        ("checkpoint_every", "eval_every", "keep_best", "keep_checkpoints", "log_every", "log_to"),
         "decides what is written, not what is computed",
     ),
     "data.data_dir": "the identity holds a digest of the data, wherever they are",

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, cache directories, and the nearest known name."""
+"""Files written whole or not at all, text and JSON lines, cache directories, the nearest name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import itertools
+import json
 import os
 import re
 import secrets
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
-    "cache_dir", "caching", "choose", "did_you_mean", "free_name", "local_path", "nearest",
-    "replacing", "resolve", "returned",
+    "cache_dir", "caching", "choose", "did_you_mean", "free_name", "json_lines", "local_path",
+    "nearest", "read_object", "read_text", "replacing", "resolve", "returned",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -47,6 +48,68 @@ def replacing(path: str | os.PathLike[str], *, secret: bool = False) -> Iterator
         raise
 
 
+def read_text(path: Path) -> str:
+    """Reads a file of UTF-8 text, without the mark that Windows programs put in front of it.
+
+    Raises:
+        ValueError: naming the file, and what cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line number, from 1, and the fields of each object of a JSON-lines file.
+
+    Empty lines are skipped.
+
+    Raises:
+        ValueError: a line is not an object in JSON; names the line.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}.") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: must be an object {{...}}, got {line.strip()[:40]!r}.")
+        try:  # JSON can name halves of a character, which are no text
+            " ".join(value for value in fields.values() if isinstance(value, str)).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {error.reason}, such as {error.object[error.start]!r}."
+            ) from error
+        yield number, fields
+
+
+def read_object(path: Path, *fields: str) -> dict[str, Any]:
+    """Reads a JSON file that contains one object, with certain fields.
+
+    Raises:
+        ValueError: it does not; names the file, which was cut or edited then.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or cannot be read: {error}.") from error
+    if not isinstance(content, dict) or not set(fields) <= set(content):
+        missing = ", ".join(sorted(set(fields) - set(content))) if fields else "fields"
+        raise ValueError(f"{path} is damaged: it has no {missing}.")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # JSON would keep the last, without a word
+        raise ValueError(f"a field occurs twice among {', '.join(name for name, _ in pairs)}")
+    return fields
+
+
 def local_path(field: str, path: str | os.PathLike[str]) -> Path:
     """Returns a path with "~" expanded.
 
@@ -55,8 +118,11 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
         path: of a file or directory on this machine, or on a file system that it has mounted.
 
     Raises:
-        ValueError: it is a URL, which would become a directory of that name.
+        ValueError: it is a URL, which would become a directory of that name, or it is empty, as an
+            unset variable of a shell is.
     """
+    if not os.fspath(path):
+        raise ValueError(f"{field}='' must not be empty.")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
         raise ValueError(
             f"{field}={os.fspath(path)!r} is a URL, but files are written to local or mounted file "

@@ -93,7 +93,7 @@ def train_group(
         workdir = Workdir(job.path)
         workdir.check(job.config)
         workdir.create(job.config)
-        facts = describe.statement(run, describe.ledger_after(run, _steps(run)))
+        facts = describe.run_statement(run, describe.ledger_after(run, _steps(run)))
         workdir.write("privacy.json", facts)  # ahead of the steps it reports
         workdir.write("privacy.md", dp.ledger.to_markdown(facts))
     first = runs[0]

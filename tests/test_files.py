@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,48 @@ def test_a_secret_is_the_owners_alone(tmp_path):
             assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == mode
     finally:
         os.umask(before)
+
+
+def test_json_lines_are_numbered_and_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(
+        '\ufeff{"a": "\u2028"}\r\n\r\n{"a": 2}'.encode()
+    )  # a mark, and a line in a line
+    assert list(files.json_lines(path)) == [(1, {"a": "\u2028"}), (3, {"a": 2})]
+    for content, text in (
+        (b'{"a": 1}\n[1]', r"line 2: must be an object \{\.\.\.\}, got '\[1\]'"),
+        (b"{", "line 1: not JSON"),
+        (b'{"a": 1, "b": 2, "a": 3}', "line 1: not JSON: a field occurs twice among a, b, a"),
+        (b"[" * 200_000, "line 1: not JSON"),
+        (b"\xff", "cannot be read as UTF-8 text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=text):
+            list(files.json_lines(path))
+    with pytest.raises(ValueError, match=r"gone\.jsonl cannot be read"):
+        list(files.json_lines(tmp_path / "gone.jsonl"))
+
+
+def test_a_damaged_object_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert files.read_object(path, "a") == {"a": 1}
+    for content, text in (
+        ("", r"x\.json is damaged or cannot be read: Expecting value"),
+        ("[1]", "it has no fields"),
+        ('{"b": 1}', r"x\.json is damaged: it has no a\."),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=text):
+            files.read_object(path, *(["a"] if "b" in content else []))
+    with pytest.raises(ValueError, match=r"gone\.json is damaged or cannot be read"):
+        files.read_object(tmp_path / "gone.json")
+
+
+def test_no_path_is_not_the_directory_one_is_in():
+    assert files.local_path("workdir", ".") == Path(".")
+    with pytest.raises(ValueError, match="workdir='' must not be empty"):
+        files.local_path("workdir", "")
 
 
 def test_cache_directories_follow_the_environment(monkeypatch, tmp_path):

@@ -195,7 +195,7 @@ PITFALLS = {
         [
             "test_ledger.py::test_a_ledger_that_nobody_charged_has_no_statement",
             "test_export.py::test_private_weights_without_a_statement_are_not_exported",
-            "test_search.py::test_a_draw_pays_for_the_search_it_was_made_for",
+            "test_trials.py::test_a_draw_pays_for_the_search_it_was_made_for",
         ],
         [
             "test_ledger.py::test_a_statement_covers_every_draw_of_noise",
@@ -216,9 +216,9 @@ PITFALLS = {
             "test_train.py::test_private_facts_are_named_so",
             "test_train.py::test_evaluating_on_the_training_split_is_not_private_and_said",
             "test_ledger.py::test_a_run_that_ends_early_claims_its_plan",
-            "test_search.py::test_the_cost_is_that_of_the_theorem",
-            "test_search.py::test_statements_say_what_was_tried_and_whether_it_is_charged",
-            "test_search.py::test_a_charged_search_keeps_the_budget",
+            "test_trials.py::test_the_cost_is_that_of_the_theorem",
+            "test_trials.py::test_statements_say_what_was_tried_and_whether_it_is_charged",
+            "test_trials.py::test_a_charged_search_keeps_the_budget",
         ],
         ["test_pitfalls.py::test_a_private_fact_without_its_label_is_seen"],
     ),

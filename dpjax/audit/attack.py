@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from dpjax import dp, files
 from dpjax.audit.canaries import CANARIES, Game, likelihoods, make
-from dpjax.build import Phase, Run
+from dpjax.build import Run, TrainingPhase
 from dpjax.dp import lower_bound, seeds
 from dpjax.models import Params, finetune
 from dpjax.runtime import Workdir, hosts
@@ -353,7 +353,7 @@ def _train(
     return params, ledger, _Path(np.array(path), seen) if watches else None
 
 
-def _of_size(phase: Phase, num_examples: int) -> Phase:
+def _of_size(phase: TrainingPhase, num_examples: int) -> TrainingPhase:
     """The phase with its sampler over `num_examples`, at the same probability."""
     if phase.mechanism is None:
         return phase

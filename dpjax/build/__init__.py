@@ -15,12 +15,12 @@ from dpjax.build import (
     schedules,
 )
 from dpjax.build.build import build
-from dpjax.build.run import Phase, Run, Temperature, Vote
+from dpjax.build.run import Run, Temperature, TrainingPhase, Vote
 
 __all__ = [
-    "Phase",
     "Run",
     "Temperature",
+    "TrainingPhase",
     "Vote",
     "build",
     "data",

@@ -14,8 +14,16 @@ from dpjax.build import data, loss, model, next_token, optimizer, privacy, sched
 from dpjax.build.run import Run
 from dpjax.config import without_infinite_budget
 from dpjax.data import Dataset
-from dpjax.models import check_examples_independent, finetune, probe
-from dpjax.runtime import sharding
+from dpjax.models import (
+    Model,
+    Params,
+    TextSpec,
+    check_examples_independent,
+    finetune,
+    locate,
+    probe,
+)
+from dpjax.runtime import rows, sharding
 
 __all__ = ["build"]
 
@@ -39,6 +47,7 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     config = without_infinite_budget(config)
     _check_values(config)
     privacy.check_vote(config)
+    rows.check(config.log_to)
     layout = sharding.layout(config.sharding)
     adaptive = rule = None
     if config.dp is not None:
@@ -48,11 +57,19 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
         rule, *_ = [privacy.clip_rule(config.dp, bound) for _, bound in schedules.bounds(config)]
     optimizer.check(config.optimizer, private=config.dp is not None)
     schedules.batch_sizes(config, None)
-    spec = model.tuned(config, num_classes=2).model.input  # however many classes there will be
+    trial = model.tuned(config, num_classes=2).model  # however many classes there will be
+    spec = trial.input
     next_token.check(config, spec)
     loss.check(spec, config.data)
     data.check(config.data)
+    schedules.check(config, None if datasets else data.most_examples(config))
+    if isinstance(spec, TextSpec):
+        locate(config.data.tokenizer)
     weights = model.weights_file(config.model)
+    if weights is None or ":" in config.model.name:  # ours with weights: below, with them
+        shape = spec.example().shape
+        shape = (3, *shape) if config.task == "causal_lm" else shape
+        _check_independent(config, trial, model.initial(trial, config, None), shape)
 
     train, test = data.given(config, datasets) if datasets else data.opened(config, spec)
     train, temperature = privacy.temperature(config, train)
@@ -60,10 +77,8 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     tuning = model.tuned(config, train.num_classes)
     params = model.initial(tuning.model, config, weights)
     apply, loss_fn = loss.functions(tuning.model, config.data, train.shape)
-    if config.task == "causal_lm":
-        next_token.independent(tuning.model, params, train.shape)
-    else:
-        check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
+    if weights is not None:  # which may show what small random numbers hide
+        _check_independent(config, tuning.model, params, train.shape)
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = schedules.phases(config, tuning, sizes, len(train), params)
     vote = privacy.vote(config, len(train))
@@ -85,6 +100,17 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
         ledger=privacy.ledger(config, phases, temperature, vote),
         layout=layout,
     )
+
+
+def _check_independent(
+    config: ConfigDict, net: Model, params: Params, shape: tuple[int, ...]
+) -> None:
+    """Refuses a model in which one example's output depends on another, as with batch norm."""
+    if config.task == "causal_lm":
+        next_token.independent(net, params, shape)
+    else:
+        apply, _ = loss.functions(net, config.data, shape)
+        check_examples_independent(apply, params, probe(net.input, shape))
 
 
 def _check_values(config: ConfigDict) -> None:

@@ -12,7 +12,7 @@ from dpjax import data, models
 from dpjax.build import next_token
 from dpjax.files import resolve, returned
 
-__all__ = ["check", "given", "opened"]
+__all__ = ["check", "given", "most_examples", "opened"]
 
 
 def check(config: ConfigDict) -> None:
@@ -47,6 +47,20 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"data.subset={config.subset} shots per class would divide units: give a fraction."
         )
+
+
+def most_examples(config: ConfigDict) -> int | None:
+    """Returns how many training examples there can be, from the description of the data alone.
+
+    A subset, a share that is held out and units make fewer. None: only opening the data shows it.
+
+    Raises:
+        ValueError: the data, or the split, is not there.
+    """
+    section = config.data
+    if ":" in section.name or config.task == "causal_lm":
+        return None
+    return data.stored_examples(section.name, split=section.train_split, data_dir=section.data_dir)
 
 
 def opened(
@@ -94,7 +108,7 @@ def opened(
         raise ValueError(f"{field}: {error}") from error
     if config.data.holdout is None:
         held = load(config.data.test_split)
-    return _fitting(train, held)
+    return _fitting(config, train, held)
 
 
 def in_units(config: ConfigDict, train: data.Dataset) -> data.Dataset | data.Units:
@@ -116,12 +130,17 @@ def given(
     for field in ("holdout", "subset", "label_key"):
         if config.data[field] is not None:
             raise ValueError(f"data.{field}={config.data[field]} must be None for given datasets.")
-    train, held = _fitting(*datasets)
+    train, held = _fitting(config, *datasets)
     return in_units(config, train), held
 
 
-def _fitting(train: Any, held: data.Dataset) -> tuple[Any, data.Dataset]:
+def _fitting(config: ConfigDict, train: Any, held: data.Dataset) -> tuple[Any, data.Dataset]:
     """Refuses data to evaluate on whose inputs or classes are not those of the training data."""
+    if config.task == "classification" and train.num_classes < 2:
+        raise ValueError(
+            f"the training data {train.name!r} has one class, {train.class_names[0]!r}: there is "
+            "nothing to tell apart."
+        )
     names = (f"held-out data {held.name!r} split {held.split!r}", f"training data {train.name!r}")
     if held.shape != train.shape or held.source.dtype != train.source.dtype:
         raise ValueError(

@@ -14,14 +14,14 @@ import numpy as np
 
 from dpjax import dp, models
 from dpjax.build.model import model_title
-from dpjax.build.run import Phase, Run
+from dpjax.build.run import Run, TrainingPhase
 from dpjax.config import MAY_CHANGE
 from dpjax.data import Units
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, locate, sha256
 from dpjax.runtime import code_digest
 
-__all__ = ["describe", "identity", "ledger_after", "statement"]
+__all__ = ["describe", "identity", "ledger_after", "run_statement"]
 
 _LARGE_SHARE = 0.1  # of the parameters; on the route "direct" they cost time and memory
 
@@ -100,7 +100,7 @@ def _size(run: Run) -> str:
     return size
 
 
-def _each(run: Run, fact: Callable[[Phase], str]) -> str:
+def _each(run: Run, fact: Callable[[TrainingPhase], str]) -> str:
     """A fact of every phase, where it differs from the phase before."""
     facts = [fact(phase) for phase in run.phases]
     return " then ".join(now for now, before in zip(facts, ["", *facts]) if now != before)
@@ -179,7 +179,7 @@ def ledger_after(run: Run, steps: int) -> dp.Ledger:
     return ledger
 
 
-def statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
+def run_statement(run: Run, ledger: dp.Ledger) -> dict[str, Any]:
     """Returns the privacy statement of a run whose executed steps are in `ledger`."""
     config, private_evaluation = run.config, run.evaluates_on_private_data
     return dp.statement(
@@ -258,8 +258,8 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "config": _without(config, {*MAY_CHANGE, "private_seed"}),
         # Keyed: a plain digest would show whether somebody's guess of the data is right.
-        "data": seeds.digest(private_seed, run.train.digest),
-        "weights": weights and seeds.digest(private_seed, sha256(locate(weights))),
+        "data": seeds.fingerprint(private_seed, run.train.digest),
+        "weights": weights and seeds.fingerprint(private_seed, sha256(locate(weights))),
         "code": code_digest(own),
         "num_examples": len(run.train),
         "phases": {
@@ -280,13 +280,13 @@ def identity(run: Run, private_seed: int) -> dict[str, Any]:
         facts["temperature"] = {
             **_law(run.temperature.mechanism),
             "bound": run.temperature.bound,
-            "data": seeds.digest(private_seed, run.temperature.data.digest),
+            "data": seeds.fingerprint(private_seed, run.temperature.data.digest),
         }
     if run.rule is not None and run.ledger is not None:
         facts |= {
             "epsilon": run.ledger.epsilon,
             "delta": run.ledger.delta,
-            "private_seed": seeds.digest(private_seed),
+            "private_seed": seeds.fingerprint(private_seed),
             "clipping": {
                 "function": "{0.__module__}:{0.__qualname__}".format(_named(run.rule.function)),
                 "grouping": _named(run.rule.grouping).__name__,

@@ -14,6 +14,7 @@ from dpjax import models
 from dpjax.build import model
 from dpjax.build.predictor import finished
 from dpjax.config import default
+from dpjax.files import read_object
 
 __all__ = ["is_language_model", "load", "save"]
 
@@ -21,7 +22,7 @@ __all__ = ["is_language_model", "load", "save"]
 def is_language_model(directory: str | os.PathLike[str]) -> bool:
     """Whether a finished or exported run is of a language model."""
     file = Path(directory).expanduser() / "model.json"
-    return file.is_file() and json.loads(file.read_text()).get("task") == "causal_lm"
+    return file.is_file() and read_object(file).get("task") == "causal_lm"
 
 
 def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> models.Generator:
@@ -69,7 +70,7 @@ def save(
     if layout not in ("dpjax", "transformers"):
         raise ValueError(f"format={layout!r} must be dpjax or transformers for a language model.")
     trained = load(workdir)
-    about = json.loads((workdir / "model.json").read_text())
+    about = read_object(workdir / "model.json")
     tokenizer = Path(_tokenizer(workdir, about)).read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "dpjax":

@@ -190,5 +190,7 @@ def finetuning_set(text: str) -> finetune.FineTuningSet:
         try:
             sets.append(make(*rest))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"finetune={part!r} is not understood: {error}.") from error
+            raise ValueError(
+                f"finetune={part!r} is not understood: {str(error).rstrip('.')}."
+            ) from error
     return finetune.combine(sets)

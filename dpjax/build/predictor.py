@@ -25,10 +25,12 @@ from dpjax.build import loss
 from dpjax.build.model import initial, model, weights_file
 from dpjax.build.run import Run
 from dpjax.config import default
+from dpjax.files import read_object
 from dpjax.models import Model, Params
 
 __all__ = ["Predictions", "Predictor", "description", "finished", "image_files", "load"]
 
+_FACTS = ("class_names", "data", "model", "seed", "shape")  # of every model.json
 _ROWS = 64  # examples at once; fewer are padded, so that one program serves all
 
 
@@ -175,7 +177,7 @@ class Predictor:
 
 def image_files(folder: Path) -> list[Path]:
     """Returns the images of a folder and its sub-folders, by name; hidden ones are left out."""
-    endings = Image.registered_extensions()
+    endings = data.image_suffixes()
     return sorted(
         path
         for path in folder.rglob("*")
@@ -193,9 +195,8 @@ def _opened(item: Any) -> Image.Image:
             raise ValueError(f"an array of {item.dtype} {item.shape} must be uint8 [H, W, 1 or 3].")
         return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
     try:
-        with open(item, "rb") as file:
-            image = Image.open(file)
-            image.load()
+        image = data.open_image(Path(item).read_bytes())
+        image.load()
     except Exception as error:  # Pillow raises a dozen unrelated types on bad bytes
         raise ValueError(f"{_name(item)} cannot be read as an image: {error}.") from error
     return image
@@ -242,7 +243,7 @@ def finished(
     for name in ("model.json", weights):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} has no {name}: has the run finished?")
-    return folder, folder / weights, json.loads((folder / "model.json").read_text())
+    return folder, folder / weights, read_object(folder / "model.json", "data", "model")
 
 
 def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Predictor:
@@ -262,6 +263,7 @@ def load(directory: str | os.PathLike[str], *, weights: str | None = None) -> Pr
             f"{str(folder)!r} is a language model: dpjax predict writes text with it, and so does "
             "dpjax.build.generator.load."
         )
+    about = read_object(folder / "model.json", *_FACTS)
     config = default()
     with config.unlocked():
         config.model.update(about["model"])

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dpjax import data, dp
 from dpjax.build.model import vote_count
-from dpjax.build.run import Phase, Temperature, Vote
+from dpjax.build.run import Temperature, TrainingPhase, Vote
 from dpjax.data import Dataset, Units
 from dpjax.files import choose, resolve, returned
 from dpjax.models import Params, finetune
@@ -202,8 +202,11 @@ def vote(config: ConfigDict, num_examples: int) -> Vote | None:
 
 
 def with_noise(
-    config: ConfigDict, made: Sequence[Phase], num_examples: int, params: Params | None = None
-) -> tuple[Phase, ...]:
+    config: ConfigDict,
+    made: Sequence[TrainingPhase],
+    num_examples: int,
+    params: Params | None = None,
+) -> tuple[TrainingPhase, ...]:
     """Gives every phase a mechanism, so that their composition meets the one budget.
 
     Args:
@@ -242,7 +245,7 @@ def with_noise(
 
 def ledger(
     config: ConfigDict,
-    made: tuple[Phase, ...],
+    made: tuple[TrainingPhase, ...],
     fitted: Temperature | None,
     held: Vote | None = None,
 ) -> dp.Ledger | None:

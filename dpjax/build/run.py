@@ -16,10 +16,10 @@ from dpjax.models import Model, Params
 from dpjax.runtime.sharding import Layout
 from dpjax.step import Hyper, LossFn
 
-__all__ = ["Phase", "Run", "Temperature", "Vote"]
+__all__ = ["Run", "Temperature", "TrainingPhase", "Vote"]
 
 
-class Phase(NamedTuple):
+class TrainingPhase(NamedTuple):
     """One stretch of training: what trains, for how long, under which mechanism.
 
     Attributes:
@@ -118,7 +118,7 @@ class Run(NamedTuple):
     temperature: Temperature | None
     vote: Vote | None
     batch_plan: Plan | None
-    phases: tuple[Phase, ...]
+    phases: tuple[TrainingPhase, ...]
     ledger: dp.Ledger | None
     layout: Layout
 

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 from dpjax.build import planner
 from dpjax.build.optimizer import optimizer
 from dpjax.build.privacy import with_noise
-from dpjax.build.run import Phase
+from dpjax.build.run import TrainingPhase
 from dpjax.dp.sampling import whole_steps
 from dpjax.models import Params, finetune
 
-__all__ = ["Schedule", "Stage", "batch_sizes", "bounds", "phases", "stages", "values"]
+__all__ = ["Schedule", "Stage", "batch_sizes", "bounds", "check", "phases", "stages", "values"]
 
 Schedule = Sequence[tuple[float, Any]]
 
@@ -169,13 +169,52 @@ def _schedule(field: str, config: ConfigDict) -> Schedule:
     return values(f"{field}_schedule", config[f"{name}_schedule"])
 
 
+def check(config: ConfigDict, num_examples: int | None) -> None:
+    """Refuses schedules, probing and a warm-up that so many examples, or fewer, leave no steps for.
+
+    Args:
+        config: of the run.
+        num_examples: as many as there can be; None: that is not known yet.
+    """
+    sizes, _ = batch_sizes(config, None)
+    if num_examples is None or config.batch_size == "auto":
+        return
+    batch_sizes(config, num_examples)
+    for training in _two_trainings(config, sizes, num_examples):
+        if training:
+            steps = sum(stage.steps for stage in training)
+            optimizer(config.optimizer, steps, private=config.dp is not None)
+
+
+def _two_trainings(
+    config: ConfigDict, sizes: Schedule, num_examples: int
+) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """Cuts a run into the stages that probe the head and those that train after it."""
+    cut = stages(
+        num_examples=num_examples,
+        epochs=config.epochs,
+        batch_sizes=sizes,
+        bounds=bounds(config),
+        cuts=[config.lp.fraction],
+        whole_epochs=config.dp is not None and config.dp.sampler == "random_allocation",
+    )
+    probing = tuple(stage for stage in cut if stage.begin < config.lp.fraction)
+    fraction, steps = config.lp.fraction, sum(stage.steps for stage in cut)
+    if (fraction > 0 and not probing) or (fraction < 1 and len(probing) == len(cut)):
+        raise ValueError(
+            f"lp.fraction={fraction} of {steps} steps leaves none to "
+            f"{'the head' if not probing else 'finetune'}: take more steps, or another fraction."
+        )
+    return probing, cut[len(probing) :]
+
+
 def phases(
     config: ConfigDict,
     tuning: finetune.FineTuning,
     sizes: Schedule,
     num_examples: int,
     params: Params | None = None,
-) -> tuple[Phase, ...]:
+) -> tuple[TrainingPhase, ...]:
     """Returns the phases of a run; those of a private one compose to no more than its budget.
 
     Args:
@@ -185,29 +224,15 @@ def phases(
         num_examples: N.
         params: all parameters; only secure noise needs them.
     """
-    cut = stages(
-        num_examples=num_examples,
-        epochs=config.epochs,
-        batch_sizes=sizes,
-        bounds=bounds(config),
-        cuts=[config.lp.fraction],
-        whole_epochs=config.dp is not None and config.dp.sampler == "random_allocation",
-    )
+    probing, tuning_stages = _two_trainings(config, sizes, num_examples)
     rate = config.lp.learning_rate or config.optimizer.learning_rate
-    probing = [stage for stage in cut if stage.begin < config.lp.fraction]
-    fraction, steps = config.lp.fraction, sum(stage.steps for stage in cut)
-    if (fraction > 0 and not probing) or (fraction < 1 and len(probing) == len(cut)):
-        raise ValueError(
-            f"lp.fraction={fraction} of {steps} steps leaves none to "
-            f"{'the head' if not probing else 'finetune'}: take more steps, or another fraction."
-        )
     in_head = finetune.head()(tuning.model).trainable
-    keep = config.lp.keep_optimizer and 0 < fraction < 1
+    keep = config.lp.keep_optimizer and bool(probing and tuning_stages)
     planned = [
         ("linear-probe", in_head, probing, rate, False),
-        ("train", tuning.trainable, cut[len(probing) :], config.optimizer.learning_rate, keep),
+        ("train", tuning.trainable, tuning_stages, config.optimizer.learning_rate, keep),
     ]
-    made: list[Phase] = []
+    made: list[TrainingPhase] = []
     for name, trainable, mine, base, keeps in planned:
         if not mine:
             continue
@@ -217,7 +242,7 @@ def phases(
         )
         training = made[-1].training + 1 if made else 0
         made += [
-            Phase(
+            TrainingPhase(
                 name=name if len(mine) == 1 else f"{name} {number}",
                 training=training,
                 trainable=trainable,

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from dpjax import audit, build, dp, models
 from dpjax.build import generator, predictor
 from dpjax.commands import cli
-from dpjax.files import choose
+from dpjax.files import choose, read_object
 from dpjax.runtime import Workdir
 
 FORMATS = ("dpjax", "timm", "transformers")
@@ -54,11 +54,27 @@ def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
     for name in ("config.json", "eval.json"):
         if not (workdir / name).is_file():
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = ConfigDict(read_object(workdir / "config.json"))
     statement = _statement(workdir, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _fill(temporary, workdir, config, statement, layout)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(folder.iterdir())
+
+
+def _fill(
+    temporary: Path,
+    workdir: Path,
+    config: ConfigDict,
+    statement: dict[str, Any] | None,
+    layout: str,
+) -> None:
+    """Writes all files of an export into a folder that no reader knows."""
     if generator.is_language_model(workdir):
         generator.save(workdir, temporary, layout=layout)
         card = _text_card(workdir, config, layout)
@@ -75,9 +91,9 @@ def export(workdir: Path, folder: Path, *, layout: str = "dpjax") -> list[Path]:
     if statement is not None:
         (temporary / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
         (temporary / "privacy.md").write_text(dp.to_markdown(statement))
+        for file in temporary.iterdir():  # weights are written for their owner alone
+            file.chmod(0o644)
     (temporary / "README.md").write_text(card)
-    temporary.replace(folder)
-    return sorted(folder.iterdir())
 
 
 def _statement(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
@@ -184,18 +200,18 @@ _USE = {
 def _guarantee(workdir: Path) -> list[str]:
     if not (workdir / "privacy.json").is_file():
         return ["None: these weights were trained without privacy and may reveal their examples."]
-    facts = json.loads((workdir / "privacy.json").read_text())
+    facts = read_object(workdir / "privacy.json")
     return [
         f"The weights are ({facts['epsilon']:.4g}, {facts['delta']:g})-differentially private: "
         f"neighboring relation {facts['neighboring_relation']}, unit {facts['unit_of_privacy']}. "
-        f"{facts['seed_policy'].capitalize()}. The whole statement, and what it does not cover, is "
+        f"Seed: {facts['seed_policy']}. The whole statement, and what it does not cover, is "
         "in privacy.md; keep it with the weights."
     ]
 
 
 def _evaluation(workdir: Path, split: str) -> list[str]:
     """The held-out metrics, if the examples they were computed on are public."""
-    found = json.loads((workdir / "eval.json").read_text())
+    found = read_object(workdir / "eval.json")
     if "ece" not in found:  # else it is named nonprivate/ece
         return []
     return [

@@ -158,7 +158,7 @@ def add_arguments(parser: cli.Parser) -> None:
         help="noise of sampling, added in quadrature, in clip bounds per sqrt(epoch)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
-    parser.add_argument("--plot", metavar="PNG", help="draw sigma sqrt(T) against B")
+    parser.add_argument("--plot", type=cli.path, metavar="PNG", help="draw sigma sqrt(T) against B")
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -204,8 +204,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is required.")
     for name in ("batch_sizes", "min_steps", "plateau_tolerance", "sampling_noise"):
         arguments[name] = getattr(args, name)
+    if args.plot is not None and not (
+        args.plot.suffix.lower() == ".png" and args.plot.parent.is_dir()
+    ):
+        raise ValueError(f"--plot={str(args.plot)!r} must be a .png in a folder that exists.")
     plan = planner.plan(**arguments)
-    if args.plot:
+    if args.plot is not None:
         plot(args.plot, **arguments)
     print(json.dumps(dataclasses.asdict(plan)) if args.json else table(plan))
     return 0

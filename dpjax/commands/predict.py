@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dpjax.commands import cli
+from dpjax.files import json_lines, read_text
 
 _ROWS = 256  # read and predicted together
 
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         args.output = args.output.expanduser()
         if args.output.suffix != ".csv":
             raise ValueError(f"--output={str(args.output)!r} must end in .csv.")
+        if args.output.is_dir():
+            raise ValueError(f"--output={str(args.output)!r} is a folder.")
         if not args.output.parent.is_dir():
             raise ValueError(f"--output={str(args.output)!r}: its folder does not exist.")
     if generator.is_language_model(args.workdir):
@@ -69,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--input={args.input!r} holds nothing to predict.")
     table, unreadable = _table(trained, items)
     if args.output is None:
-        print("\n".join(f"{name}\t{label}\t{max(p):.4f}" for name, label, p in table))
+        for name, label, p in table:
+            print(f"{' '.join(name.split())}\t{label}\t{max(p):.4f}")  # one line, whatever the text
     else:
         with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -137,7 +141,7 @@ def _texts(given: str) -> list[tuple[str, Any]]:
     path = Path(given).expanduser()
     if len(given) < 256 and path.is_dir():
         files = sorted(path.rglob("*.txt"))
-        return [(str(file.relative_to(path)), _read(file)) for file in files]
+        return [(str(file.relative_to(path)), read_text(file)) for file in files]
     if len(given) < 256 and path.is_file():
         return list(_records(path))
     if path.suffix in (".txt", ".csv", ".jsonl") and not given.count(" "):
@@ -146,19 +150,16 @@ def _texts(given: str) -> list[tuple[str, Any]]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, str]]:
-    lines = _read(path).splitlines()
-    if path.suffix not in (".csv", ".jsonl"):
-        yield from ((line, line) for line in lines if line.strip())
+    rows: Iterable[tuple[int, Any]]
+    if path.suffix == ".jsonl":
+        rows = json_lines(path)
+    elif path.suffix == ".csv":
+        text = io.StringIO(read_text(path), newline="")  # a quoted text may have several lines
+        rows = ((reader.line_num, row) for reader in [csv.DictReader(text)] for row in reader)
+    else:
+        yield from ((line, line) for line in read_text(path).split("\n") if line.strip())
         return
-    rows: Any = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, lines)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"row {number} of {str(path)!r} has no text in its field 'text'.")
+    for number, row in rows:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{path}, line {number}: has no text in its field 'text'.")
         yield row["text"], row["text"]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}.") from error

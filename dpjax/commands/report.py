@@ -21,6 +21,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from dpjax.commands import cli
+from dpjax.files import read_object
 from dpjax.metrics import PRIVATE, lookup
 from dpjax.runtime import Workdir, read_jsonl
 
@@ -45,7 +46,7 @@ def figures(workdir: Path) -> list[Path]:
             raise ValueError(f"workdir={str(workdir)!r} has no {name}: has the run finished?")
     rows = list(read_jsonl(workdir / "metrics.jsonl"))
     drawn: list[Path | None] = [_learning_curve(workdir, rows)]
-    names = {name.rpartition("/")[2] for name in json.loads((workdir / "eval.json").read_text())}
+    names = {name.rpartition("/")[2] for name in read_object(workdir / "eval.json")}
     if "reliability" in names:  # a language model has no classes
         drawn += [_reliability(workdir), _confusion(workdir)]
     return [path for path in drawn if path is not None]
@@ -57,7 +58,7 @@ def study(workdir: Path) -> list[Path]:
     Raises:
         ValueError: the study's file is not there, or it defines no `report`.
     """
-    file = json.loads((workdir / "study.json").read_text())["config"].partition(":")[0]
+    file = read_object(workdir / "study.json", "config")["config"].partition(":")[0]
     if not Path(file).is_file():
         raise ValueError(f"study {file!r} is not a file: run this where {file!r} is.")
     module = runpy.run_path(file)
@@ -75,13 +76,14 @@ def _learning_curve(workdir: Path, rows: list[dict[str, float]]) -> Path:
     if not held:
         raise ValueError(f"workdir={str(workdir)!r}: metrics.jsonl holds no evaluation.")
     if train:
-        left.plot(*zip(*train), color="0.75", label="private batches (not private)")
+        left.plot(*zip(*train), color="0.75", label="training batches (not for release)")
     steps = [r["step"] for r in held]
-    held_out = "held out of the private data (not private)" if private else "held out"
+    held_out = "held out of the private data (not for release)" if private else "held-out data"
     left.plot(steps, [r[f"{begin}nll"] for r in held], "o-", color="C0", label=held_out)
     left.set(xlabel="step (one noisy update)", ylabel="cross-entropy [nats]", title="Loss")
-    right.plot(steps, [100 * r[f"{begin}accuracy"] for r in held], "o-", color="C0")
-    right.set(xlabel="step", ylabel=f"accuracy [%], {held_out}", title="Accuracy", ylim=(0, 100))
+    right.plot(steps, [100 * r[f"{begin}accuracy"] for r in held], "o-", color="C0", label=held_out)
+    right.set(xlabel="step (one noisy update)", ylabel="accuracy [%]", title="Accuracy")
+    right.set_ylim(0, 100)
     final = _read(workdir, "eval.json")
     if "class_names" in final or f"{PRIVATE}class_names" in final:  # not of a language model
         names = lookup(final, "class_names")[1]
@@ -109,15 +111,16 @@ def _phase_borders(workdir: Path, axes: plt.Axes) -> None:
     for name, phase in phases.items() if len(phases) > 1 else ():
         axes.axvline(end, color="C2", linewidth=1)
         axes.annotate(
-            name.partition("_")[2], (end, 1), xycoords=("data", "axes fraction"), xytext=(2, -2),
-            textcoords="offset points", va="top", rotation=90, fontsize="x-small", color="C2",
+            name.partition("_")[2], (end, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+            textcoords="offset points", va="bottom", rotation=20, fontsize="x-small", color="C2",
         )  # fmt: skip
+        axes.set_title(axes.get_title(), pad=24)  # above the names
         end += phase["steps"]
 
 
 def _read(workdir: Path, name: str) -> dict[str, Any]:
     path = workdir / name
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +139,7 @@ def _reliability(workdir: Path) -> Path:
     count, confidence, accuracy = bins["count"], bins["confidence"], bins["accuracy"]
     edges = np.linspace(0, 1, len(count) + 1)
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(5, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+        2, 1, figsize=(5.4, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
     width = edges[1] - edges[0]
     few = count < _FEW
@@ -150,17 +153,22 @@ def _reliability(workdir: Path) -> Path:
             top.bar(middle, share, width, color=color, alpha=0.6, edgecolor="white", label=label)
             line = "0.25" if color == "C0" else color
             top.vlines(middle, *_wilson(share, count[some]), color=line)
-            top.plot(confidence[some], share, "o", color="C1" if color == "C0" else color)
-    top.plot([], [], "o", color="C1", label="mean confidence of the bin")
+            dot = "C1" if color == "C0" else "0.55"
+            top.plot(confidence[some], share, "o", color=dot, clip_on=False, zorder=3)
+    top.plot([], [], "o", color="C1", label="the same, at its mean confidence")
     top.set(
         ylabel="accuracy", ylim=(0, 1), xlim=(0, 1),
-        title=f"Reliability on held-out data{' (not private)' if PRIVATE in name else ''}: ECE "
-        f"{100 * lookup(final, 'ece')[1]:.1f} %, MCE {100 * lookup(final, 'mce')[1]:.1f} %",
+        title=f"Reliability on held-out data{' (not for release)' if PRIVATE in name else ''}\n"
+        f"ECE {100 * lookup(final, 'ece')[1]:.1f} %, MCE {100 * lookup(final, 'mce')[1]:.1f} %",
     )  # fmt: skip
     top.title.set_fontsize("medium")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     bottom.bar(edges[:-1], count, width, align="edge", color="0.6", edgecolor="white")
-    bottom.set(xlabel="confidence (largest predicted probability)", ylabel="examples")
+    bottom.axhline(_FEW, color="0.4", linestyle=":", linewidth=1)
+    bottom.set(
+        xlabel="confidence (largest predicted probability)", ylabel="examples", yscale="log",
+        ylim=(0.8, None),
+    )  # fmt: skip
     return _save(figure, workdir, "reliability.png", shows=text)
 
 
@@ -183,12 +191,13 @@ def _confusion(workdir: Path) -> Path | None:
                 column, row, f"{share:.0f}", ha="center", va="center", fontsize="small",
                 color="white" if share > 55 else "black",
             )  # fmt: skip
-    short = [label if len(label) <= 16 else f"{label[:15]}…" for label in names]
+    short = [label if len(label) <= 20 else f"{label[:9]}…{label[-10:]}" for label in names]
     axes.set_xticks(range(len(names)), short, rotation=90)
     axes.set_yticks(range(len(names)), short)
     axes.set(
         xlabel="predicted class", ylabel="true class",
-        title=f"Held-out examples{' (not private)' if PRIVATE in name else ''}",
+        title=f"{counts.sum():,} held-out examples"
+        f"{' (not for release)' if PRIVATE in name else ''}",
     )  # fmt: skip
     return _save(figure, workdir, "confusion.png", shows=json.dumps(final))
 

@@ -27,16 +27,16 @@ import sys
 
 from dpjax.commands import cli
 from dpjax.runtime import Workdir
-from dpjax.search import search, sweep
+from dpjax.search import sweep, trials
 
 
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_config()
     parser.add_argument("--workdir", required=True, type=cli.path)
-    parser.add_argument("--method", default="random", help=", ".join(search.METHODS))
+    parser.add_argument("--method", default="random", help=", ".join(trials.METHODS))
     parser.add_argument("--trials", type=int, help="how many; all points by default")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the trials")
-    parser.add_argument("--metric", default="accuracy", help=", ".join(search.METRICS))
+    parser.add_argument("--metric", default="accuracy", help=", ".join(trials.METRICS))
     parser.add_argument("--storage", help="URL of a database, for many workers; for optuna")
     parser.add_argument("--charge", type=float, help="mean number of runs of a charged search")
 
@@ -45,14 +45,14 @@ def add_arguments(parser: cli.Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     base = cli.config(args)
     found = sweep.points(args.config, base)
-    search.check(args, args.overrides, found)
-    job = search.Job(args.config, args.workdir, found, args.metric, args.overrides)
+    trials.check(args, args.overrides, found)
+    job = trials.Job(args.config, args.workdir, found, args.metric, args.overrides)
     # Workers that share a database share the directory too.
     alone = contextlib.nullcontext() if args.storage else Workdir(args.workdir).lock()
     args.workdir.mkdir(parents=True, exist_ok=True)
     try:
         with alone:
-            return int(search.run(job, args, base))
-    except search.Stopped:
+            return int(trials.run(job, args, base))
+    except trials.Stopped:
         print("stopped as asked; the same command goes on.", file=sys.stderr)
         return sweep.STOPPED

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     # What takes seconds to import is imported here: a typo in a flag is answered at once.
     from dpjax import audit, build, dp
     from dpjax.commands import report
-    from dpjax.runtime import OtherRun, Workdir, compilation, hosts
+    from dpjax.runtime import OtherRun, Workdir, compilation, hosts, rows
     from dpjax.search import sweep
     from dpjax.training import capacity, loop
 
@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
             if not args.restart:
                 workdir.check(config)
             if config.audit.count:
-                audit.check_arguments(**config.audit)
+                try:
+                    audit.check_arguments(**config.audit)
+                except ValueError as error:
+                    raise ValueError(f"audit.{error}") from error
             plan = build.build(config)
             if config.audit.count:
                 audit.check(plan, **config.audit)
@@ -98,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
             hosts.gather(None)
         results = loop.train(plan, workdir, stop=hosts.catch_signals())
         audited = audit.attach(plan, workdir) if config.audit.count else None
-    except (OtherRun, hosts.Disagreement, capacity.DoesNotFit, dp.EngineMismatch) as error:
+    except (
+        OtherRun, hosts.Disagreement, rows.CannotWrite, capacity.DoesNotFit, dp.EngineMismatch
+    ) as error:  # fmt: skip
         raise cli.Mistake(str(error)) from error
     except (loop.TrainingFailed, dp.BudgetExceeded) as error:
         print(f"dpjax train: stopped: {error}", file=sys.stderr)

@@ -4,9 +4,9 @@ from dpjax.data import prepare
 from dpjax.data.causal import LONG_RECORDS, check_template, load_causal, windows
 from dpjax.data.dataset import Dataset, Source, distinct_rows, from_arrays, splits_overlap
 from dpjax.data.directory import open_directory
-from dpjax.data.images import ImageSpec, fit
-from dpjax.data.load import load, load_text
-from dpjax.data.prefetch import Prefetcher, chunks
+from dpjax.data.images import ImageSpec, fit, image_suffixes, open_image
+from dpjax.data.load import load, load_text, stored_examples
+from dpjax.data.prefetch import Prefetcher, read_ahead
 from dpjax.data.prepare import prepare as prepare_archive
 from dpjax.data.preprocess import chain, preprocess, random_crop, random_flip, random_shift
 from dpjax.data.subsets import holdout, random_share, subset
@@ -21,15 +21,16 @@ __all__ = [
     "Units",
     "chain",
     "check_template",
-    "chunks",
     "distinct_rows",
     "fit",
     "from_arrays",
     "holdout",
+    "image_suffixes",
     "load",
     "load_causal",
     "load_text",
     "open_directory",
+    "open_image",
     "prepare",
     "prepare_archive",
     "preprocess",
@@ -37,7 +38,9 @@ __all__ = [
     "random_flip",
     "random_share",
     "random_shift",
+    "read_ahead",
     "splits_overlap",
+    "stored_examples",
     "subset",
     "windows",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dpjax.data.dataset import Dataset, Source
-from dpjax.files import nearest
+from dpjax.files import json_lines, nearest, read_text
 
 __all__ = ["LONG_RECORDS", "Codec", "check_template", "load_causal", "windows"]
 
@@ -174,7 +173,7 @@ def _records(root: Path, split: str, unit: str | None) -> Iterator[_Record]:
         if unit is not None:
             raise ValueError(f"data.unit={unit!r}: the text files of {folder} do not say whose.")
         for path in sorted(folder.rglob("*.txt")):
-            yield _Record("", _text(path), None, str(path))
+            yield _Record("", read_text(path), None, str(path))
     else:
         have = sorted({p.stem for p in root.iterdir()}) if root.is_dir() else []
         near = nearest(split, have)
@@ -185,30 +184,9 @@ def _records(root: Path, split: str, unit: str | None) -> Iterator[_Record]:
         )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}.") from error
-
-
 def _lines(path: Path, unit: str | None) -> Iterator[_Record]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, fields in json_lines(path):
         where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}.") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: must be an object with text, or prompt and response.")
-        try:  # JSON can name halves of a character, which are no text
-            " ".join(value for value in fields.values() if isinstance(value, str)).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where}: {error.reason}, such as {error.object[error.start]!r}."
-            ) from error
         owner = _owner(fields, unit, where)
         if _has(fields, ("text",)) and not _has(fields, ("prompt", "response"), some=True):
             yield _Record("", fields["text"], owner, where)

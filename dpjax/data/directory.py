@@ -180,7 +180,7 @@ def split_pieces(builder: Any, split: str) -> list[Piece]:
         piece = Piece(name, start + one.skip, start + one.skip + one.take)
         if pieces and pieces[-1].split == name and pieces[-1].stop == piece.start:
             pieces[-1] = pieces[-1]._replace(stop=piece.stop)  # the next file
-        elif one.take:
+        elif one.take > 0:  # of train[9:1], TFDS says -8
             pieces.append(piece)
     for one, other in itertools.pairwise(sorted(pieces)):
         if one.split == other.split and other.start < one.stop:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["ImageSpec", "decode", "encode_png", "fit", "output_shape"]
+with contextlib.suppress(ImportError):  # an extra: photos of phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+__all__ = [
+    "ImageSpec",
+    "decode",
+    "encode_png",
+    "fit",
+    "image_suffixes",
+    "open_image",
+    "output_shape",
+]
+
+_HEIC = (".heic", ".heif", ".hif")
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -41,6 +57,30 @@ class ImageSpec:
             raise ValueError(f"image_size={self.image_size} must be >= 1.")
         if self.resample not in _RESAMPLE:
             raise ValueError(f"resample={self.resample!r} must be one of {sorted(_RESAMPLE)}.")
+
+
+def image_suffixes() -> set[str]:
+    """Returns the endings of files that are images, such as ".png"; some may need an extra."""
+    known = Image.registered_extensions()
+    return {suffix for suffix, kind in known.items() if kind in Image.OPEN} | set(_HEIC)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Opens an encoded image; `load()` decodes its first frame.
+
+    Raises:
+        UnidentifiedImageError: the bytes are no image of a known format.
+        ValueError: they are a HEIC photo, and pillow-heif is not installed.
+        Exception: whatever else Pillow raises on bad bytes, a dozen unrelated types.
+    """
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+            raise ValueError(
+                "it is a HEIC photo, which needs pillow-heif: pip install pillow-heif"
+            ) from error
+        raise UnidentifiedImageError("it has the contents of no image that is known") from error
 
 
 def output_shape(stored: tuple[int | None, ...], spec: ImageSpec) -> tuple[int, int, int]:
@@ -87,9 +127,9 @@ def decode(
     if data.startswith(b"\x89PNG") and b"IEND" not in data:  # Pillow asks for the pixels only
         raise ValueError("image file is truncated: it has no end")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # Pillow raises a dozen unrelated types on bad bytes
+        image = open_image(data)
+        image.load()
+    except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return fit(image, shape, spec)
 
@@ -99,7 +139,7 @@ def fit(
     shape: tuple[int | None, int | None, int],
     spec: ImageSpec | None = None,
 ) -> np.ndarray:
-    """Brings one opened image upright and to the shape of a data set; as `decode`."""
+    """Brings one open_image image upright and to the shape of a data set; as `decode`."""
     height, width, channels = shape
     try:
         image = ImageOps.exif_transpose(image)

@@ -16,13 +16,14 @@ from dpjax.data.directory import (
     find_directory,
     open_directory,
     split_name,
+    split_pieces,
 )
 from dpjax.data.images import ImageSpec
 from dpjax.data.prepare import EMBEDDED, SOURCES, prepare_builder
 from dpjax.data.records import images_dataset, text_dataset, with_units
 from dpjax.files import did_you_mean
 
-__all__ = ["load", "load_text"]
+__all__ = ["load", "load_text", "stored_examples"]
 
 _MEMORY_LIMIT = 2 * 2**30
 
@@ -94,6 +95,27 @@ def load_text(
     builder = _open(name, data_dir)
     dataset = text_dataset(builder, name, split, tokenize=tokenize, label_key=label_key)
     return with_units(builder, dataset, unit)
+
+
+def stored_examples(
+    name: str, *, split: str = "train", data_dir: str | os.PathLike[str] | None = None
+) -> int | None:
+    """Returns how many examples a split has, from its description: no record is read.
+
+    None for a data set of the package that has not been prepared, which its first use does.
+
+    Args:
+        name: as for `load`.
+        split: as for `load`.
+        data_dir: as for `load`.
+
+    Raises:
+        ValueError: as for `load`.
+    """
+    if name in EMBEDDED and find_directory(name, data_dir_or_default(data_dir)) is None:
+        return None
+    builder = _open(name, data_dir)
+    return sum(piece.stop - piece.start for piece in split_pieces(builder, split))
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpjax.data.dataset import Dataset
 
-__all__ = ["Prefetcher", "chunks"]
+__all__ = ["Prefetcher", "read_ahead"]
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ def _numbered(iterable: Iterable[T]) -> Iterator[T]:
         raise
 
 
-def chunks(
+def read_ahead(
     dataset: Dataset, index_arrays: Iterable[np.ndarray], *, ahead: int = 2
 ) -> Prefetcher[dict[str, np.ndarray]]:
     """Reads a stream of physical chunks ahead of the step that needs them.

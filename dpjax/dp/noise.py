@@ -274,5 +274,6 @@ def check_scale(name: str, value: jax.typing.ArrayLike, *, zero: bool = False) -
     """Raises ValueError unless a scalar is finite and > 0, or >= 0 where zero is allowed."""
     if isinstance(value, jax.core.Tracer):
         return  # its value is unknown while tracing
-    if not (0 <= np.asarray(value) < np.inf) or (value == 0 and not zero):
+    number = float(np.asarray(value))  # comparing an array of JAX's would be traced under jit
+    if not 0 <= number < np.inf or (number == 0 and not zero):
         raise ValueError(f"{name}={value} must be {'>=' if zero else '>'} 0 and finite.")

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpjax.dp import chacha
 
-__all__ = ["digest", "draw_private_seed", "noise_key", "public_key", "sampler_seed"]
+__all__ = ["draw_private_seed", "fingerprint", "noise_key", "public_key", "sampler_seed"]
 
 _BITS = 256
 
@@ -47,7 +47,7 @@ def sampler_seed(private_seed: int) -> int:
     return int.from_bytes(_derive(private_seed, "sampler")[:16], "big")
 
 
-def digest(private_seed: int, text: str = "") -> str:
+def fingerprint(private_seed: int, text: str = "") -> str:
     """Returns a hash that distinguishes private seeds, and texts, without revealing them."""
     return _derive(private_seed, "digest" + text).hex()
 

@@ -183,7 +183,7 @@ def _computed(
     body = jax.device_put(body, sharding.replicated(mesh))
     step = jax.jit(function, out_shardings=sharding.replicated(mesh))
     cuts = {n: dp.chunks(np.arange(len(dataset))[shards.rows(n)], size) for n in missing}
-    stream = data.chunks(dataset, (chunk for cut in cuts.values() for chunk in cut))
+    stream = data.read_ahead(dataset, (chunk for cut in cuts.values() for chunk in cut))
     total = sum(int(np.sum(cut >= 0)) for cut in cuts.values())
     bar = tqdm(
         total=len(dataset), initial=len(dataset) - total, unit="example", file=sys.stderr,

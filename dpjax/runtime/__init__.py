@@ -1,13 +1,13 @@
 """Devices, processes and disk: the mesh, the hosts, compiled programs, checkpoints, run files."""
 
-from dpjax.runtime import compilation, hosts, sharding
+from dpjax.runtime import compilation, hosts, rows, sharding
 from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable
 from dpjax.runtime.workdir import (
     PUBLISHED,
     OtherRun,
     Workdir,
     code_digest,
-    digest,
+    json_digest,
     may_be_published,
     read_jsonl,
 )
@@ -21,9 +21,10 @@ __all__ = [
     "Workdir",
     "code_digest",
     "compilation",
-    "digest",
     "hosts",
+    "json_digest",
     "may_be_published",
     "read_jsonl",
+    "rows",
     "sharding",
 ]

@@ -20,12 +20,13 @@ import numpy as np
 
 from dpjax.config import MAY_CHANGE, differences
 from dpjax.dp import AUDIT
-from dpjax.files import free_name, local_path, replacing
+from dpjax.files import free_name, local_path, read_object, replacing
 from dpjax.metrics import PRIVATE
 from dpjax.runtime import hosts
 
 __all__ = [
-    "PUBLISHED", "OtherRun", "Workdir", "code_digest", "digest", "may_be_published", "read_jsonl",
+    "PUBLISHED", "OtherRun", "Workdir", "code_digest", "json_digest", "may_be_published",
+    "read_jsonl",
 ]  # fmt: skip
 
 _IDENTITY, _LOCK = "identity.json", ".lock"
@@ -80,6 +81,9 @@ class Workdir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise OtherRun(f"workdir={str(self.path)!r} is not a directory.")
+        above = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if self.writes and not (above.is_dir() and os.access(above, os.W_OK)):
+            raise OtherRun(f"workdir={str(self.path)!r} cannot be written: see {str(above)!r}.")
         if not self._files():
             return
         self._must_be_a_run()
@@ -185,6 +189,8 @@ class Workdir:
                     "whose they are. Put it back, or move the run aside with --restart."
                 )
             known = {**facts, "name": hosts.first(secrets.token_hex(16))}
+        if "name" not in known:
+            raise OtherRun(f"{self.path / _IDENTITY} is damaged: it has no name.")
         changed = differences(known, {**facts, "name": known["name"]}, "run")
         code = [text for text in changed if text.startswith("run.code")]
         if set(changed) - set(code):
@@ -219,8 +225,16 @@ class Workdir:
         return (self.path / name).exists()
 
     def read(self, name: str) -> Any:
-        """Reads a JSON file of the run."""
-        return json.loads((self.path / name).read_text())
+        """Reads a JSON file of the run, an object.
+
+        Raises:
+            OtherRun: the file is missing or damaged.
+        """
+        try:
+            return read_object(self.path / name)
+        except ValueError as error:
+            hint = "Restore it, or move the run aside with --restart."
+            raise OtherRun(f"{error} {hint}") from error
 
     def write(self, name: str, content: Any) -> None:
         """Writes a file atomically: text as it is, anything else as JSON.
@@ -298,14 +312,23 @@ def _owner_only(path: str, flags: int) -> int:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON-lines file; a truncated last line is skipped."""
+    """Yields the objects of a JSON-lines file; a truncated last line is skipped.
+
+    Raises:
+        OtherRun: another line is damaged; names it.
+    """
     with open(path) as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise OtherRun(f"{path}, line {number} is damaged: {error}. Remove it.") from error
+            yield row
 
 
-def digest(content: Any) -> str:
+def json_digest(content: Any) -> str:
     """Returns the SHA-256 of a value that JSON can express."""
     return hashlib.sha256(_dumps(content).encode()).hexdigest()
 
@@ -321,7 +344,7 @@ def code_digest(others: Sequence[str] = ()) -> str:
     for name in sorted(others):
         file = getattr(sys.modules.get(name), "__file__", None)
         sources[f"{name}:"] = Path(file).read_text() if file else ""
-    return digest([sources, _environment()["packages"]])
+    return json_digest([sources, _environment()["packages"]])
 
 
 def _environment() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Many runs of one config: sweeps over points, and searches for the best point."""
 
-from dpjax.search import proposals, search, sweep
+from dpjax.search import proposals, sweep, trials
 
 __all__ = [
     "proposals",
-    "search",
     "sweep",
+    "trials",
 ]

@@ -98,6 +98,10 @@ def optimize(
     if isinstance(storage, Path):
         journal = optuna.storages.journal.JournalFileBackend(str(storage))
         backend = optuna.storages.JournalStorage(journal)
+    try:
+        backend = optuna.storages.get_storage(backend)
+    except Exception as error:  # whatever the library of the database raises
+        raise ValueError(f"storage={str(storage)!r} cannot be opened: {error}") from error
     study = optuna.create_study(
         storage=backend, study_name=name, load_if_exists=True,
         direction="maximize" if maximize else "minimize",

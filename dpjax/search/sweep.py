@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dpjax.build import fields
 from dpjax.config import without_infinite_budget
+from dpjax.files import read_object
 from dpjax.metrics import PRIVATE, lookup
 
 __all__ = [
@@ -134,8 +134,8 @@ def results(workdir: Path, points: Sequence[Mapping[str, Any]]) -> list[Row]:
         if (path / "eval.json").is_file():
             row["status"] = "finished"
             if (path / "privacy.json").is_file():
-                row["epsilon"] = json.loads((path / "privacy.json").read_text())["epsilon"]
-            evaluation = json.loads((path / "eval.json").read_text())
+                row["epsilon"] = read_object(path / "privacy.json")["epsilon"]
+            evaluation = read_object(path / "eval.json")
             known = (name for name in _METRICS if {name, f"{PRIVATE}{name}"} & set(evaluation))
             row |= dict(lookup(evaluation, name) for name in known)
         elif failed.is_file():

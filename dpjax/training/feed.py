@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpjax import dp, metrics
-from dpjax.build import Phase
+from dpjax.build import TrainingPhase
 from dpjax.data import Dataset, Units
 from dpjax.models import Params
 from dpjax.runtime import sharding
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
 def physical_chunks(
     train: Dataset | Units,
-    phase: Phase,
+    phase: TrainingPhase,
     layout: Layout,
     *,
     seed: int,

@@ -14,7 +14,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dpjax import data
 from dpjax.build import Run
-from dpjax.build.describe import identity, ledger_after, statement
+from dpjax.build.describe import identity, ledger_after, run_statement
 from dpjax.dp import seeds, to_markdown
 from dpjax.models import Params, finetune
 from dpjax.runtime import (
@@ -32,8 +32,9 @@ from dpjax.runtime import (
     Workdir,
     code_digest,
     compilation,
-    digest,
     hosts,
+    json_digest,
+    rows,
 )
 from dpjax.step import TrainState
 from dpjax.training import capacity, check, feed, phases, results, vote
@@ -76,14 +77,15 @@ def train(
         Preempted: `stop` returned True.
         dp.BudgetExceeded: the next step would exceed the budget.
         OSError: a file could not be written.
+        rows.CannotWrite: what `config.log_to` names cannot be opened.
         ValueError: the mechanism was planned for another number of examples.
     """
     config = run.config
     workdir.check(config)
     # Salted, for the message: a plain digest would confirm a guess of the private data.
     salt = hosts.first(secrets.token_hex(16))
-    data_digest = digest([salt, run.train.digest])
-    hosts.agree({"config": digest(config), "data": data_digest, "code": code_digest()})
+    data_digest = json_digest([salt, run.train.digest])
+    hosts.agree({"config": json_digest(config), "data": data_digest, "code": code_digest()})
     for phase in run.phases:
         if phase.mechanism is not None and phase.mechanism.num_examples != len(run.train):
             raise ValueError(
@@ -110,17 +112,21 @@ def _train(run: Run, workdir: Workdir, stop: Callable[[int], bool]) -> dict[str,
     size = capacity.physical_batch(config, prepared, run.params, run.train)
     eval_size = size if config.physical_batch == "auto" else 4 * size
     evaluate = feed.Evaluator(run.apply, run.test, run.train.num_classes, run.layout, eval_size)
-    with Checkpoints(
-        workdir.path / "checkpoints",
-        keep=config.keep_checkpoints,
-        keep_best=config.keep_best,
-        losses=workdir.losses(),
-    ) as checkpoints:
+    with (
+        contextlib.ExitStack() as stack,
+        Checkpoints(
+            workdir.path / "checkpoints",
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            losses=workdir.losses(),
+        ) as checkpoints,
+    ):
         job = _Job(
             run, workdir, checkpoints, spending, private_seed, name, prepared, size, evaluate, stop
         )
         done, params, state = _resume(job)
         workdir.drop_metrics_after(done or -1)
+        job = job._replace(write=_writers(job, stack, done))
         for index, one in enumerate(prepared):
             # A phase that ended at `done` is entered too: it executes no step, but rebuilds all
             # parameters from its final state. What earlier phases trained is in the checkpoint.
@@ -150,7 +156,7 @@ class _Spending:
         # A run that was stopped before its first step keeps the statement of the steps that it was
         # about to execute: too much, never too little.
         if self._run.ledger is not None and (self.charged or self._run.vote is not None):
-            facts = statement(self._run, ledger_after(self._run, self.charged))
+            facts = run_statement(self._run, ledger_after(self._run, self.charged))
             self._workdir.write("privacy.json", facts)
             self._workdir.write("privacy.md", to_markdown(facts))
 
@@ -168,6 +174,29 @@ class _Job(NamedTuple):
     size: int  # of a physical chunk
     evaluate: feed.Evaluator
     stop: Callable[[int], bool]
+    write: rows.Write = lambda step, values: None
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes a row to `metrics.jsonl`, and to what `config.log_to` names."""
+        self.workdir.append_metrics(step, values)
+        self.write(step, values)
+
+
+def _writers(job: _Job, stack: contextlib.ExitStack, done: int) -> rows.Write:
+    """Opens what `config.log_to` names on process 0; if that fails, all processes raise."""
+    write, problem = job.write, None
+    if job.workdir.writes:
+        try:
+            writers = rows.opened(
+                job.run.config.log_to, job.workdir.path, name=job.name, after=done
+            )
+            write = stack.enter_context(writers)
+        except rows.CannotWrite as error:
+            problem = str(error)
+    problem = hosts.first(problem)
+    if problem is not None:
+        raise rows.CannotWrite(problem)
+    return write
 
 
 def _run_phase(
@@ -199,7 +228,7 @@ def _run_phase(
 
     if not done and not index:  # what training starts from, as step 0
         row = results.row(run, job.evaluate, state, frozen)
-        job.workdir.append_metrics(0, row if run.ledger is None else {**row, "epsilon": 0.0})
+        job.log(0, row if run.ledger is None else {**row, "epsilon": 0.0})
 
     chunks = feed.physical_chunks(
         run.train, phase, run.layout, seed=seeds.sampler_seed(job.private_seed), size=job.size,
@@ -229,7 +258,7 @@ def _run_phase(
                 row["examples_per_second"] = rate
                 row["idle_fraction"] = feeding.idle_fraction
                 row["recompiles"] = compiled.beyond_first("accumulate", "update")
-                job.workdir.append_metrics(end, row)
+                job.log(end, row)
                 bar.set_postfix(_postfix(row, results.prefix(run), rate))
                 if not math.isfinite(loss):
                     raise TrainingFailed(_ADVICE.format(step=end, config=config))
@@ -266,12 +295,12 @@ def _run_block(
             if job.stop(step):
                 end = step
                 break
-            state, facts, rows = prepared.execute(state, frozen, step, chunks)
+            state, facts, count = prepared.execute(state, frozen, step, chunks)
             if pending is not None:
                 _log(job, *pending)
                 pending = None
             if (step + 1) % job.run.config.log_every == 0 or step + 1 == end:
-                pending = (step + 1, rows, facts)
+                pending = (step + 1, count, facts)
             bar.update()
         if pending is not None:
             _log(job, *pending)
@@ -284,7 +313,7 @@ def _run_block(
     return state, end
 
 
-def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
+def _log(job: _Job, step: int, rows_read: int, facts: dict[str, jax.Array]) -> None:
     """Writes one step's row, and stops a run whose parameters are not finite."""
     sums = {name: float(value) for name, value in jax.device_get(facts).items()}
     count = max(sums["count"], 1.0)  # a Poisson batch may be empty
@@ -292,14 +321,14 @@ def _log(job: _Job, step: int, rows: int, facts: dict[str, jax.Array]) -> None:
         "nonprivate/loss": sums["loss"] / count,
         "nonprivate/batch_size": sums["count"],
         "nonprivate/dropped_examples": sums["dropped"],
-        "nonprivate/padding_fraction": 1 - sums["count"] / rows,
+        "nonprivate/padding_fraction": 1 - sums["count"] / rows_read,
     }
     if job.run.rule is not None:
         row["nonprivate/grad_norm"] = sums["norm"] / count
         row["nonprivate/clipped_fraction"] = sums["clipped"] / count
     if "bound" in sums:
         row["clip_bound"] = sums["bound"]  # may be released: it follows from noisy counts
-    job.workdir.append_metrics(step, row)
+    job.log(step, row)
     # "diverged" is checked on the parameters before the step: the step before it is to blame.
     if sums["diverged"]:
         raise TrainingFailed(_ADVICE.format(step=step - 1, config=job.run.config))

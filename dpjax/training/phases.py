@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpjax.build import Phase, Run
+from dpjax.build import Run, TrainingPhase
 from dpjax.dp import seeds
 from dpjax.models import Params, finetune, flatten, unflatten
 from dpjax.runtime import sharding
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
         trained: maps a parameter's path to whether an earlier phase trains it.
     """
 
-    phase: Phase
+    phase: TrainingPhase
     span: range
     steps: Steps
     hyper: Hyper
@@ -139,7 +139,7 @@ def _any_of(predicates: tuple[Callable[[str], bool], ...], path: str) -> bool:
     return any(predicate(path) for predicate in predicates)
 
 
-def _functions(run: Run, phase: Phase) -> Steps:
+def _functions(run: Run, phase: TrainingPhase) -> Steps:
     config = run.config
     return _make_steps(
         run.loss_fn,
@@ -152,7 +152,7 @@ def _functions(run: Run, phase: Phase) -> Steps:
     )
 
 
-def _values(run: Run, phase: Phase, private_seed: int) -> Hyper:
+def _values(run: Run, phase: TrainingPhase, private_seed: int) -> Hyper:
     config = run.config
     # Traced arrays, not attributes of the functions: a sweep over rates or epsilon compiles once.
     hyper = Hyper(

@@ -46,7 +46,7 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
             for text, row in zip(axes.texts, cells.values(), strict=True):
                 text.set_text(f"{text.get_text()}\n({row['learning rate']:g})")
                 text.set_fontsize(7)
-        figure.suptitle(name)
+        figure.suptitle(f"{name}: held-out accuracy, and (the learning rate that gave it)")
         caption = (
             f"{name}: held-out accuracy by C and B, each cell at its best learning rate, which is "
             "in brackets; all panels share one scale of colors"

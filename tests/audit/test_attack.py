@@ -193,7 +193,7 @@ def test_no_seed_of_the_run_is_used_again(sampled):
         config.private_seed = None
     free = sampled._replace(config=config)
     assert not set(attack._private_seeds(free, 5)) & set(attack._private_seeds(free, 5))
-    assert seeds.digest(drawn[0]) != seeds.digest(sampled.config.private_seed)
+    assert seeds.fingerprint(drawn[0]) != seeds.fingerprint(sampled.config.private_seed)
 
 
 def changed(run, **fields):
@@ -255,7 +255,7 @@ def test_a_finished_run_is_audited_by_its_directory(sampled, tmp_path, monkeypat
     config = tiny_config(finetune="head")
     place.path.mkdir()
     place.write("config.json", config)
-    place.write("privacy.json", build.describe.statement(sampled, ledger))
+    place.write("privacy.json", build.describe.run_statement(sampled, ledger))
     command = ["audit", f"--workdir={place.path}", f"--count={COUNT}"]
     assert cli.main(command) == 2  # has not finished
     assert "has no weights.safetensors: give --config" in capsys.readouterr().err

@@ -33,6 +33,11 @@ def test_held_out_data_that_does_not_fit_is_refused(held, words):
         build.build(default(), datasets=pair)
 
 
+def test_one_class_is_nothing_to_learn():
+    with pytest.raises(ValueError, match="'toy' has one class, 'cat': there is nothing to tell"):
+        build.build(default(), datasets=(toy(names=("cat",)), toy(split="test", names=("cat",))))
+
+
 def test_held_out_data_may_lack_a_class():
     pair = toy(), toy(split="test", names=("cat",))
     assert build.data.given(default(), pair) == pair

@@ -2,12 +2,21 @@
 
 import numpy as np
 import pytest
+from flax import linen
 from tiny import tiny_config
 
 from dpjax import build, data
 from dpjax.commands import cli
 
 TINY = "from tiny import tiny_config\ndef get_config(): return tiny_config()\n"
+
+
+class Couples(linen.Module):
+    @linen.compact
+    def __call__(self, images):
+        return linen.Dense(4)((images - images.mean(0, keepdims=True)).mean((1, 2)))
+
+
 MISTAKES = {
     "model": (["model.name=vitt"], "Did you mean 'vit'?"),
     "size": (["model.size=minni"], "Did you mean 'mini'?"),
@@ -97,6 +106,32 @@ MISTAKES = {
     "average": (["ema=1"], "ema=1.0 must be in [0, 1)"),
     "average that is none": (["ema=nan"], "ema=nan"),
     "rate": (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan"),
+    "warmup of more steps than there are": (["optimizer.warmup=8"], "must be in [0, steps=8)"),
+    "warmup of a phase": (
+        ["lp.fraction=0.5", "optimizer.warmup=4"],
+        "optimizer.warmup=4 must be in [0, steps=4)",
+    ),
+    "probing without a step": (["lp.fraction=0.01"], "of 8 steps leaves none to the head"),
+    "tuning without a step": (["lp.fraction=0.97"], "of 8 steps leaves none to finetune"),
+    "a bound for no step": (
+        ["dp.bound_schedule=((0.0,1.0),(0.99,2.0))"],
+        "2.0 lasts less than one step",
+    ),
+    "more than all examples": (["batch_size=1618"], "whole number in 1..1617"),
+    "a batch size for no step": (
+        ["batch_size_schedule=((0.0,100),(0.99,1000))"],
+        "1000 lasts less than one step",
+    ),
+    "a split that is not there": (["data.train_split=trian"], "Did you mean 'train'?"),
+    "data that are not there": (["data.name=digitz"], "Did you mean 'digits'?"),
+    "a model that couples examples": (
+        ["model.name=test_late_mistakes:Couples", "model.options={'image_size': 14}"],
+        "examples are coupled",
+    ),
+    "a slice that ends before it begins": (["data.train_split=train[9:1]"], "has no examples"),
+    "a budget that is none": (["dp.epsilon=1e9"], "dp.epsilon=1e+09 must be <= 1e+06"),
+    "canaries of a negative number": (["audit.count=-5"], "audit.count=-5 must be >= 1"),
+    "an end of no blocks": (["finetune=blocks:first:0"], "must be >= 0 and not both 0.\n"),
     "warmup of half a step": (["optimizer.warmup=1.5"], "must be a whole number"),
     "probing share": (["lp.fraction=1.5"], "lp.fraction=1.5 must be in [0, 1]"),
     "probing noise": (["lp.noise_ratio=0"], "lp.noise_ratio=0.0 must be > 0"),
@@ -143,6 +178,12 @@ MISTAKES = {
     "adapters twice": (["finetune=lora:2+lora:4"], "which has an adapter already"),
     "canaries": (["audit.count=9", "audit.canaries=gradiant"], "Did you mean 'gradient'?"),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prepared():
+    """A command opens the data as an earlier run has left them."""
+    data.load("digits")
 
 
 @pytest.mark.parametrize("name", MISTAKES)

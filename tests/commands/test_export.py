@@ -32,6 +32,7 @@ def test_adapters_are_merged_and_the_statement_is_beside(workdir, tmp_path):
     assert names == {
         "README.md", "model.json", "privacy.json", "privacy.md", "weights.safetensors",
     }  # fmt: skip
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}  # for others to load
     ours = models.read_tensors(tmp_path / "m" / "weights.safetensors")
     want = models.read_tensors(workdir / "weights.safetensors")
     assert not [name for name in ours if "lora" in name]
@@ -91,6 +92,13 @@ def test_private_weights_without_a_statement_are_not_exported(copied, tmp_path):
     Workdir(copied).write("config.json", {**config, "dp": None})
     export.export(copied, tmp_path / "m")
     assert not list((tmp_path / "m").glob("privacy.*"))
+
+
+def test_a_damaged_run_leaves_no_half_of_an_export(copied, tmp_path):
+    (copied / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match=r"eval\.json is damaged"):
+        export.export(copied, tmp_path / "m")
+    assert not [path for path in tmp_path.iterdir() if "m" in path.name.split(".")]
 
 
 def test_metrics_of_private_data_are_not_in_the_card(copied, tmp_path):

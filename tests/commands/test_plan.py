@@ -320,7 +320,8 @@ def test_a_config_s_data_says_how_many_examples_there_are(run):
         ([*ARGV, "--batch_sizes=256,x"], "argument --batch_sizes: '256,x' must be whole numbers."),
         ([*ARGV, "extra"], "unrecognized arguments: extra"),
         ([*ARGV, "--config=/nowhere.py"], "config='/nowhere.py' is neither a file nor one of"),
-        ([*ARGV, "--plot=/nowhere/x.png", "--batch_sizes=50000"], "No such file"),
+        ([*ARGV, "--plot=/nowhere/x.png"], "must be a .png in a folder that exists"),
+        ([*ARGV, "--plot=x.xyz"], "--plot='x.xyz' must be a .png"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_exit_with_2(run, argv, message):

@@ -166,17 +166,27 @@ def test_the_command_writes_a_table_and_names_what_it_cannot_read(skies, tmp_pat
         (["--input=EMPTY"], "holds nothing to predict"),
         (["--input=EMPTY", "--output=x.txt"], "must end in .csv"),
         (["--input=EMPTY", "--output=no/where/x.csv"], "its folder does not exist"),
+        (["--input=EMPTY", "--output=EMPTY.csv"], "is a folder"),
         (["--input=EMPTY", "--weights=ema"], "has no ema: has the run finished?"),
         (["--input=EMPTY", "--workdir=EMPTY"], "has no model.json: has the run finished?"),
     ],
 )
 def test_mistakes_are_one_line(flags, text, skies, tmp_path, capsys):
     flags = [flag.replace("EMPTY", str(tmp_path)) for flag in flags]
+    tmp_path.with_suffix(".csv").mkdir()
     assert cli.main(["predict", f"--workdir={skies / 'run'}", *flags]) == 2
     err = capsys.readouterr().err
     assert (err.count("\n"), err[:15]) == (1, "dpjax predict: ")
     assert text in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_description_is_named(content, tmp_path, capsys):
+    (tmp_path / "weights.safetensors").touch()
+    (tmp_path / "model.json").write_text(content)
+    assert cli.main(["predict", f"--workdir={tmp_path}", "--input=x"]) == 2
+    assert "model.json is damaged" in capsys.readouterr().err
 
 
 def test_inputs_of_another_kind_are_named(skies):
@@ -241,7 +251,7 @@ def test_a_model_of_texts(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"token -1 must be in \[0, "):
         again.predict(np.full((1, *again.shape), -1))
     (tmp_path / "t.txt").write_text("good good\n\nbad film\n")
-    (tmp_path / "t.csv").write_text('id,text\n1,good good\n2,"bad film"\n')
+    (tmp_path / "t.csv").write_text('id,text\n1,good good\n2,"bad\nfilm"\n')
     (tmp_path / "t.jsonl").write_text('{"text": "good good"}\n{"text": "bad film"}\n')
     (tmp_path / "folder").mkdir()
     for number, text in enumerate(texts):

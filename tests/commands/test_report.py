@@ -72,8 +72,8 @@ def test_a_run_is_drawn(prefix, classes, tmp_path, monkeypatch, capsys):
     assert "bins of fewer than 20 examples" in reliability
     assert all("class 2" in figure for figure in confusion)
     for figure in drawn:
-        figure = figure.replace("private batches (not private)", "")
-        assert ("not private)" in figure) == bool(prefix)
+        figure = figure.replace("training batches (not for release)", "")
+        assert ("not for release)" in figure) == bool(prefix)
 
 
 def test_intervals_are_wilsons():

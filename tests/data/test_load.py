@@ -122,7 +122,7 @@ def test_on_demand_through_chunks(data_dir):
     spec = data.ImageSpec(image_size=8)
     lazy = data.load("toy_photos", data_dir=data_dir, spec=spec, memory_limit=0)
     steps = np.random.RandomState(0).randint(-1, 40, (10, 2, 8))
-    with data.chunks(lazy, steps) as batches:
+    with data.read_ahead(lazy, steps) as batches:
         for indices, batch in zip(steps, batches, strict=True):
             np.testing.assert_array_equal(batch["label"], lazy.get(indices)["label"])
             np.testing.assert_array_equal(batch["mask"], indices >= 0)

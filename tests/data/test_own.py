@@ -169,6 +169,22 @@ def test_a_table_beside_class_folders_is_no_source(folder, prepare):
     assert (code, "not in SPLIT/CLASS: 1 (train.csv)" in shown) == (0, True), shown
 
 
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(8)  # the head of a phone's photo
+
+
+def test_a_photo_of_a_phone_is_taken_or_says_what_it_needs(folder, prepare, monkeypatch):
+    (folder / "train" / "cat" / "IMG_1.HEIC").write_bytes(HEIC)
+    real = Image.open
+    monkeypatch.setattr("PIL.Image.open", lambda file: real(file, formats=["PNG"]))
+    code, shown = prepare(folder)  # as if pillow-heif were not installed
+    assert (code, "IMG_1.HEIC (it is a HEIC photo, which needs pillow-heif: pip" in shown) == (2, 1)
+    monkeypatch.undo()
+    pytest.importorskip("pillow_heif")
+    Image.fromarray(flat(90)).save(folder / "train" / "cat" / "IMG_1.HEIC", "HEIF")
+    code, shown = prepare(folder)
+    assert (code, "stored as PNG, from HEIF: 1" in shown) == (0, True), shown
+
+
 def test_an_image_without_or_with_a_wrong_suffix_is_taken(folder, prepare):
     png = (folder / "train" / "cat" / "0.png").read_bytes()
     (folder / "train" / "cat" / "IMG_1").write_bytes(png)
@@ -327,7 +343,8 @@ def test_tables_of_texts(tmp_path, prepare, suffix):
         ("text,label,split\na,b,dev\n", "none named 'train'"),
         ("text,label,split\na,b,train\na,c,test\n", "['c'] do not occur in training"),
         ('text,label\n"a,b\n', "is not CSV"),
-        (b"text,label\n\xff,b\n", "is not UTF-8"),
+        ("text,label,label\na,b,c\n", "l.csv has several columns named label"),
+        (b"text,label\n\xff,b\n", "l.csv cannot be read as UTF-8 text"),
     ],
 )
 def test_mistakes_in_a_table(folder, tmp_path, prepare, content, words):
@@ -340,8 +357,8 @@ def test_mistakes_in_a_table(folder, tmp_path, prepare, content, words):
 
 @pytest.mark.parametrize(
     "line, words",
-    [('{"text": "a"', "l.jsonl:2 is not JSON"), ("3", "l.jsonl:2 is not an object"),
-     (r'{"text": "\ud83d", "label": "b"}', "l.jsonl:2: text cannot be written: surrogates"),
+    [('{"text": "a"', "l.jsonl, line 2: not JSON"), ("3", "line 2: must be an object"),
+     (r'{"text": "\ud83d", "label": "b"}', "line 2: surrogates not allowed"),
      ('{"text": "a", "label": null}', "label is None"), ('{"text": "a", "label": 1.5}', "1.5"),
      ('{"text": 3, "label": ["a"]}', "label is ['a']"),
      ('{"text": "c", "label": "b", "unit": "Ann"}', "l.jsonl:1 has no unit, but others do")],

@@ -118,7 +118,7 @@ def test_chunks_are_what_get_gives_with_a_mask():
         np.array([[-1, -1], [-1, -1]]),
         np.array([[1, 1], [2, 7]]),
     ]
-    with data.chunks(dataset, iter(steps)) as batches:
+    with data.read_ahead(dataset, iter(steps)) as batches:
         for indices, batch in zip(steps, batches, strict=True):
             np.testing.assert_array_equal(batch["mask"], indices >= 0)
             assert batch["input"].shape == (2, 2, 2, 2, 1)
@@ -130,5 +130,5 @@ def test_chunks_are_what_get_gives_with_a_mask():
 
 def test_a_bad_index_is_named():
     with pytest.raises(ValueError, match="index=9") as caught:
-        list(data.chunks(toy()[1], [np.array([0]), np.array([9])]))
+        list(data.read_ahead(toy()[1], [np.array([0]), np.array([9])]))
     assert "item 1" in caught.value.__notes__[0]

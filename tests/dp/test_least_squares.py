@@ -39,6 +39,22 @@ def test_sums(case, scale):
     np.testing.assert_allclose(got.cross, clipped.T @ targets, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [float, int, np.float32, np.float64, jnp.float32])
+def test_any_number_is_a_bound_inside_and_outside_of_jit(case, kind):
+    mask = jnp.ones(BATCH, bool)
+
+    def sums(bound):
+        return lambda x, y: least_squares.moments(x, y, mask, num_classes=CLASSES, bound=bound)
+
+    want = sums(2.0)(*case)
+    jax.tree.map(np.testing.assert_array_equal, sums(kind(2))(*case), want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        (jax.jit(sums(kind(2)))(*case), jax.jit(lambda b: sums(b)(*case))(kind(2))),
+        (want, want),
+    )
+
+
 def test_disjoint_chunks_add(case):
     features, labels = case
     parts = [sums_of(features[i], labels[i]) for i in (slice(0, 5), slice(5, None))]

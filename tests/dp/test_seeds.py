@@ -24,8 +24,17 @@ def test_every_bit_of_the_seed_counts():
 
 def test_digests_are_keyed():
     """A fingerprint of private data tells nothing to who does not know the seed."""
-    assert seeds.digest(1, "data") == seeds.digest(1, "data")
-    assert len({seeds.digest(1, "data"), seeds.digest(2, "data"), seeds.digest(1, "other")}) == 3
+    assert seeds.fingerprint(1, "data") == seeds.fingerprint(1, "data")
+    assert (
+        len(
+            {
+                seeds.fingerprint(1, "data"),
+                seeds.fingerprint(2, "data"),
+                seeds.fingerprint(1, "other"),
+            }
+        )
+        == 3
+    )
 
 
 def test_entropy():

@@ -23,7 +23,7 @@ from dpjax.runtime import (
     Unwritable,
     Workdir,
     code_digest,
-    digest,
+    json_digest,
     read_jsonl,
     sharding,
 )
@@ -312,6 +312,33 @@ def test_metrics_survive_a_cut_line(tmp_path):
 
 
 def test_digests_tell_contents_apart():
-    assert digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
+    assert json_digest({"a": 1}) == json_digest({"a": 1}) != json_digest({"a": 2})
     assert len(code_digest()) == 64
     assert code_digest() == code_digest()
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 0, ', "[]"])
+@pytest.mark.parametrize("name", ["config.json", "identity.json", "privacy.json"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(OtherRun, match=rf"{name} is damaged.* Restore it, or move the run aside"):
+        Workdir(tmp_path).read(name)
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 3')
+    with pytest.raises(OtherRun, match=r"metrics\.jsonl, line 2 is damaged"):
+        Workdir(tmp_path).drop_metrics_after(3)
+
+
+def test_an_identity_without_a_name_is_no_identity(tmp_path):
+    (tmp_path / "identity.json").write_text('{"code": "x"}')
+    with pytest.raises(OtherRun, match=r"identity\.json is damaged: it has no name"):
+        Workdir(tmp_path).claim({"code": "x"})
+
+
+def test_a_directory_that_cannot_be_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OtherRun, match=r"cannot be written: see '.*/file'"):
+        Workdir(tmp_path / "file" / "below").check({})
+    Workdir(tmp_path / "new" / "below").check({})

@@ -18,7 +18,7 @@ from dpjax.audit import attack
 from dpjax.dp import adaptive, noise, repeat_and_select, seeds, temperature
 from dpjax.dp import vote as dp_vote
 from dpjax.runtime import Workdir, sharding
-from dpjax.search import search
+from dpjax.search import trials
 from dpjax.training import feed, loop, phases, results, vote
 
 PRIVATE_SEED = 5
@@ -176,10 +176,10 @@ def charged(run, path, patch, seed=0):
     config.update({"private_seed": None, "batch_size": 200})
     patch.setattr(build, "build", lambda config: run._replace(temperature=None, vote=None))
     patch.setattr(repeat_and_select, "epsilon_of_one", lambda *arguments, **options: 0.1)
-    job = search.Job("f", path, [{}] * 50, "accuracy", [])
+    job = trials.Job("f", path, [{}] * 50, "accuracy", [])
     path.mkdir()
-    search._charge(job, 300.0, config)
-    return search._order(job, SimpleNamespace(charge=300.0, seed=seed))
+    trials._charge(job, 300.0, config)
+    return trials._order(job, SimpleNamespace(charge=300.0, seed=seed))
 
 
 def points_are_secret(run, path, patch):
@@ -271,6 +271,6 @@ def test_an_edit_that_joins_two_streams_is_seen(edit, run, tmp_path, monkeypatch
 
 def test_points_from_the_flag_would_be_seen(run, tmp_path, monkeypatch):
     real = np.random.default_rng
-    monkeypatch.setattr(search.np.random, "default_rng", lambda seed: real(0))
+    monkeypatch.setattr(trials.np.random, "default_rng", lambda seed: real(0))
     with pytest.raises(AssertionError):
         points_are_secret(run, tmp_path, monkeypatch)

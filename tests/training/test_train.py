@@ -1,7 +1,9 @@
 """The whole run: files, budget, resuming, and every listed mistake."""
 
+import contextlib
 import dataclasses
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -23,12 +25,20 @@ from dpjax.runtime import Workdir, may_be_published, read_jsonl, sharding
 from dpjax.step import at_bound
 from dpjax.training import feed, loop, phases, results
 
+LOGGED = []
+
+
+@contextlib.contextmanager
+def writer(folder, *, name, after):
+    LOGGED.append((name, after))
+    yield lambda step, values: LOGGED.append({"step": step, **values})
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished private run and its directory."""
     path = tmp_path_factory.mktemp("run") / "w"
-    run = build.build(tiny_config(finetune="film", epochs=1.2))
+    run = build.build(tiny_config(finetune="film", epochs=1.2, log_to="test_train:writer"))
     results = loop.train(run, Workdir(path))
     return run, path, results
 
@@ -54,6 +64,14 @@ def test_files(finished):
     assert json.loads((path / "environment.json").read_text())["packages"]["jax"]
     assert json.loads((path / "config.json").read_text())["finetune"] == "film"
     assert not (path / "private_seed.json").exists()
+
+
+def test_rows_go_to_the_writer_of_the_config_too(finished):
+    _, path, _ = finished
+    name = json.loads((path / "identity.json").read_text())["name"]
+    begun = LOGGED.index((name, 0)) + 1
+    rows = list(itertools.takewhile(lambda row: isinstance(row, dict), LOGGED[begun:]))
+    assert rows == list(read_jsonl(path / "metrics.jsonl"))
 
 
 def published():
@@ -85,7 +103,7 @@ def test_the_threat_model_lists_every_file_and_no_other_may_be_read(finished):
             assert file.stat().st_mode & 0o077 == 0, file.name
         elif not file.name.startswith("privacy."):
             assert "nonprivate/" not in file.read_bytes().decode(errors="ignore"), file.name
-    written_by_others = {"private_seed.json", "audit.*"}
+    written_by_others = {"private_seed.json", "audit.*", "tensorboard", "wandb"}
     assert set().union(*table.values()) - seen == written_by_others
 
 
@@ -147,7 +165,7 @@ def test_splits_that_may_share_examples_are_seen(train, test, private):
 def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
     run = finished[0]
     assert results.prefix(run) == "eval/"
-    facts = build.describe.statement(run, build.describe.ledger_after(run, 1))
+    facts = build.describe.run_statement(run, build.describe.ledger_after(run, 1))
     assert "every evaluation on public held-out data" in " ".join(facts["released"])
     assert not [line for line in facts["not_charged"] if "evaluations" in line]
     assert not [line for line in facts["not_charged"] if "starts from" in line]
@@ -157,7 +175,7 @@ def test_evaluating_on_the_training_split_is_not_private_and_said(finished):
         config=config, test=run.train, train=dataclasses.replace(run.train, split="train[:90%]")
     )
     assert results.prefix(run) == "nonprivate/eval/"
-    facts = build.describe.statement(run, build.describe.ledger_after(run, 1))
+    facts = build.describe.run_statement(run, build.describe.ledger_after(run, 1))
     assert "evaluation" not in " ".join(facts["released"])
     for words in ("the evaluations, and which checkpoints keep_best keeps", "theirs.safetensors",
                   "'train[:90%]' with data.subset=None"):  # fmt: skip

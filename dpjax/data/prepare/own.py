@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from dpjax.data.images import decode, encode_png
+from dpjax.data.images import decode, encode_png, image_suffixes, open_image
 from dpjax.data.index import pieces_of, workers
 from dpjax.data.prepare.builders import Record, records_builder
 from dpjax.data.prepare.write import Contents, digest_of, listed
+from dpjax.files import json_lines, read_text
 
 __all__ = ["is_own", "read_own"]
 
@@ -256,25 +256,17 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path.name} is not a complete Parquet file: {error}") from error
         return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8: {error}.") from error
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    fields = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path.name}:{number} is not JSON: {error}.") from error
-                if not isinstance(fields, dict):
-                    raise ValueError(f"{path.name}:{number} is not an object {{...}}.")
-                yield number, fields
+        yield from json_lines(path)
         return
+    text = read_text(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        names = list(reader.fieldnames or [])
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{path.name} has several columns named {', '.join(twice)}.")
         for fields in reader:
             if None in fields or None in fields.values():
                 raise ValueError(
@@ -331,17 +323,16 @@ def _picture(row: Row) -> Picture:
         return Picture("", problem=str(error.strerror))
     digest = digest_of(content, row.label, row.unit)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            changes = []
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                changes.append("turned upright, as EXIF says")
-            if image.format not in ("PNG", "JPEG", "MPO"):  # MPO: JPEG with a preview after it
-                changes.append(f"stored as PNG, from {image.format}")
-                if getattr(image, "is_animated", False):
-                    changes.append("first frame taken")
+        changes, image = [], open_image(content)
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            changes.append("turned upright, as EXIF says")
+        if image.format not in ("PNG", "JPEG", "MPO"):  # MPO: JPEG with a preview after it
+            changes.append(f"stored as PNG, from {image.format}")
+            if getattr(image, "is_animated", False):
+                changes.append("first frame taken")
         height, width, _ = decode(content, _COLOR).shape
     except UnidentifiedImageError:
-        known = path.suffix.lower() in _suffixes()
+        known = path.suffix.lower() in image_suffixes()
         problem = "it has the contents of no image" if known else ""
         return Picture(digest, problem=problem, is_image=known)
     except Exception as error:  # Pillow raises a dozen unrelated types on bad bytes
@@ -354,11 +345,6 @@ def _stored(row: Row, digest: str, changes: Sequence[str]) -> bytes:
     if digest_of(content, row.label, row.unit) != digest:
         raise ValueError(f"{row.content} changed while it was prepared; try again.")
     return encode_png(decode(content, _COLOR)) if changes else content
-
-
-def _suffixes() -> set[str]:
-    extensions = Image.registered_extensions()
-    return {suffix for suffix, kind in extensions.items() if kind in Image.OPEN}
 
 
 def _count(skipped: dict[str, list[str]]) -> str:

@@ -49,6 +49,7 @@ RELATIONS = {
     "add_or_remove_one": dpa.NeighboringRelation.ADD_OR_REMOVE_ONE,
     "replace_one": dpa.NeighboringRelation.REPLACE_ONE,
 }
+_MOST_EPSILON = 1e6  # e^-epsilon is no number long before
 _FFT_ROUNDING = 1e-13  # of delta, for each event that dp_accounting composes
 _ROUGH_ORDERS = (*range(2, 64), 128, 256, 512, 1024)  # integers: quick, and never warn
 # dp_accounting's default orders, and some more for the without-replacement bound, whose numerics
@@ -150,6 +151,8 @@ def check_budget(epsilon: float, delta: float, num_examples: int | None = None) 
     """Raises ValueError, naming field and value, for a budget that no mechanism can be held to."""
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be > 0 and finite.")
+    if epsilon > _MOST_EPSILON:
+        raise ValueError(f"epsilon={epsilon:g} must be <= {_MOST_EPSILON:g}: more is no privacy.")
     if not 0 < delta < 1:
         raise ValueError(f"delta={delta} must be in (0, 1).")
     if num_examples is not None and delta >= 1 / count("num_examples", num_examples):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import secrets
 import shutil
@@ -18,8 +17,9 @@ from ml_collections import ConfigDict
 from dpjax import build, files
 from dpjax.config import differences
 from dpjax.dp import repeat_and_select, to_markdown
+from dpjax.files import read_object
 from dpjax.metrics import PRIVATE, lookup
-from dpjax.runtime import OtherRun, Workdir, digest
+from dpjax.runtime import OtherRun, Workdir, json_digest
 from dpjax.search import proposals, sweep
 
 __all__ = ["METHODS", "METRICS", "Job", "Stopped", "check", "run"]
@@ -81,7 +81,7 @@ class Job(NamedTuple):
                 raise Stopped
             if code:
                 return None
-        return float(lookup(json.loads((path / "eval.json").read_text()), self.metric)[1])
+        return float(lookup(read_object(path / "eval.json"), self.metric)[1])
 
     def rows(self) -> list[Row]:
         """Returns one row per started trial, read from its files."""
@@ -113,6 +113,10 @@ def check(flags: argparse.Namespace, others: Sequence[str], found: Sequence[Row]
         raise ValueError(
             f"trials={flags.trials} needs method='random' or 'optuna': 'grid' runs every point."
         )
+    most = len(found) if flags.method == "random" else math.inf
+    if flags.trials is not None and not 1 <= flags.trials <= most:
+        limit = f"in [1, {most}], the sweep's number of points" if most < math.inf else ">= 1"
+        raise ValueError(f"trials={flags.trials} must be {limit}.")
     if flags.method == "optuna":
         proposals.require_optuna()
         proposals.axes(found)
@@ -224,7 +228,7 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
     # the old draw would be a search whose cost nobody has computed.
     terms = {
         "mean": mean, "delta": base.dp.delta, "budget": base.dp.epsilon,
-        "sweep": digest([base.to_dict(), job.found]),
+        "sweep": json_digest([base.to_dict(), job.found]),
     }  # fmt: skip
     if directory.exists(_SECRET):
         known = directory.read(_SECRET)
@@ -286,12 +290,12 @@ def _conclude(job: Job, flags: argparse.Namespace, base: ConfigDict, rows: Seque
     else:
         facts |= {"points": len(job.found), "mean": flags.charge, "epsilon": base.dp.epsilon}
     if (path / "privacy.json").is_file():
-        own = json.loads((path / "privacy.json").read_text())
+        own = read_object(path / "privacy.json")
         if flags.charge is None:
             statement = repeat_and_select.not_charged(own, facts)
         else:
             files = sorted((job.workdir / "trials").glob("*/*/privacy.json"))
-            others = [json.loads(file.read_text()) for file in files]
+            others = [read_object(file) for file in files]
             statement = repeat_and_select.charged(own, others, facts)
         best = {**best, "epsilon": statement["epsilon"]}  # of a charged search, not of one run
         directory.write("privacy.json", statement)

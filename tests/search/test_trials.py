@@ -13,7 +13,7 @@ import pytest
 from dpjax import dp
 from dpjax.commands import cli
 from dpjax.dp import repeat_and_select
-from dpjax.search import proposals, search, sweep
+from dpjax.search import proposals, sweep, trials
 
 STUDY = """
 import numpy as np
@@ -174,6 +174,7 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
         (["--method=randon"], "Did you mean 'random'?"),
         (["--metric=acuracy"], "Did you mean 'accuracy'?"),
         (["--trials=7"], "trials=7 must be in [1, 6]"),
+        (["--method=optuna", "--trials=0"], "trials=0 must be >= 1"),
         (["--method=grid", "--trials=2"], "'grid' runs every point"),
         (["--storage=sqlite:///x"], "needs method='optuna'"),
         (["--charge=1"], "charge=1.0 must be > 1"),
@@ -195,7 +196,7 @@ def test_mistakes_cost_nothing(file, flags, text, tmp_path, capsys):
     workdir = tmp_path / "w"
     assert cli.main(["search", f"--config={file}{argument}", f"--workdir={workdir}", *rest]) == 2
     assert text in capsys.readouterr().err
-    assert not list(workdir.glob("trials/*"))
+    assert not list(workdir.glob("*.json"))  # that the right command would find
 
 
 def test_optuna_is_missed_clearly(file, tmp_path, monkeypatch, capsys):
@@ -280,7 +281,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_draw_pays_for_the_search_it_was_made_for(change, file, tmp_path, monkeypatch, capsys):
     """Killed between its secret and `search.json`, and started again on other terms."""
-    monkeypatch.setattr(search, "_order", lambda job, flags: [])
+    monkeypatch.setattr(trials, "_order", lambda job, flags: [])
     command = [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
     cli.main(["search", *command, "--charge=3"])
     secret = (tmp_path / "w/search_secret.json").read_text()
@@ -339,13 +340,20 @@ def test_workers_share_a_database(file, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr(sweep, "run_point", fake_point)
     url = f"sqlite:///{tmp_path / 'search.db'}"
-    for trials in (2, 4):  # the second worker adds to the first's
+    for count in (2, 4):  # the second worker adds to the first's
         command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", f"--storage={url}"]
-        assert cli.main(["search", *command, "--method=optuna", f"--trials={trials}"]) == 0
+        assert cli.main(["search", *command, "--method=optuna", f"--trials={count}"]) == 0
     import optuna
 
     assert len(optuna.load_study(study_name=file, storage=url).trials) == 4
     assert not (tmp_path / "w/optuna.journal").exists()
+
+
+def test_a_database_that_cannot_be_opened_is_named(file, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    command = [f"--config={file}", f"--workdir={tmp_path / 'w'}", "--storage=nonsense"]
+    assert cli.main(["search", *command, "--method=optuna"]) == 2
+    assert "storage='nonsense' cannot be opened" in capsys.readouterr().err
 
 
 def test_optuna_needs_a_product(file, tmp_path, monkeypatch, capsys):
