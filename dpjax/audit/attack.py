@@ -236,6 +236,7 @@ def _train(run: Run, private_seed: int, bar: tqdm) -> tuple[Params, dp.Ledger]:
         for step in phase.span:
             state, *_ = phase.execute(state, frozen, step, chunks)
             bar.update()
+        _, frozen = phase.split(params)
         params = finetune.join(run.layout.gather(state.trainable), frozen)
     return params, ledger
 

@@ -57,14 +57,16 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     train, temperature = privacy.temperature(config, train)
     sizes, plan = schedules.batch_sizes(config, len(train))
     tuning = model.tuned(config, train.num_classes)
-    params = model.initial(tuning.model, config, weights)
     apply, loss_fn = loss.functions(tuning.model, config.data, train.shape)
-    if config.task == "causal_lm":
-        next_token.independent(tuning.model, params, train.shape)
-    else:
-        check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
+    with layout.on_host():
+        params = model.initial(tuning.model, config, weights)
+        if config.task == "causal_lm":
+            next_token.independent(tuning.model, params, train.shape)
+        else:
+            check_examples_independent(apply, params, probe(tuning.model.input, train.shape))
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = schedules.phases(config, tuning, sizes, len(train))
+    params = model.frozen_as(config, params, lambda path: any(p.trainable(path) for p in phases))
     return Run(
         config=config,
         train=train,
@@ -108,6 +110,10 @@ def _check_values(config: ConfigDict) -> None:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.model.dtype not in _DTYPES:
         raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
+    if config.model.frozen_dtype not in (None, "bfloat16"):
+        raise ValueError(
+            f"model.frozen_dtype={config.model.frozen_dtype!r} must be None or 'bfloat16'."
+        )
     rate = config.optimizer.learning_rate
     if not 0 < rate < math.inf:
         raise ValueError(f"optimizer.learning_rate={rate} must be > 0 and finite.")
