@@ -34,6 +34,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.physical_batch = 64
     config.epochs = 10.0
     config.optimizer.learning_rate = 1e-3
-    with config.unlocked():
-        config.model.options = {"remat": True}
+    config.model.remat = True
     return config

@@ -75,6 +75,10 @@ def default() -> ConfigDict:
                 "head_init": "zero",  # zero, near_zero or random
                 "keep_head": False,  # take the head of the weights too: the classes are the same
                 "dtype": "float32",  # of activations; parameters, sums and noise are float32
+                # bfloat16 halves the memory of parameters that no phase trains. None: float32
+                "frozen_dtype": placeholder(str),
+                # Compute a block's activations again in the backward pass, instead of keeping them.
+                "remat": False,
             },
             # full, head, film, bias, lora:RANK:TARGETS, blocks:first:K, blocks:last:K,
             # blocks:at:I,J, regex:R, or several with "+". Or vote:K: the head, and the K blocks
@@ -143,8 +147,8 @@ def default() -> ConfigDict:
             # Examples sent to the devices at once; "auto": as many as fit, from compiled memory.
             "physical_batch": FieldReference(64, field_type=object),
             "microbatch": placeholder(int),  # examples per device in memory at once
-            # Parameters and optimizer state: "replicated", or spread over the devices: "fsdp" for
-            # all of them, "fsdp:REGEX" for those whose path matches.
+            # Parameters, frozen ones too, and optimizer state: "replicated", or spread over the
+            # devices: "fsdp" for all of them, "fsdp:REGEX" for those whose path matches.
             "sharding": "replicated",
             "optimizer": {
                 # adam, sgd, lamb, adam_corrected, or MODULE:FUNCTION such as optax:adamw

@@ -3,7 +3,8 @@
 One logical step is `begin`, any number of `accumulate` calls, one per physical chunk of the batch,
 and `update`. Each device keeps its own partial sum, so the only collective of a step is the sum
 over devices at the start of `update`, right before the noise is drawn, once, in the global view.
-(Under fsdp the parameters are also gathered in `begin`, and `update` scatters their gradient sums.)
+(Under fsdp the trainable parameters are also gathered in `begin`, `update` scatters their gradient
+sums, and `accumulate` gathers a frozen parameter at each use.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from dpjax import dp, metrics
 from dpjax.models import Params
 from dpjax.models.finetune import join
+from dpjax.runtime.gathering import at_use, gathers_in_branches
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
 __all__ = ["KEPT", "Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_updates",
@@ -148,7 +150,13 @@ def make_steps(
     mesh, rows, everywhere = layout.mesh, partition(0), partition(-1)
 
     def local(
-        totals: Totals, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, law: Any
+        axes: Params | None,
+        totals: Totals,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        key: jax.Array,
+        law: Any,
     ) -> Totals:
         rule, secure_noise = law
         examples = {k: v for k, v in batch.items() if k not in ("mask", "identity")}
@@ -157,9 +165,12 @@ def make_steps(
         # ones, change their gradients, and so change the sum by more than the clip bound.
         examples["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["identity"])
 
-        def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
+        def whole_loss(frozen: Params, params: Params, example: dict[str, jax.Array]) -> jax.Array:
             return loss_fn(join(params, frozen), example)
 
+        loss: Callable[..., jax.Array] = functools.partial(whole_loss, frozen)
+        if axes is not None:
+            loss = at_use(whole_loss, frozen, axes)
         engine: Callable[..., tuple[Any, dp.PerExample]]
         if private:
             engine = dp.clipped_sum(
@@ -187,17 +198,29 @@ def make_steps(
         hyper: Hyper,
     ) -> Totals:
         key = jax.random.fold_in(hyper.augment_key, step)
-        sharded = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(rows, everywhere, everywhere, rows, everywhere, everywhere),
-            out_specs=rows,
-            # With the check, JAX sums the gradient of a replicated parameter over devices before
-            # it can be clipped: examples would mix, and every leaf would cost a collective.
-            check_vma=False,
-        )
         law = hyper.rule, hyper.noise_multiplier if secure else None
-        return sharded(totals, trainable, frozen, batch, key, law)
+        args = totals, trainable, frozen, batch, key, law
+        axes = layout.frozen_axes(frozen)
+
+        def sharded(axes: Params | None) -> Callable[..., Totals]:
+            parts = everywhere if axes is None else jax.tree.map(partition, axes)
+            return jax.shard_map(
+                functools.partial(local, axes),
+                mesh=mesh,
+                in_specs=(rows, everywhere, parts, rows, everywhere, everywhere),
+                out_specs=rows,
+                # With the check, JAX sums the gradient of a replicated parameter over devices
+                # before it can be clipped: examples would mix, and every leaf would cost a
+                # collective.
+                check_vma=False,
+            )
+
+        late = max(jax.tree.leaves(axes), default=-1) >= 0
+        # An engine forms the gradient of a doubtful example alone, in a loop that other devices do
+        # not enter. If that needs a frozen parameter, all are gathered before.
+        if late and not gathers_in_branches(jax.make_jaxpr(sharded(axes))(*args).jaxpr):
+            return sharded(axes)(*args)
+        return sharded(None)(*args)
 
     def zeros(trainable: Params) -> Totals:
         kind = jnp.int32 if secure else jnp.float32
@@ -399,13 +422,15 @@ def _next_bound(hyper: Hyper, state: TrainState, below: jax.Array) -> jax.Array:
 def eval_step(
     apply: Callable[[Params, jax.Array], Any], num_classes: int, layout: Layout
 ) -> Callable[[Params, Batch], Any]:
-    """Returns the jitted `(params, batch) -> EvalSums`; the parameters are gathered, sums add.
+    """Returns the jitted `(params, batch) -> EvalSums`; sums add.
 
+    Parameters may be sharded, as `layout` has them or not.
     Where `apply` returns `metrics.TokenFacts` in place of logits, the sums are `TokenSums`.
     """
 
     def step(params: Params, batch: Batch) -> Any:
-        logits = apply(params, batch["input"])
+        whole = jax.lax.with_sharding_constraint(params, layout.whole(params))
+        logits = apply(whole, batch["input"])
         if isinstance(logits, metrics.TokenFacts):
             return metrics.token_sums(logits, batch["mask"])
         return metrics.eval_sums(logits, batch["label"], batch["mask"], num_classes)

@@ -349,6 +349,7 @@ def _train(
             bar.update()
             if watches and game is not None and step + 1 in seen:
                 path.append(game.watched(run.layout.gather(state.trainable)))
+        _, frozen = phase.split(params)
         params = finetune.join(run.layout.gather(state.trainable), frozen)
     return params, ledger, _Path(np.array(path), seen) if watches else None
 

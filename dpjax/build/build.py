@@ -75,13 +75,15 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     train, temperature = privacy.temperature(config, train)
     sizes, plan = schedules.batch_sizes(config, len(train))
     tuning = model.tuned(config, train.num_classes)
-    params = model.initial(tuning.model, config, weights)
     apply, loss_fn = loss.functions(tuning.model, config.data, train.shape)
-    if weights is not None:  # which may show what small random numbers hide
-        _check_independent(config, tuning.model, params, train.shape)
+    with layout.on_host():
+        params = model.initial(tuning.model, config, weights)
+        if weights is not None:  # which may show what small random numbers hide
+            _check_independent(config, tuning.model, params, train.shape)
     finetune.split(params, tuning.trainable)  # raises if nothing trains
     phases = schedules.phases(config, tuning, sizes, len(train), params)
     vote = privacy.vote(config, len(train))
+    params = model.frozen_as(config, params, lambda path: any(p.trainable(path) for p in phases))
     return Run(
         config=config,
         train=train,
@@ -137,6 +139,10 @@ def _check_values(config: ConfigDict) -> None:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.model.dtype not in _DTYPES:
         raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
+    if config.model.frozen_dtype not in (None, "bfloat16"):
+        raise ValueError(
+            f"model.frozen_dtype={config.model.frozen_dtype!r} must be None or 'bfloat16'."
+        )
     rate = config.optimizer.learning_rate
     if not 0 < rate < math.inf:
         raise ValueError(f"optimizer.learning_rate={rate} must be > 0 and finite.")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpjax import models
@@ -16,6 +17,7 @@ from dpjax.models import Model, Params, finetune
 __all__ = [
     "families",
     "finetuning_set",
+    "frozen_as",
     "initial",
     "model",
     "model_title",
@@ -55,6 +57,7 @@ def model(config: ConfigDict, num_classes: int) -> Model:
     """
     make, sizes = _family(config.name)
     if models.is_module(make):
+        _without_remat(config)
         return _bare(config, make, num_classes, config.options)
     options: dict[str, Any] = {"head_init": config.head_init, "dtype": config.dtype}
     arguments: list[Any] = [num_classes]
@@ -63,6 +66,10 @@ def model(config: ConfigDict, num_classes: int) -> Model:
     else:
         options |= config.options
     known = inspect.signature(make).parameters
+    if "remat" in known:
+        options["remat"] = config.remat
+    else:
+        _without_remat(config)
     # The input of a bare module that the function returns is ours to know, not the function's.
     of_input = {name: options[name] for name in models.MODULE_INPUT if name in options}
     options = {k: v for k, v in options.items() if k not in of_input or k in known}
@@ -78,6 +85,14 @@ def model(config: ConfigDict, num_classes: int) -> Model:
         shown = dict(config.options)
         raise ValueError(f"model.options={shown}: {config.name!r} takes {list(known)}.")
     return returned("model.name", config.name, made, Model)
+
+
+def _without_remat(config: ConfigDict) -> None:
+    if config.remat:
+        raise ValueError(
+            f"model.remat=True: {config.name!r} takes no remat. Give the function a keyword remat, "
+            "or wrap blocks in nn.remat (Linen), nnx.remat or jax.checkpoint in the model."
+        )
 
 
 def _bare(config: ConfigDict, module: Any, num_classes: int, options: Mapping[str, Any]) -> Model:
@@ -163,6 +178,29 @@ def _candidates(count: str) -> finetune.FineTuningSet:
         return finetune.blocks(last=len(names))(net)
 
     return make
+
+
+def frozen_as(config: ConfigDict, params: Params, trained: Callable[[str], bool]) -> Params:
+    """Rounds the parameters that no phase trains to `model.frozen_dtype`.
+
+    Args:
+        config: of the run.
+        params: all parameters, float32.
+        trained: maps a parameter's path to whether a phase trains it.
+
+    Raises:
+        ValueError: every parameter is trained.
+    """
+    if config.model.frozen_dtype is None:
+        return params
+    flat = models.flatten(params)
+    if all(map(trained, flat)):
+        raise ValueError(
+            f"model.frozen_dtype={config.model.frozen_dtype!r}: finetune={config.finetune!r} "
+            "trains every parameter; leave frozen_dtype at None."
+        )
+    dtype = jnp.dtype(config.model.frozen_dtype)
+    return models.unflatten({k: x if trained(k) else x.astype(dtype) for k, x in flat.items()})
 
 
 def finetuning_set(text: str) -> finetune.FineTuningSet:

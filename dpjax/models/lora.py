@@ -100,7 +100,8 @@ def merge(params: Params) -> Params:
             path = name.removesuffix("/a")
             kernel = flat[f"{path}/kernel"]
             product = jnp.matmul(adapters[name], adapters[f"{path}/b"], precision="highest")
-            flat[f"{path}/kernel"] = kernel + product.astype(kernel.dtype)
+            # In float32, even if the kernel was frozen in bfloat16: it would round the update away.
+            flat[f"{path}/kernel"] = kernel.astype(jnp.float32) + product.astype(jnp.float32)
     return unflatten(flat)
 
 

@@ -1,12 +1,14 @@
 """The mesh: one axis "data" over every device of every host. No other module names devices.
 
 Batches are sharded over the axis. Parameters and optimizer state are replicated, or sharded over
-the same axis ("fsdp") where a pattern matches their path. Sharded parameters are gathered once, at
-the start of a step, and the gradient sum is scattered once, at its end (ZeRO, arXiv 1910.02054).
+the same axis ("fsdp") where a pattern matches their path. What trains is gathered once, at the
+start of a step, and the gradient sum is scattered once, at its end (ZeRO, arXiv 1910.02054). What
+is frozen is gathered at each use, see `gathering`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -38,6 +40,7 @@ __all__ = [
 PyTree = Any
 
 AXIS = "data"
+_LEAST = 2**12  # numbers of a frozen parameter that is sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,29 @@ class Layout:
         that "^blocks_0" also matches the moments of `blocks_0` deep in an optimizer's state.
         """
         return jax.tree_util.tree_map_with_path(self._axis, tree)
+
+    def frozen_axes(self, tree: PyTree) -> PyTree:
+        """Returns the axes of frozen parameters, which are gathered at each use.
+
+        Small ones are replicated: a collective for each of their uses would cost more than room.
+        """
+        return jax.tree.map(
+            lambda leaf, axis: axis if leaf.size >= _LEAST else -1, tree, self.axes(tree)
+        )
+
+    def place_frozen(self, tree: PyTree) -> PyTree:
+        """Puts parameters that do not train, which every host holds in full, onto the mesh."""
+        axes = self.frozen_axes(tree)
+        return place(tree, jax.tree.map(lambda a: NamedSharding(self.mesh, partition(a)), axes))
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        """Lets JAX compute on the host, if parameters are sharded: a device may not hold them all.
+
+        For what needs the whole model once: its first parameters and the checks before training.
+        """
+        if self.spread is None or jax.default_backend() == "cpu":
+            return contextlib.nullcontext()
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
 
     def shardings(self, tree: PyTree) -> PyTree:
         """Returns the sharding of each leaf."""

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from dpjax.build import Run
@@ -94,11 +95,18 @@ def peak_bytes(prepared: Prepared, params: Params, train: Dataset | Units) -> Ca
     mesh = layout.mesh
     by_row, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-    def like(tree: Any, place: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    def like(tree: Any, places: Any) -> Any:
+        if isinstance(places, NamedSharding):
+            places = jax.tree.map(lambda x: places, tree)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+        )
 
     state = phases.checkpoint_like(prepared, params)["state"]
-    parts = like(prepared.split(params), replicated)
+    trainable, frozen = prepared.split(params)
+    axes = layout.frozen_axes(frozen)
+    places = jax.tree.map(lambda axis: NamedSharding(mesh, sharding.partition(axis)), axes)
+    parts = like(trainable, replicated), like(frozen, places)
     totals = like(jax.eval_shape(steps.begin, state)[1], by_row)
     update = _program_bytes(steps.update, state, totals, hyper)
     # Held in memory while a chunk runs, but not among its arguments. Replicated parameters are

@@ -49,7 +49,8 @@ def engines(run: Run) -> int:
             continue
         # The frozen parameters are an argument: as constants they would slow the compiler down.
         try:
-            dp.check_engine(loss, trains, batch, frozen=frozen)
+            with run.layout.on_host():
+                dp.check_engine(loss, trains, batch, frozen=frozen)
         except dp.EngineMismatch as error:
             raise dp.EngineMismatch(f"{error} In a config, that is dp.method='vmap'.") from error
         compared += 1

@@ -268,6 +268,7 @@ def _run_phase(
                 or (config.keep_best and loss is not None)
             ):
                 save(end, loss)
+    _, frozen = prepared.split(params)  # of the host: on the devices they may be sharded
     return finetune.join(run.layout.gather(state.trainable), frozen), state
 
 

@@ -70,7 +70,7 @@ class Prepared(NamedTuple):
             restored: whether `before` is a state of this very phase, from a checkpoint.
         """
         trainable, frozen = self.split(params)
-        frozen = sharding.place(frozen, self.layout.whole(frozen))
+        frozen = self.layout.place_frozen(frozen)
         if before is not None and (restored or self.continues):
             return frozen, before  # with its moments, noise counter and place in the schedule
         # `place` copies from the host: `update` donates the state, and the caller still needs its

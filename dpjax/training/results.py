@@ -75,7 +75,15 @@ def finish(
     names = run.train.class_names
     if run.ledger is not None and state is not None:
         _check_draws(run, workdir, state)
-    weights, sums = run.merge(params), evaluate(params)
+
+    def merged(params: Params) -> Params:
+        with run.layout.on_host():
+            return run.merge(jax.tree.map(np.asarray, params))
+
+    def measured(params: Params) -> metrics.EvalSums | metrics.TokenSums:
+        return evaluate(run.layout.place_frozen(params))
+
+    weights, sums = merged(params), measured(params)
     results = metrics.summarize(sums, names)
     if run.temperature is not None:
         value = fit_temperature(
@@ -83,15 +91,15 @@ def finish(
         )
         weights = scale_head(weights, run.model.head, value)
         before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
-        sums = evaluate(scale_head(params, run.model.head, value))
+        sums = measured(scale_head(params, run.model.head, value))
         results = {**metrics.summarize(sums, names), **before}
     if workdir.writes:
         save_weights(weights, workdir.path / "weights.safetensors")
     if state is not None and state.average is not None:
         average = overlay(params, run.layout.gather(state.average))
-        results |= _named("ema/", metrics.summarize(evaluate(average), names))
+        results |= _named("ema/", metrics.summarize(measured(average), names))
         if workdir.writes:
-            save_weights(run.merge(average), workdir.path / "weights_ema.safetensors")
+            save_weights(merged(average), workdir.path / "weights_ema.safetensors")
     workdir.write("model.json", predictor.description(run))
     released = {} if run.temperature is None else {"temperature": value}  # under the guarantee
     content = evaluation(run, results, sums) | released

@@ -25,7 +25,7 @@ from absl import app, flags
 
 from dpjax import dp
 
-__all__ = ["IDIOMS", "main", "measure"]
+__all__ = ["IDIOMS", "head", "main", "measure", "row"]
 
 Case = tuple[Callable[[Any, Any], jax.Array], Any, Any]  # loss of one example, parameters, batch
 
@@ -306,17 +306,18 @@ def small(name: str) -> Case:
     return IDIOMS[name](_Draw(small=True))
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Measures one idiom at full size.
+def measure(name: str, case: Case, rounds: int) -> dict[str, Any]:
+    """Measures one idiom or model.
 
     Args:
-        name: of the idiom.
+        name: of the case, for messages.
+        case: loss of one example, parameters and batch.
         rounds: how often each engine takes its turn.
 
     Returns:
         By engine: compile seconds, median seconds, temporary bytes; and the direct share.
     """
-    loss_fn, params, batch = IDIOMS[name](_Draw(small=False))
+    loss_fn, params, batch = case
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     mask = jnp.ones(jax.tree.leaves(batch)[0].shape[0], bool)
 
@@ -354,6 +355,13 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return {**out, "direct": direct / sum(sizes), "plan": plan}
 
 
+def head(title: str) -> str:
+    """The first two lines of the table."""
+    columns = [f"{e}: {c}" for e in ("ours", "vmap") for c in ("compile", "time", "memory")]
+    first = f"| {title} | plain, ms | direct | " + " | ".join(columns) + " |"
+    return f"{first}\n|---|" + "---|" * (2 + len(columns))
+
+
 def row(name: str, found: dict[str, Any]) -> str:
     """A row of the table."""
     plain = found["plain"]
@@ -378,11 +386,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: only={sorted(unknown) or argv[1:]} must be of {list(IDIOMS)}.",
               file=sys.stderr)  # fmt: skip
         return 2
-    columns = [f"{e}: {c}" for e in ("ours", "vmap") for c in ("compile", "time", "memory")]
-    print("| idiom | plain, ms | direct | " + " | ".join(columns) + " |")
-    print("|---|" + "---|" * (2 + len(columns)), flush=True)
+    print(head("idiom"), flush=True)
     for name in _ONLY.value:
-        print(row(name, measure(name, _ROUNDS.value)), flush=True)
+        case = IDIOMS[name](_Draw(small=False))
+        print(row(name, measure(name, case, _ROUNDS.value)), flush=True)
     return 0
 
 

@@ -2,6 +2,8 @@
 
     python -m experiments.bench.throughput  # everything, about an hour
     python -m experiments.bench.throughput --sizes=vit_ti_64:full --engines=nonprivate,vmap
+    python -m experiments.bench.throughput --sizes=vit_b_197:full,vit_b_197:film \\
+        --config.dtype=bfloat16   # ViT-B/16 at 224 pixels, on an accelerator
     python -m experiments.bench.throughput --json=out.json --png=out.png --config.rounds=9
 
 Each engine has its own process, so that its peak memory can be measured. All engines of a case take
@@ -37,7 +39,7 @@ ENGINES = (
 )  # fmt: skip
 SETS = ("full", "film", "lora", "head")
 CASES = ("vit_ti_64", "vit_ti_197", "resnet_gn", "text_4", "smollm2_4")
-LARGE = ("smollm2_135m",)  # for an accelerator, when asked for
+LARGE = ("vit_b_197", "smollm2_135m")  # for an accelerator, when asked for
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -22,6 +22,8 @@ def make_model(case: str, classes: int, dtype: str) -> Any:
         return models.vision_transformer(config, classes, **common)
     if case == "vit_ti_197":
         return models.vision_transformer(ti16.at(224), classes, **common)
+    if case == "vit_b_197":
+        return models.vision_transformer(models.SIZES["b16"].at(224), classes, **common)
     if case == "resnet_gn":
         return models.wide_resnet(models.WRN_16_4, classes, **common)
     if case == "text_4":

@@ -123,7 +123,7 @@ def torch_engine(spec: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any
     config = (
         type(ti16)(**{**vars(ti16), "image_size": 128, "class_token": False, "pooling": "gap"})
         if spec["case"] == "vit_ti_64"
-        else ti16
+        else models.SIZES["b16" if spec["case"] == "vit_b_197" else "ti16"]
     )
     params = jax.jit(net.init)(jax.random.key(0))
     module: nn.Module = _ViT(config, spec["classes"])

@@ -61,8 +61,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.finetune = "lora:16:attn/|mlp/"
         config.batch_size, config.physical_batch, config.epochs = 512, 64, 10.0
         config.optimizer.learning_rate = 1e-3
+        config.model.remat = True
         with config.unlocked():
-            config.model.options = {"max_length": 256, "remat": True}
+            config.model.options = {"max_length": 256}
         return config
     folder = files.cache_dir(f"memorization-{chosen}")
     train, test = _MESSAGES[chosen]

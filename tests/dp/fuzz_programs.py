@@ -964,7 +964,9 @@ def is_half(program: Program) -> bool:
 
 # Programs run for microseconds, so compiling is all that counts. Without the fusion emitters it
 # takes a third of the time.
-COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # newer versions refuse an option that they do not know
+    COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 def _traced(program: Program, params: Any, batch: Any) -> Callable[[Any, Any], jax.Array]:

@@ -304,7 +304,7 @@ def views(module, x):
     return jax.vmap(layer)(jnp.stack([x, jnp.sin(x)])).mean(0)
 
 
-TOKENS = np.array([[3, 3, 1, 0, 10, 3], [1, 2, 3, 4, 5, 6], [7] * 6, [0, 9, 0, 9, 9, 0]])
+TOKENS = np.array([[3, 3, 1, 0, 10, 3], [1, 2, 3, 4, 5, 6], [7] * 6, [0, 9, 0, 9, 9, 0]], np.int32)
 
 LAYERS = {
     "dense": (nn.Dense(3), normal(5)),
@@ -391,7 +391,10 @@ def small(size=SIZE, seed=0):
         return numbers.standard_normal(shape, np.float32)
 
     params = {"bias": draw(4), "kernel": draw(5, 4), "rows": draw(9, 5)}
-    batch = {"tokens": numbers.integers(0, 9, (size, 6)), "scale": draw(size, 6, 5)}
+    batch = {
+        "tokens": numbers.integers(0, 9, (size, 6)).astype(np.int32),
+        "scale": draw(size, 6, 5),
+    }
 
     def loss_fn(params, example):
         x = jnp.sin(params["rows"][example["tokens"]]) * example["scale"]
@@ -414,7 +417,7 @@ def poisonable():
     params["conv"] = 0.3 * numbers.standard_normal((3, 48, 48), np.float32)
     size, tokens = 6, 40
     batch = {
-        "tokens": numbers.integers(0, 9, (size, tokens)),
+        "tokens": numbers.integers(0, 9, (size, tokens)).astype(np.int32),
         "add": numbers.standard_normal((size, tokens, 16), np.float32),
         "late": numbers.standard_normal((size, tokens, 48), np.float32),
         "weight": np.ones((size,), np.float32),
@@ -467,7 +470,7 @@ def hidden(kernel, dtype):
 
 
 def tokens_batch():
-    return np.random.default_rng(0).integers(1, 40, (SIZE, 12))
+    return np.random.default_rng(0).integers(1, 40, (SIZE, 12)).astype(np.int32)
 
 
 MODELS = {

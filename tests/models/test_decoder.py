@@ -126,7 +126,7 @@ def test_bfloat16_and_remat_are_close_and_the_same():
     assert logits.dtype == jnp.float32
     gap = np.abs(logits - full).max() / np.abs(full).max()
     assert 1e-5 < gap < 0.1
-    again = models.decoder(dataclasses.replace(TINY, remat=True))
+    again = models.decoder(TINY, remat=True)
 
     def loss(net):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(net.apply(p, ids)))))(params)

@@ -88,6 +88,7 @@ class _Block(nn.Module):
 class _Backbone(nn.Module):
     config: ResNetConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -96,12 +97,13 @@ class _Backbone(nn.Module):
         # Padded with zeros, not with -inf, like the network that the published weights come from.
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
         x = nn.max_pool(x, (3, 3), (2, 2), "VALID")
+        kind = nn.remat(_Block) if self.remat else _Block
         for stage, depth in enumerate(cfg.depths):
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
                 width = cfg.width * 2**stage
                 name = f"stages_{stage}_blocks_{block}"
-                x = _Block(width, stride, cfg.groups, self.dtype, name=name)(x)
+                x = kind(width, stride, cfg.groups, self.dtype, name=name)(x)
         x = jax.nn.relu(GroupNorm(cfg.groups, self.dtype, name="norm")(x))
         return x.mean(axis=(-3, -2), dtype=jnp.float32)
 
@@ -153,6 +155,7 @@ def resnet_v2(
     *,
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns a BiT classifier; all norms are group norms, so examples are independent.
 
@@ -163,7 +166,7 @@ def resnet_v2(
     """
     half = (0.5,) * config.channels
     return from_linen(
-        _Backbone(config, compute_dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype), remat),
         InputSpec(config.image_size, config.channels, half, half),
         loader(partial(_bit, config)),
         width=config.features,

@@ -47,7 +47,6 @@ class DecoderConfig:
         tied: whether the output layer is the transposed embedding table.
         qkv_bias: whether query, key and value have a bias.
         max_length: tokens of every (padded or cut) sequence.
-        remat: computes a block's activations again in the backward pass, instead of keeping them.
     """
 
     vocab_size: int = 49152
@@ -64,7 +63,6 @@ class DecoderConfig:
     tied: bool = True
     qkv_bias: bool = False
     max_length: int = 128
-    remat: bool = False
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "width", "depth", "heads", "kv_heads", "mlp", "max_length"):
@@ -218,6 +216,7 @@ class _Embed(nn.Module):
 class _Backbone(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -225,7 +224,7 @@ class _Backbone(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         x = _Embed(cfg, name="embed")(tokens).astype(self.dtype)
-        block = nn.remat(_Block) if cfg.remat and cache is None else _Block
+        block = nn.remat(_Block) if self.remat else _Block
         layers = []
         for index in range(cfg.depth):
             layer = None if cache is None else Cache(cache.keys[index], cache.values[index])
@@ -262,6 +261,7 @@ def decoder(
     *,
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns a causal language model: `apply` gives the logits of every token's successor.
 
@@ -276,12 +276,13 @@ def decoder(
         num_classes: not used: the classes are the tokens.
         head_init: not used: the output layer is pretrained like the rest.
         dtype: in which layers compute; norms, attention weights and logits are float32.
+        remat: see `vision_transformer`.
 
     Returns:
         The model. `features` is `[..., tokens, width]` of the compute dtype, `apply` float32
         `[..., tokens, vocab_size]`, for tokens int32 `[..., tokens]` of any length.
     """
-    net = _Backbone(config, compute_dtype(dtype))
+    net = _Backbone(config, compute_dtype(dtype), remat)
 
     def init(key: jax.Array) -> Params:
         body, head = jax.random.split(key)

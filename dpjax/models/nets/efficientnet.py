@@ -100,13 +100,15 @@ class _Block(nn.Module):
 class _Backbone(nn.Module):
     config: EfficientNetConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = conv(self.config.stem, 3, 2, name="stem", dtype=self.dtype, same=True)(images)
         x = jax.nn.relu6(Affine(self.dtype, name="norm_stem")(x))
+        block = nn.remat(_Block) if self.remat else _Block
         for index, (_, hidden, size, stride, width) in enumerate(self.config.blocks()):
-            x = _Block(hidden, size, stride, width, self.dtype, name=f"blocks_{index}")(x)
+            x = block(hidden, size, stride, width, self.dtype, name=f"blocks_{index}")(x)
         x = nn.Dense(self.config.width, dtype=self.dtype, name="last")(x)
         x = jax.nn.relu6(Affine(self.dtype, name="norm_last")(x))
         return x.mean(axis=(-3, -2), dtype=jnp.float32)
@@ -146,6 +148,7 @@ def efficientnet_lite(
     *,
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns an EfficientNet-Lite classifier.
 
@@ -161,7 +164,7 @@ def efficientnet_lite(
     # The published network takes pixels (x - 127) / 128.
     spec = InputSpec(config.image_size, 3, (127 / 255,) * 3, (128 / 255,) * 3)
     return from_linen(
-        _Backbone(config, compute_dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype), remat),
         spec,
         loader(partial(_published, config), ignore=r"num_batches_tracked$"),
         width=config.width,

@@ -39,13 +39,15 @@ class _Stage(nn.Module):
 
 class _Backbone(nn.Module):
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = conv(_STEM, 3, 1, name="stem", dtype=self.dtype)(images)
         x = jax.nn.relu(Affine(self.dtype, name="norm_stem")(x))
+        kind = nn.remat(_Stage) if self.remat else _Stage
         for index, (width, stride) in enumerate(_STAGES):
-            x = _Stage(width, stride, self.dtype, name=f"stages_{index}")(x)
+            x = kind(width, stride, self.dtype, name=f"stages_{index}")(x)
         side, channels = x.shape[-2] // _POOL, x.shape[-1]
         cells = x.reshape(*x.shape[:-3], side, _POOL, side, _POOL, channels)
         pooled = cells.mean(axis=(-4, -2), dtype=jnp.float32)
@@ -82,7 +84,11 @@ def _published(tensors: Tensors, classes: int) -> dict[str, Source]:
 
 
 def resnet8(
-    num_classes: int, *, head_init: str = "zero", dtype: jnp.dtype | str = "float32"
+    num_classes: int,
+    *,
+    head_init: str = "zero",
+    dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns a ResNet-8: a stem of width 64, one block in each of 3 stages, 113k parameters.
 
@@ -94,7 +100,7 @@ def resnet8(
     """
     spec = InputSpec(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     return from_linen(
-        _Backbone(compute_dtype(dtype)),
+        _Backbone(compute_dtype(dtype), remat),
         spec,
         loader(_published, ignore=r"num_batches_tracked$"),
         width=_WIDTH,

@@ -110,13 +110,15 @@ class _Block(nn.Module):
 class _Backbone(nn.Module):
     config: TextConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         keep = tokens != self.config.pad_id
         x = _Embed(self.config, self.dtype, name="embed")(tokens)
+        block = nn.remat(_Block) if self.remat else _Block
         for index in range(self.config.depth):
-            x = _Block(self.config, self.dtype, name=f"blocks_{index}")(x, keep)
+            x = block(self.config, self.dtype, name=f"blocks_{index}")(x, keep)
         x = x.astype(jnp.float32)
         if self.config.pooling == "cls":
             return x[..., 0, :]
@@ -132,6 +134,7 @@ def text_encoder(
     *,
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns a classifier of token sequences; attention and the mean ignore padding.
 
@@ -144,7 +147,7 @@ def text_encoder(
     Arguments and errors are those of `vision_transformer`; `TEXT_SIZES` has the usual shapes.
     """
     return from_linen(
-        _Backbone(config, compute_dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype), remat),
         TextSpec(config.max_length, config.vocab_size, config.pad_id),
         loader(partial(_table, config), ignore=_IGNORE),
         width=config.width,

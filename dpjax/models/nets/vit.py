@@ -108,6 +108,7 @@ class _Block(nn.Module):
 class _Backbone(nn.Module):
     config: ViTConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -124,8 +125,9 @@ class _Backbone(nn.Module):
             x = jnp.concatenate([token, x], axis=-2)
         position = self.param("pos_embed", nn.initializers.normal(0.02), (cfg.tokens, cfg.width))
         x = x + jnp.broadcast_to(position.astype(self.dtype), x.shape)
+        block = nn.remat(_Block) if self.remat else _Block
         for index in range(cfg.depth):
-            x = _Block(cfg, self.dtype, name=f"blocks_{index}")(x)
+            x = block(cfg, self.dtype, name=f"blocks_{index}")(x)
         if cfg.pooling == "cls":
             pooled = x[..., 0, :]
         else:
@@ -139,6 +141,7 @@ def vision_transformer(
     *,
     head_init: str = "zero",
     dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns a ViT classifier.
 
@@ -153,6 +156,7 @@ def vision_transformer(
         head_init: "zero", "random" or "near_zero".
         dtype: compute dtype of the blocks; parameters, softmax, norm statistics and logits are
             always float32.
+        remat: computes a block's activations again in the backward pass, instead of keeping them.
 
     Raises:
         ValueError: an argument is out of range.
@@ -166,7 +170,7 @@ def vision_transformer(
         config.image_size, config.channels, (0.5,) * config.channels, (0.5,) * config.channels
     )
     return from_linen(
-        _Backbone(config, compute_dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype), remat),
         spec,
         partial(_load, config),
         width=config.width,

@@ -77,17 +77,19 @@ class _Block(nn.Module):
 class _Backbone(nn.Module):
     config: WideResNetConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         cfg = self.config
         x = StandardizedConv(_STEM, 3, 1, self.dtype, True, name="stem")(images)
+        kind = nn.remat(_Block) if self.remat else _Block
         for stage in range(_STAGES):
             for block in range((cfg.depth - 4) // 6):
                 stride = 2 if stage > 0 and block == 0 else 1
                 width = _STEM * cfg.widen * 2**stage
                 name = f"stages_{stage}_blocks_{block}"
-                x = _Block(width, stride, cfg.groups, self.dtype, name=name)(x)
+                x = kind(width, stride, cfg.groups, self.dtype, name=name)(x)
         x = jax.nn.relu(GroupNorm(cfg.groups, self.dtype, name="norm")(x))
         return x.mean(axis=(-3, -2), dtype=jnp.float32)
 
@@ -98,6 +100,7 @@ def wide_resnet(
     *,
     head_init: str = "random",
     dtype: jnp.dtype | str = "float32",
+    remat: bool = False,
 ) -> Model:
     """Returns a WRN with group norm and scaled weight standardization; `WRN_16_4` is usual.
 
@@ -109,7 +112,7 @@ def wide_resnet(
     # Constants: statistics of the training data would be private.
     half = (0.5,) * config.channels
     return from_linen(
-        _Backbone(config, compute_dtype(dtype)),
+        _Backbone(config, compute_dtype(dtype), remat),
         InputSpec(config.image_size, config.channels, half, half),
         load_plain,
         width=config.features,
