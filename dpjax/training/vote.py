@@ -84,7 +84,9 @@ def ballots(run: Run) -> np.ndarray:
         def loss(params: Params, example: dict[str, jax.Array]) -> jax.Array:
             return run.loss_fn(finetune.join(params, frozen), example)
 
-        clip = dp.clipped_sum(loss, rule, method=run.config.dp.method)
+        clip = dp.clipped_sum(
+            loss, rule, method=run.config.dp.method, microbatch_size=run.config.microbatch
+        )
         return clip(trainable, batch, mask)[1].norms
 
     given = run.config.physical_batch

@@ -7,19 +7,22 @@ Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the
 pretrained on UCI digits, three seeds) and "paper" (CIFAR-100, ViT-B/16 pretrained on ImageNet-21k,
 epsilon 2, delta 1e-5). The paper's layer lists were not available to us: the sets here are our own.
 
-All runs have the same mechanism: N, q, T and sigma do not depend on the trained layers. Therefore
+All sets have the same mechanism: N, q, T and sigma do not depend on the trained layers. Therefore
 repeat-and-select can charge the choice among them (arXiv 2110.03620). The choice made by this study
 is declared, not charged. The report also says what charging it would have cost, and conversely,
-which epsilon a run would have had if the search had met the budget. A charged search is
+which epsilon a run would have had if the search had met the budget. Beside the sets, the size
+"laptop" has `vote:1` and `vote:2`, which train the blocks that a noised vote of the examples picks:
+that choice is charged, within the same epsilon. A charged search is
 
     dpjax search --config=experiments/layers/study.py:charged \\
         --workdir=DIR --charge=10
 
-whose points are those of "laptop" without fixed seeds.
+whose points are those of "laptop" without votes and fixed seeds.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +33,7 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 from ml_collections import ConfigDict
 
-from dpjax import build
+from dpjax import build, models
 from dpjax.config import default
 from dpjax.dp import repeat_and_select
 from dpjax.models import finetune
@@ -60,6 +63,7 @@ _GRID: dict[str, tuple[tuple[str, ...], tuple[float, ...], int]] = {
         tuple(float(f"{1e-5 * 1000 ** (k / 7):.3g}") for k in range(8)), 3,
     ),
 }  # fmt: skip
+_VOTES = ("vote:1", "vote:2")  # at the size "laptop", beside its sets
 _PUBLISHED = [
     {
         "data": "CIFAR-100, ImageNet pretraining", "epsilon": 2.0, "delta": 1e-5,
@@ -114,12 +118,24 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
     values: dict[str, Sequence[Any]] = {"private_seed": range(seeds)}
     if arg == "charged":
         values = {}
+    elif study.size(arg) == "laptop":
+        sets = (*sets, *_VOTES)
     yield from proposals.grid({**values, "finetune": sets, _RATE: rates})
 
 
 def measure(run: build.Run, initial: Any, final: Any) -> Row:
-    """Counts trained and frozen parameters."""
+    """Counts trained and frozen parameters; after a vote, those that moved and those that did not.
+
+    Args:
+        run: whose phases say what trains, or what stood to vote.
+        initial: parameters before training, as plain weights.
+        final: those after it.
+    """
     trainable, frozen = finetune.split(run.params, run.phases[-1].trainable)
+    if run.vote is not None:
+        before, after = models.flatten(initial), models.flatten(final)
+        moved = {name for name in before if np.any(np.asarray(before[name] != after[name]))}
+        trainable, frozen = finetune.split(run.params, lambda path: path in moved)
     return {"trainable": finetune.count(trainable), "frozen": finetune.count(frozen)}
 
 
@@ -140,6 +156,7 @@ def report(workdir: Path) -> list[Path]:
         Table("published", "Published (Cattan et al.)", _PUBLISHED),
         "## Every learning rate",
         Table("rates", "All of the grid", grid),
+        *_votes(started),
         "## What the search costs",
         _declared(grid, started),
         Table("cost", "Repeat-and-select over a geometric number of runs: epsilon of the search at "
@@ -171,6 +188,27 @@ def _best_rates(grid: Sequence[Row], results: Sequence[Result]) -> list[Row]:
             "below the best [points]": loss, "below the best [points] ±": half,
         })  # fmt: skip
     return rows
+
+
+def _votes(results: Sequence[Result]) -> list[str | Table]:
+    """What the votes picked, how clearly, and what they cost."""
+    rows = []
+    for result in results:
+        file = result.path / "vote.json"
+        if result.status != "finished" or result.privacy is None or not file.is_file():
+            continue
+        known, held = json.loads(file.read_text()), result.privacy["phases"][0]
+        rows.append({
+            "layers": result.config["finetune"], "seed": study.field(result, "private_seed"),
+            "learning rate": study.field(result, _RATE), "picked": known["finetune"],
+            **{f"votes for {name}": votes for name, votes in known["votes"].items()},
+            "sigma of the vote": held["noise_multiplier"],
+            "sigma of training": result.privacy["phases"][1]["noise_multiplier"],
+        })  # fmt: skip
+    if not rows:
+        return []
+    return ["## The vote for the blocks, which is charged",
+            Table("votes", "Noised sums of the votes, whose noise is sigma", rows)]  # fmt: skip
 
 
 def _seeds(results: Sequence[Result], row: Row) -> dict[int, float]:
@@ -219,7 +257,10 @@ def _declared(grid: Sequence[Row], results: Sequence[Result]) -> str:
 
 def _costs(results: Sequence[Result]) -> list[Row]:
     """The price of a charged search over these settings, from the mechanism that all runs share."""
-    statements = [r.privacy for r in results if r.status == "finished" and r.privacy]
+    statements = [
+        r.privacy for r in results
+        if r.status == "finished" and r.privacy and r.config["finetune"] not in _VOTES
+    ]  # fmt: skip
     if not statements:
         return []
     run = repeat_and_select.mechanisms(statements[0])

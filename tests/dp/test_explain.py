@@ -28,6 +28,19 @@ def test_shares_are_of_parameters_and_add_up_to_one():
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
+def test_a_scale_of_every_weight_leaves_the_gram_route_and_one_of_every_row_does_not():
+    """What scale-then-privatize (arXiv 2507.01129) does to a kernel, as a change of variables."""
+    base, scales = jnp.ones((64, 32)), jnp.linspace(0.1, 1.0, 2048).reshape(64, 32)
+    routes = {
+        "plain": lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])),
+        "of every weight": lambda p, x: jnp.sum(jnp.tanh(x @ (base + scales * p["w"]))),
+        "of every row": lambda p, x: jnp.sum(jnp.tanh(x @ base + (x * scales[:, :1].T) @ p["w"])),
+    }
+    params, x = {"w": jnp.zeros((64, 32))}, jnp.ones((16, 64))
+    found = {name: dp.bookkeeping.plan(f, params, x)[0].route for name, f in routes.items()}
+    assert found == {"plain": "gram", "of every weight": "derived", "of every row": "gram"}
+
+
 def test_the_largest_direct_leaf_comes_first_with_reason_and_advice():
     text = dp.explain(loss, PARAMS, jax.ShapeDtypeStruct((8,), jnp.float32))
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]

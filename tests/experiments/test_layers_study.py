@@ -1,8 +1,9 @@
 """The study of layer sets: equal budgets, sizes, and what the search would have cost."""
 
 import pytest
+from tiny import tiny_config
 
-from dpjax import dp
+from dpjax import build, dp, models
 from dpjax.build import fields
 from dpjax.commands import cli
 from dpjax.dp import repeat_and_select
@@ -85,6 +86,33 @@ def test_the_best_rate_of_each_set_is_shown_and_losses_are_paired(finished):
     assert second["share [%]"] == pytest.approx(100 * 10 / 90)
 
 
+def test_after_a_vote_what_moved_is_what_trained():
+    options = {"width": 16, "depth": 3, "heads": 2, "mlp": 16, "image_size": 14}
+    run = build.build(tiny_config(finetune="vote:1", model__options=options))
+    plain = models.flatten(run.params)
+    after = {k: v + 1 if k.startswith(("blocks_2/", "head/")) else v for k, v in plain.items()}
+    found = layers.measure(run, run.params, models.unflatten(after))
+    want = sum(v.size for k, v in plain.items() if k.startswith(("blocks_2/", "head/")))
+    assert found == {"trainable": want, "frozen": sum(v.size for v in plain.values()) - want}
+
+
+def test_what_a_vote_picked_is_in_the_report_and_not_in_the_price(finished, tmp_path):
+    base = study.read(finished)[0]
+    phases = [{**base.privacy["phases"][0], "noise_multiplier": s} for s in (9.0, 1.0)]
+    voted = base._replace(
+        path=tmp_path, config={**base.config, "finetune": "vote:1"},
+        privacy={**base.privacy, "phases": phases},
+    )  # fmt: skip
+    (tmp_path / "vote.json").write_text('{"finetune": "blocks:at:2", "votes": {"blocks_2": 7.5}}')
+    _, table = layers._votes([base, voted])
+    (row,) = table.rows
+    assert (row["picked"], row["votes for blocks_2"], row["sigma of the vote"]) == (
+        "blocks:at:2", 7.5, 9.0,
+    )  # fmt: skip
+    assert layers._costs([base, voted]) == layers._costs([base])
+    assert layers._votes([base]) == []
+
+
 @pytest.mark.parametrize("size", [*study.SIZES, "charged"])
 def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
     base = fields.load(f"{FILE}:{size}")
@@ -94,6 +122,8 @@ def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
     }  # fmt: skip
     assert base.private_seed is None
     assert ("private_seed" not in found[0]) == (size == "charged")
+    voted = {point["finetune"] for point in found if "vote" in point["finetune"]}
+    assert voted == (set(layers._VOTES) if size == "laptop" else set())  # no search may charge them
     proposals.axes(found)  # a full product
 
 
