@@ -100,7 +100,10 @@ def run(args: argparse.Namespace) -> int:
             workdir.move_aside()
             hosts.gather(None)
         results = loop.train(plan, workdir, stop=hosts.catch_signals())
-        audited = audit.attach(plan, workdir) if config.audit.count else None
+        audited = None
+        if config.audit.count:  # for minutes, in which nobody else may write the statement
+            with workdir.lock():
+                audited = audit.attach(plan, workdir)
     except (
         OtherRun, hosts.Disagreement, rows.CannotWrite, capacity.DoesNotFit, dp.EngineMismatch
     ) as error:  # fmt: skip

@@ -473,6 +473,18 @@ def test_exit_codes(code, main, capsys):
         assert str(EXITS[code]) in capsys.readouterr().err
 
 
+def test_an_audit_after_training_holds_the_lock(main, tmp_path, monkeypatch):
+    def attach(run, workdir):
+        with pytest.raises(OtherRun, match="another process runs here"), workdir.lock():
+            pass
+        return {**dict.fromkeys(("bound", "claimed_epsilon"), 1.0), "runs": 4, "confidence": 0.5,
+                "canaries": "random"}  # fmt: skip
+
+    monkeypatch.setattr("dpjax.audit.attach", attach)
+    flags = ["--config.audit.count=9", "--config.audit.runs=4"]
+    assert main(lambda *arguments, **options: {}, *flags) == 0
+
+
 def test_restart_moves_the_run_of_another_config_aside(main, tmp_path, capsys):
     other = Workdir(tmp_path / "w")
     other.create(tiny_config(dp__epsilon=1.0))
