@@ -76,7 +76,8 @@ def plot(
 ) -> None:
     """Draws sigma sqrt(T) against B as PNG, for a quarter, once and four times the epochs.
 
-    The candidates are those asked for, and the choice is marked.
+    The candidates are those asked for, and the choice is marked. The rule's sampler is drawn solid,
+    the other one dashed.
 
     Args:
         path: of the PNG.
@@ -92,7 +93,7 @@ def plot(
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    rule["samplers"] = tuple(rule.get("samplers", planner.SAMPLERS))[:1]
+    rule.setdefault("samplers", planner.SAMPLERS)
     chosen = planner.plan(num_examples, epochs, epsilon, delta, **rule).batch_size
     all_epochs = (epochs / 4, epochs, 4 * epochs)
     all_epsilons = sorted({0.5, 1.0, 2.0, 8.0, float(epsilon)})
@@ -109,6 +110,9 @@ def plot(
             color = colors(0.92 * index / max(1, len(all_epsilons) - 1))
             width = 2.6 if eps == epsilon else 1.2
             axes.plot(sizes, noise, ".-", color=color, lw=width, label=f"epsilon {eps:g}")
+            if made.rows[0].other:
+                others = [row.other[0].cumulative_noise for row in made.rows]
+                axes.plot(sizes, others, ".--", color=color, lw=width)
             at = sizes.index(made.batch_size)
             axes.plot(sizes[at], noise[at], "o", ms=11, mfc="none", mec=color, mew=2)
         most = some_epochs * num_examples / rule.get("min_steps", planner.MIN_STEPS)
@@ -127,6 +131,8 @@ def plot(
         axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("cumulative noise  sigma sqrt(T)  [clip bounds]")
+    for name, style in zip(rule["samplers"], ("-", "--")):
+        panels[0].plot([], [], style, color="0.3", label=_TITLES[name])
     panels[0].plot([], [], "o", ms=11, mfc="none", mec="0.3", mew=2, label="chosen for it")
     panels[0].plot([], [], ":", color="0.6", label=f"chosen here: {chosen}")
     panels[0].fill_between([], [], color="0.9", label="too few steps")

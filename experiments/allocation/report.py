@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 from dpjax.build import planner
 from experiments import study
-from experiments.allocation.heads import EPOCHS, Row, read
+from experiments.allocation.heads import DELTA, EPOCHS, Row, read
 from experiments.study import Figure, Table
 
 __all__ = ["Cell", "cells", "main", "paired", "parts", "published", "regrets"]
@@ -214,7 +214,7 @@ def planned(group: list[Cell]) -> Cell:
     """The choice of `planner.plan` among the batch sizes of a setting."""
     one = group[0]
     plan = planner.plan(
-        one.num_examples, EPOCHS, one.epsilon, 1e-5, samplers=(one.sampler,),
+        one.num_examples, EPOCHS, one.epsilon, DELTA, samplers=(one.sampler,),
         batch_sizes=[c.batch_size for c in group],
     )  # fmt: skip
     return next(c for c in group if c.batch_size == plan.batch_size)
