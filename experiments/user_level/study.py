@@ -129,7 +129,11 @@ def report(workdir: Path) -> list[Path]:
         "mean ± half width of the 95 % interval over private seeds, which change batches and "
         "noise. Batch size and learning rate are the best of the grid, on the same data: declared, "
         "not charged.",
-        Table("best", "By size of a unit and records read in a step", list(best.values())),
+        Table(
+            "best",
+            "By size of a unit and records read in a step",
+            [best[key] for key in sorted(best)],
+        ),
         *_figure(best),
         Table("grid", "All of the grid", rows),
     ]
