@@ -1,4 +1,4 @@
-"""The book-keeping engine against vmap on random loss programs; see `fuzz_programs`."""
+"""The book-keeping engine against JAX on random loss programs; see `fuzz_programs`."""
 
 import collections
 import itertools
@@ -10,18 +10,15 @@ import pytest
 
 from dpjax.dp.engines import sites, tracing
 
-# The programs of every day: of the first 2,600, thirty with a product of each kind, and others.
+# The programs of every day: of the first 2,600, twenty with a product of each kind, and others.
 EVERYDAY = (
     2, 21, 78, 85, 126, 150, 163, 192, 201, 208, 225, 301, 355, 384, 391, 416, 417, 428, 435,
     498, 530, 551, 609, 640, 648, 664, 667, 671, 678, 682, 714, 730, 732, 746, 758, 761, 768,
     778, 784, 814, 822, 832, 835, 847, 864, 879, 894, 929, 960, 962, 975, 1000, 1010, 1076,
     1082, 1101, 1115, 1121, 1131, 1132, 1147, 1200, 1224, 1286, 1287, 1307, 1324, 1358, 1366,
-    1396, 1405, 1414, 1425, 1429, 1438, 1453, 1455, 1512, 1551, 1555, 1564, 1567, 1570, 1619,
-    1622, 1626, 1668, 1690, 1698, 1720, 1726, 1756, 1793, 1839, 1864, 1871, 1908, 1914, 1922,
-    1934, 1945, 1947, 1951, 1955, 1956, 1961, 1975, 1981, 1989, 1999, 2012, 2013, 2023, 2048,
-    2054, 2060, 2080, 2087, 2132, 2141, 2146, 2152, 2183, 2209, 2220, 2225, 2227, 2250, 2281,
-    2285, 2290, 2300, 2311, 2319, 2342, 2366, 2372, 2374, 2385, 2408, 2410, 2431, 2469, 2479,
-    2512, 2514, 2524, 2530, 2581, 2591,
+    1396, 1453, 1455, 1512, 1551, 1564, 1668, 1690, 1720, 1934, 1947, 1951, 1955, 1956, 1961,
+    1981, 1999, 2023, 2087, 2132, 2141, 2146, 2209, 2225, 2281, 2290, 2342, 2469, 2479, 2524,
+    2591,
 )  # fmt: skip
 SHARE = 25  # programs that one test runs
 MANY = int(os.environ.get("DPJAX_FUZZ", "10000"))
@@ -46,11 +43,11 @@ def report(seed, failure, *, smaller=False):
 
 
 @pytest.mark.parametrize("start", range(0, len(EVERYDAY), SHARE))
-def test_random_programs_give_vmaps_numbers_within_the_bound(start):
+def test_random_programs_give_the_gradients_of_single_examples_within_the_bound(start):
     results = list(fuzz_programs.failures(EVERYDAY[start : start + SHARE]))
     failed = [(seed, failure) for seed, failure in results if failure]
     assert not failed, report(*failed[0], smaller=True)
-    assert len(results) >= 0.9 * SHARE  # vmap itself can run nearly all of them
+    assert len(results) >= 0.9 * SHARE  # JAX itself can run nearly all of them
 
 
 @pytest.mark.slow
@@ -72,24 +69,29 @@ def operations(block):
                 yield from operations(part)
 
 
+def weights_of(program):
+    """The trace of a program, and its weights as the engine groups their uses."""
+    params, batch = fuzz_programs.numbers_of(program)
+    example = {k: v[0] for k, v in batch.items()}
+    traced = tracing.trace(fuzz_programs.loss_of(program), params, example)
+    return traced, [*traced.groups, *itertools.chain(*traced.mixed)]
+
+
 def test_the_programs_of_every_day_are_of_every_kind():
     seen, kinds, several = set(), collections.Counter(), 0
     for seed in EVERYDAY:
         program = fuzz_programs.generate(seed)
         for op, options in operations(program.block):
             seen |= {op, (op, options.get("how")), *((op, r) for r in options.get("roles", ()))}
-        params, batch = fuzz_programs.numbers_of(program)
-        example = {k: v[0] for k, v in batch.items()}
-        traced = tracing.trace(fuzz_programs.loss_of(program), params, example)
-        weights = [*traced.groups, *itertools.chain(*traced.mixed)]
+        traced, weights = weights_of(program)
         several += any(len(weight) > 1 for weight in weights)
         kinds.update({w[0].kind if w[0].view else "derived" for w in weights})
         kinds.update({"mixed" for _ in traced.mixed} | {"scalar" for _ in traced.scalars})
     assert len(set(fuzz_programs.OPS) - seen) <= 4
     assert seen >= {("scan", role) for role in ("const", "xs", "carry", "decay", "indexed")}
     assert seen >= {("call", how) for how in ("jit", "remat", "custom_vjp", "gradient")}
-    assert min(kinds[kind] for kind in ("dot", "conv", "embed", "derived", "mixed")) >= 8, kinds
-    assert several >= 20
+    assert min(kinds[kind] for kind in ("dot", "conv", "embed", "derived", "mixed")) >= 20, kinds
+    assert several >= 40
 
 
 def without_layout(identity):
@@ -98,6 +100,11 @@ def without_layout(identity):
 
 
 def test_it_finds_a_weights_identity_without_its_layout(monkeypatch):
+    def sizes():
+        programs = map(fuzz_programs.generate, EVERYDAY)
+        return [sorted(len(weight) for weight in weights_of(p)[1]) for p in programs]
+
+    right = sizes()
     monkeypatch.setattr(sites, "_identity", without_layout(sites._identity))
-    result = next((f for _, f in fuzz_programs.failures(EVERYDAY) if f), None)
-    assert result is not None
+    changed = [seed for seed, a, b in zip(EVERYDAY, right, sizes(), strict=True) if a != b]
+    assert any(failure for _, failure in fuzz_programs.failures(changed))

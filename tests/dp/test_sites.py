@@ -124,13 +124,27 @@ def test_clipped_indices_look_up_the_last_row():
     assert np.any(total.value["table"][4])
 
 
-@pytest.mark.parametrize("scale", [0.25, 2.0])
 @pytest.mark.parametrize("tokens", [2, 60])  # Gram matrices, and outer products
-def test_a_scaled_weight(tokens, scale):
+def test_a_scaled_weight(tokens):
     def loss_fn(params, x):
-        return jnp.sum(jnp.tanh(x @ (scale * params["w"])))
+        return sum(jnp.sum(jnp.tanh(x @ (scale * params[f"{scale}"]))) for scale in (0.25, 2.0))
 
-    agree(loss_fn, {"w": normal(3, 2)[0]}, normal(tokens, 3))
+    agree(loss_fn, {f"{scale}": normal(3, 2)[0] for scale in (0.25, 2.0)}, normal(tokens, 3))
+
+
+@pytest.mark.parametrize("tokens", [2, 60])
+def test_an_example_is_kept_whose_scaled_cotangent_leaves_the_range(tokens):
+    """The cotangent of 1e10 * w would be 1e40; the gradient, of inputs near 1e-30, is 1e10."""
+
+    def loss_fn(params, x):
+        return jnp.sum(x["x"] @ (1e10 * params["w"]) * x["g"])
+
+    inputs = {"x": normal(tokens, 3), "g": normal(tokens, 2, seed=1)}
+    inputs["x"][2:] *= 1e-30
+    inputs["g"][2:] *= 1e30
+    _, (_, facts) = both(loss_fn, dp.flat(1.0), {"w": normal(3, 2)[0]}, inputs)
+    assert np.all(facts.factors[2:] > 0)
+    agree(loss_fn, {"w": normal(3, 2)[0]}, inputs)
 
 
 def test_a_scaled_table():

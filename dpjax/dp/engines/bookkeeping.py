@@ -34,10 +34,11 @@ from dpjax.dp.engines.parts import (
     Record,
     Totals,
     Vectors,
+    capped,
     closed_part,
     formed_part,
     kept_part,
-    packed,
+    measured_together,
 )
 from dpjax.dp.engines.plans import LeafPlan, make_plan, plan
 from dpjax.dp.engines.sites import Key
@@ -86,8 +87,14 @@ def microbatch_sum(
     doubts = reference.count_of_doubts(loss)
     record = reference.once(record, doubts)  # one recording for the norms and for the sums
     constants = _constants(planned.traced, leaves)
-    parts = [kept_part(own, groups) for own in packed(direct)]
-    parts += [closed_part(group, record, constants, groups) for group in planned.groups]
+    # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
+    parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
+    together = measured_together(planned.groups, record, constants)
+    masses = {i: m.mass[k] for members, m in together for k, i in enumerate(members)}
+    parts += [
+        closed_part(group, record, constants, groups, masses.get(i))
+        for i, group in enumerate(planned.groups)
+    ]
     parts += [
         formed_part(planned.traced, mixed, record, constants, leaves, groups, doubts)
         for mixed in planned.mixed
@@ -95,7 +102,16 @@ def microbatch_sum(
     kept = reference.once([part.kept for part in parts], doubts)
 
     most = _cancellation(max((group.form.T for group in planned.groups), default=1))
-    clip = _clip(rule, parts, kept, num_groups, loss, mask, most)
+    squares = _kept_squares(parts, kept, num_groups, mask.shape[0])
+    measures = [
+        (jax.tree.map(lambda row: row[None], measure), [group])
+        for part in parts
+        for measure, group in zip(part.measures, part.members)
+    ]
+    for members, measure in together:
+        leaves_of = [min(planned.groups[i].sites[0].leaves) for i in members]
+        measures.append((measure, [groups[leaf] for leaf in leaves_of]))
+    clip = _clip(rule, parts, measures, squares, loss, mask, most)
     facts = PerExample(
         loss=jnp.where(mask, loss, 0.0),
         norms=jnp.where(mask[:, None], clip.norms, 0.0),
@@ -107,15 +123,19 @@ def microbatch_sum(
     doubtful = mask & ~clip.usable & (spreads | jnp.isfinite(loss))
     repairs = not spreads and bool(planned.groups or planned.mixed)
     totals = {i: jnp.zeros(leaf.shape, jnp.float32) for i, leaf in enumerate(leaves)}
+    count = jnp.sum(~clip.usable)
     if repairs:
-        totals, facts = _set_apart(
-            rule, parts, record, kept, totals, facts, clip.usable, doubtful, doubts
+        totals, facts, count = _set_apart(
+            rule, parts, squares, record, totals, facts, clip.usable, doubtful, doubts
         )
     touched = frozenset[int]().union(*(part.clears for part in parts))
-    arrays, kept = _cleared(({i: record.arrays[i] for i in touched}, kept), clip.usable)
+    arrays = {i: record.arrays[i] for i in touched}
+    arrays, kept = _cleared(arrays, kept, clip.usable, jnp.any(facts.factors > 0, 1), count)
     record = dataclasses.replace(record, arrays=record.arrays | arrays)
     for part, own in zip(parts, kept):
-        totals = part.add(totals, record, own, clip.factors, clip.usable)
+        # A gradient in memory was measured as it is summed, of whatever example.
+        factors = facts.factors if part.exact is None else clip.factors
+        totals = part.add(totals, record, own, factors, clip.usable)
     total = jax.tree.unflatten(treedef, [totals[i] for i in range(len(leaves))])
     if not spreads:
         return total, facts
@@ -195,39 +215,71 @@ def _cancellation(tokens: int) -> float:
     return 4 + 2 * tokens**0.5
 
 
+def _kept_squares(parts: list[Part], kept: list[Vectors], num_groups: int, size: int) -> jax.Array:
+    """The squared norms `[n, groups]` of all gradients that are in memory."""
+    by_size: dict[int, list[tuple[int, jax.Array]]] = {}
+    for part, own in zip(parts, kept):
+        for group, g in zip(part.members, own):
+            key = g.shape[1] if g.shape[1] <= products.BIAS else -1 - len(by_size)
+            by_size.setdefault(key, []).append((group, capped(g, part.limit)))
+    squares = jnp.zeros((size, num_groups), jnp.float32)
+    for alike in by_size.values():
+        # Small ones are copied side by side, so that one program measures all.
+        stacked = jnp.concatenate([g for _, g in alike])
+        found = products.kept_measure(stacked).square.reshape(len(alike), size)
+        squares += _sum_by_group(found, [group for group, _ in alike], num_groups)
+    return squares
+
+
+def _sum_by_group(rows: jax.Array, groups: list[int], num_groups: int) -> jax.Array:
+    """Sums `[gradients, n]` to `[n, groups]` of the clipping rule."""
+    if num_groups == 1:
+        return jnp.sum(rows, 0)[:, None]
+    return jax.ops.segment_sum(rows, jnp.array(groups, jnp.int32), num_groups).T
+
+
 def _clip(
     rule: ClipRule,
     parts: list[Part],
-    kept: list[Vectors],
-    num_groups: int,
+    measures: list[tuple[products.Measure, list[int]]],
+    squares: jax.Array,
     loss: jax.Array,
     mask: jax.Array,
     most: float,
 ) -> _Clip:
-    """Adds up the parts' measures and turns them into factors, or into doubt."""
-    finite = jnp.isfinite(loss)
+    """Adds up the parts' measures and turns them into factors, or into doubt.
+
+    Args:
+        rule: the clipping rule.
+        parts: all gradients.
+        measures: `[gradients, n]` of those that are not kept, and the groups they belong to.
+        squares: squared norms `[n, groups]` of those that are kept.
+        loss: `[n]`.
+        mask: `[n]`.
+        most: how far a trusted gradient may cancel.
+    """
+    finite, num_groups = jnp.isfinite(loss), squares.shape[1]
     if not num_groups:
         empty = jnp.zeros((*mask.shape, 0), jnp.float32)
         return _Clip(empty, empty, finite)
-    zero = jnp.zeros(mask.shape, jnp.float32)
-    found = [[products.Measure(zero, zero, zero, zero, zero)] for _ in range(num_groups)]
     trusted = jnp.ones(mask.shape, bool)
-    for part, own in zip(parts, kept):
-        measures = part.measures or tuple(products.kept_measure(g) for g in own)
+    for part in parts:
         if part.within is not None:
             trusted &= part.within
-        for group, measure in zip(part.members, measures, strict=True):
-            found[group].append(measure)
-    # [parts, n, groups]; parts are orthogonal, so spread and mass add up in squares.
-    each = [jax.tree.map(lambda *xs: jnp.stack(xs), *measures) for measures in found]
-    square, error = (
-        jnp.stack([jnp.sum(getattr(m, name), 0) for m in each], 1) for name in ("square", "error")
-    )
-    spread, mass = (
-        jnp.stack([jnp.linalg.norm(getattr(m, name), axis=0) for m in each], 1)
-        for name in ("spread", "mass")
-    )
-    peak = jnp.stack([jnp.max(m.peak, 0) for m in each], 1)
+    zero = jnp.zeros_like(squares)
+    found = products.Measure(squares, zero, zero, zero, zero)
+    if measures:
+        groups = [group for _, own in measures for group in own]
+        each = jax.tree.map(lambda *rows: jnp.concatenate(rows), *[m for m, _ in measures])
+        # Parts are orthogonal, so spread and mass add up in squares. The peak is that of all.
+        found = products.Measure(
+            square=squares + _sum_by_group(each.square, groups, num_groups),
+            error=_sum_by_group(each.error, groups, num_groups),
+            spread=jnp.sqrt(_sum_by_group(jnp.square(each.spread), groups, num_groups)),
+            mass=jnp.sqrt(_sum_by_group(jnp.square(each.mass), groups, num_groups)),
+            peak=jnp.broadcast_to(jnp.max(each.peak, 0)[:, None], squares.shape),
+        )
+    square, error, spread, mass, peak = found
     norms = jnp.sqrt(square)
     bounded = jnp.sqrt(square + error) + spread
     # Below SMALLEST_NORM a factor no longer depends on the norm, so a bound below it suffices.
@@ -247,25 +299,26 @@ def _clip(
 def _set_apart(
     rule: ClipRule,
     parts: list[Part],
+    squares: jax.Array,
     record: Record,
-    kept: list[Vectors],
     totals: Totals,
     facts: PerExample,
     usable: jax.Array,
     doubtful: jax.Array,
     doubts: jax.Array,
-) -> tuple[Totals, PerExample]:
+) -> tuple[Totals, PerExample, jax.Array]:
     """Adds doubtful examples to the totals, each on its own.
 
     The gradient is formed as an array, as by vmap: measured, scaled and added to the totals as it
     is. So its contribution exceeds the bound by no more than rounding, which `ClipRule.factors`
-    allows for, whatever its numbers are.
+    allows for, whatever its numbers are. Gradients that are in memory are such arrays already:
+    they only get the factor.
 
     Args:
         rule: the clipping rule.
         parts: all gradients.
+        squares: squared norms `[n, groups]` of those that are kept.
         record: of all examples.
-        kept: likewise.
         totals: to be added to.
         facts: of all examples, to be corrected for the doubtful ones.
         usable: `[n]` bool, most often all of them; then nothing is done.
@@ -273,49 +326,79 @@ def _set_apart(
         doubts: see `reference.once`.
 
     Returns:
-        The totals and the facts.
+        The totals, the facts, and how many examples are not usable: known once this is done, so
+        that what reads the number may write over the record.
     """
-    order = jnp.argsort(usable)
+    order = _order(usable)
+    formed = [(p.exact, p.place, p.members) for p in parts if p.exact and p.place]
 
-    def turn(i: jax.Array, state: tuple[Totals, PerExample]) -> tuple[Totals, PerExample]:
+    def turn(
+        i: jax.Array, state: tuple[Totals, PerExample, jax.Array]
+    ) -> tuple[Totals, PerExample, jax.Array]:
         row = order[i]
-        totals, facts = state
-        own: Any = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (record, kept))
-        vectors = [part.exact(own[0], mine) for part, mine in zip(parts, own[1], strict=True)]
-        vectors = reference.once(vectors, doubts)
-        squares = jnp.zeros(facts.norms.shape[1], jnp.float32)
-        for part, mine in zip(parts, vectors, strict=True):
-            for group, vector in zip(part.members, mine, strict=True):
-                squares = squares.at[group].add(products.kept_measure(vector).square[0])
-        norms = jnp.sqrt(squares)
+        totals, facts, count = state
+        own: Any = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), record)
+        vectors = reference.once([exact(own) for exact, _, _ in formed], doubts)
+        square = squares[row]
+        for (_, _, members), mine in zip(formed, vectors, strict=True):
+            for group, vector in zip(members, mine, strict=True):
+                square = square.at[group].add(products.kept_measure(vector).square[0])
+        norms = jnp.sqrt(square)
         use = doubtful[row] & jnp.all(jnp.isfinite(norms))
-        factors = jnp.where(use, rule.factors(norms), 0.0)
-        for part, mine in zip(parts, vectors, strict=True):
+        # Once, or XLA computes them again in the program of every weight, which it has to compile.
+        factors = reference.once(jnp.where(use, rule.factors(norms), 0.0), doubts)
+        for (_, place, members), mine in zip(formed, vectors, strict=True):
             weighed = [
-                jnp.where(use, vector[0], 0.0) * factors[group]
-                for group, vector in zip(part.members, mine, strict=True)
+                jnp.where(factors[group] > 0, vector[0], 0.0) * factors[group]
+                for group, vector in zip(members, mine, strict=True)
             ]
-            totals = part.place(totals, own[0], tuple(weighed))
+            totals = place(totals, own, tuple(weighed))
         norms = jnp.where(doubtful[row], norms, facts.norms[row])
-        return totals, facts._replace(
+        facts = facts._replace(
             norms=facts.norms.at[row].set(norms), factors=facts.factors.at[row].set(factors)
         )
+        return totals, facts, count + 1
 
-    return jax.lax.fori_loop(0, jnp.sum(~usable), turn, (totals, facts))
+    return jax.lax.fori_loop(0, jnp.sum(~usable), turn, (totals, facts, jnp.int32(0)))
 
 
-def _cleared(arrays: PyTree, usable: jax.Array) -> PyTree:
-    """Arrays `[n, ...]` with zeros for examples that are not usable: 0 * NaN is NaN."""
-    if not jax.tree.leaves(arrays):
-        return arrays
-    order = jnp.argsort(usable)
+def _order(usable: jax.Array) -> jax.Array:
+    """The rows, those first that are not usable; unsigned, so that none counts from the end."""
+    return jnp.argsort(usable).astype(jnp.uint32)
 
-    def clear(i: jax.Array, arrays: PyTree) -> PyTree:
-        def cleared(x: jax.Array) -> jax.Array:
-            zeros = jnp.zeros((1, *x.shape[1:]), x.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(x, zeros, order[i], 0)
 
-        return jax.tree.map(cleared, arrays)
+def _cleared(
+    arrays: PyTree, kept: PyTree, usable: jax.Array, used: jax.Array, count: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """Writes zeros for examples that must not reach a product: 0 * NaN is NaN.
+
+    Args:
+        arrays: of the record, `[n, ...]`; cleared where not usable.
+        kept: gradients `[n, entries]`; cleared where not used either. Small ones are left: there,
+            the sum itself leaves such examples out.
+        usable: `[n]` bool.
+        used: `[n]` bool, which examples have a factor.
+        count: how many are not usable.
+    """
+    large, treedef = jax.tree.flatten(kept)
+    places = [i for i, g in enumerate(large) if g.shape[1] > products.BIAS]
+    if not jax.tree.leaves(arrays) and not places:
+        return arrays, kept
+    order = _order(usable)
+
+    def cleared(x: jax.Array, row: jax.Array, keep: Any = False) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(x, row, 1)
+        zeros = jnp.where(keep, own, jnp.zeros_like(own))
+        return jax.lax.dynamic_update_slice_in_dim(x, zeros, row, 0)
+
+    def clear(i: jax.Array, state: Any) -> Any:
+        row = order[i]
+        arrays, kept = state
+        arrays = jax.tree.map(lambda x: cleared(x, row), arrays)
+        return arrays, [cleared(g, row, used[row]) for g in kept]
 
     # In place: a copy of all recorded arrays would take about 4% of a step.
-    return jax.lax.fori_loop(0, jnp.sum(~usable), clear, arrays)
+    arrays, own = jax.lax.fori_loop(0, count, clear, (arrays, [large[i] for i in places]))
+    for i, g in zip(places, own, strict=True):
+        large[i] = g
+    return arrays, jax.tree.unflatten(treedef, large)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +29,11 @@ __all__ = [
     "Record",
     "Totals",
     "Vectors",
+    "capped",
     "closed_part",
     "formed_part",
     "kept_part",
-    "packed",
+    "measured_together",
 ]
 
 Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
@@ -43,7 +44,7 @@ Totals = dict[int, jax.Array]  # by leaf, sums over examples
 _CHUNK = {"cpu": 2**20}
 _LARGE_CHUNK = 2**27
 
-_SMALL = 2**16  # numbers that are copied in no time
+_COPIED = 4  # of the examples of a batch, one in so many is copied at a time to be measured
 
 
 @functools.partial(
@@ -82,19 +83,21 @@ class Record:
 
 
 class Part(NamedTuple):
-    """Gradients that are measured and summed together: of a weight, or of some direct leaves.
+    """Gradients that are measured and summed together: of a weight, or of a direct leaf.
 
     Attributes:
         members: the group of the clipping rule that each of the part's gradients belongs to.
-        kept: the gradients themselves; empty if they are not kept.
-        measures: of those that are not kept.
+        kept: the gradients themselves, of which numbers beyond `limit` are infinite; empty if they
+            are not kept.
+        measures: of those that are not kept; empty if they were measured together with others.
         within: `[n]` bool, whether no number on the way leaves the range of the weight's dtype;
             None if that is float32's own.
-        exact: `(record, kept)` of ONE example to its gradients `[1, entries]`, in which numbers
-            beyond the range of the weight's dtype are infinite.
-        place: `(totals, record, vectors)` to the totals with such gradients added.
         add: `(totals, record, kept, factors [n, groups], usable [n])` to the totals with the
             weighted sums added. Factors are zero where not usable.
+        limit: the largest number of the weight's dtype.
+        exact: of gradients that are not kept, the record of ONE example to them, `[1, entries]`
+            each, in which numbers beyond the range of the weight's dtype are infinite.
+        place: `(totals, record, vectors)` to the totals with such gradients added.
         clears: arrays of the record in which the sum needs zeros where an example is not usable.
     """
 
@@ -102,40 +105,20 @@ class Part(NamedTuple):
     kept: Vectors
     measures: tuple[products.Measure, ...]
     within: jax.Array | None
-    exact: Callable[[Record, Vectors], Vectors]
-    place: Callable[[Totals, Record, Vectors], Totals]
     add: Callable[[Totals, Record, Vectors, jax.Array, jax.Array], Totals]
+    limit: float = math.inf
+    exact: Callable[[Record], Vectors] | None = None
+    place: Callable[[Totals, Record, Vectors], Totals] | None = None
     clears: frozenset[int] = frozenset()
 
 
-def packed(direct: dict[int, jax.Array]) -> list[dict[int, jax.Array]]:
-    """Direct leaves of one part each: few large arrays compile faster than many small ones."""
-    small = {i: g for i, g in direct.items() if g.size <= _SMALL}
-    return [{i: g} for i, g in direct.items() if i not in small] + ([small] if small else [])
-
-
-def kept_part(gradients: dict[int, jax.Array], groups: tuple[int, ...]) -> Part:
-    """Leaves with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
-    by_group: dict[int, list[int]] = {}
-    for leaf in gradients:
-        by_group.setdefault(groups[leaf], []).append(leaf)
-    flat = {leaf: products.flat(g) for leaf, g in gradients.items()}
-    kept = [
-        jnp.concatenate([flat[i] for i in own], 1) if len(own) > 1 else flat[own[0]]
-        for own in by_group.values()
-    ]
+def kept_part(leaf: int, gradients: jax.Array, groups: tuple[int, ...]) -> Part:
+    """A leaf with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
-        totals = dict(totals)
-        for own, vector in zip(by_group.values(), vectors):
-            start = 0
-            for leaf in own:
-                stop = start + flat[leaf].shape[1]
-                totals[leaf] += vector[start:stop].reshape(totals[leaf].shape)
-                start = stop
-        return totals
+        return totals | {leaf: totals[leaf] + vectors[0].reshape(totals[leaf].shape)}
 
-    return _of_kept(tuple(by_group), tuple(kept), None, place)
+    return _of_kept((groups[leaf],), (products.flat(gradients),), None, place)
 
 
 def _of_kept(
@@ -153,13 +136,10 @@ def _of_kept(
         weighed = [products.weigh(g, factors[:, i]) for i, g in zip(members, kept, strict=True)]
         return place(totals, record, tuple(weighed))
 
-    def exact(record: Record, kept: Vectors) -> Vectors:
-        return tuple(_capped(vector, limit) for vector in kept)
-
-    return Part(members, kept, (), within, exact, place, add)
+    return Part(members, kept, (), within, add, limit)
 
 
-def _capped(array: jax.Array, limit: float) -> jax.Array:
+def capped(array: jax.Array, limit: float) -> jax.Array:
     """Numbers beyond the limit as the infinite ones that vmap has there."""
     return array if limit >= products.LARGEST else jnp.where(abs(array) <= limit, array, jnp.inf)
 
@@ -169,8 +149,17 @@ def closed_part(
     record: Record,
     constants: dict[Key, dict[int, jax.Array]],
     groups: tuple[int, ...],
+    mass: jax.Array | None = None,
 ) -> Part:
-    """The part of one view of a leaf, from the recorded inputs and cotangents of its sites."""
+    """The part of one view of a leaf, from the recorded inputs and cotangents of its sites.
+
+    Args:
+        group: the sites.
+        record: what was recorded.
+        constants: gradients of scalars; see `bookkeeping`.
+        groups: of the clipping rule, by leaf.
+        mass: that of the measure, if it was measured with others; see `measured_together`.
+    """
     sites, form = group.sites, group.form
     view = sites[0].view_of_leaf
     leaf, rule_group = view.leaf, groups[view.leaf]
@@ -190,8 +179,10 @@ def closed_part(
     narrow = limit < products.LARGEST
     largest = limit / 4 / reach
 
-    def materialized(record: Record, tokens: Tokens) -> jax.Array:
-        gradients = products.materialize(tokens)
+    unscaled, scale = _unscaled(sites)
+
+    def materialized(record: Record) -> jax.Array:
+        gradients = scale * products.materialize(record.tokens(unscaled))
         for place, constant in terms.items():
             gradients += products.scaled(constant[None], record.scalars[place])
         return gradients
@@ -214,19 +205,18 @@ def closed_part(
         return (found,), found.mass < largest if narrow else None
 
     def gradients(record: Record) -> tuple[Vectors, jax.Array | None]:
-        t = record.tokens(sites)
-        vectors = (products.flat(materialized(record, t)),)
+        vectors = (products.flat(materialized(record)),)
         if not narrow:
             return vectors, None
-        return vectors, finish(products.outer_measure(t)[0], record).mass < largest
+        found = finish(products.outer_measure(record.tokens(sites))[0], record)
+        return vectors, found.mass < largest
 
-    def exact(record: Record, kept: Vectors) -> Vectors:
-        t = record.tokens(sites)
+    def exact(record: Record) -> Vectors:
         if group.norm == "lookup" and not terms:
-            gradients = products.combined(t)
+            gradients = scale * products.combined(record.tokens(unscaled))
         else:
-            gradients = materialized(record, t)
-        return (_capped(products.flat(gradients), limit / reach if narrow else math.inf),)
+            gradients = materialized(record)
+        return (capped(products.flat(gradients), limit / reach if narrow else math.inf),)
 
     # The leaf itself as a table, or as the transposed of one, can be added to in place.
     table = group.norm == "lookup" and not view.steps and forms.is_table(sites[0])
@@ -279,8 +269,67 @@ def closed_part(
     if group.norm == "outer":
         kept, within = _chunked(gradients, own, size)
         return _of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
-    measures, within = _chunked(measure, own, size)
-    return Part((rule_group,), (), measures, within, exact, place, add, frozenset(clears))
+    if mass is not None:
+        measures, within = (), mass < largest if narrow else None
+    else:
+        measures, within = _chunked(measure, own, size)
+    return Part((rule_group,), (), measures, within, add, limit, exact, place, frozenset(clears))
+
+
+def measured_together(
+    groups: Sequence[Group], record: Record, constants: dict[Key, dict[int, jax.Array]]
+) -> list[tuple[list[int], products.Measure]]:
+    """Measures groups of equal sizes by one program, which is compiled once for all of them.
+
+    A model of many equal blocks then takes little more time to compile than one of few. What was
+    recorded of a few examples at a time is copied side by side.
+
+    Args:
+        groups: of the plan.
+        record: what was recorded.
+        constants: gradients of scalars; leaves that have some are left out.
+
+    Returns:
+        Positions of groups that have others of their kind, and their measures `[positions, n]`.
+    """
+    alike: dict[Any, list[int]] = {}
+    others = {leaf for own in constants.values() for leaf in own}
+    for i, group in enumerate(groups):
+        plain = all(s.kind != "embed" and not forms.has_patches(s) for s in group.sites)
+        plain = plain and group.norm in ("gram", "outer again")
+        if plain and others.isdisjoint(group.sites[0].leaves):
+            kinds = tuple({s.input.dtype, s.output.dtype} for s in group.sites)
+            B, T, d, p = group.form[:4]
+            key = group.norm, B, T, min(d, p), max(d, p), str(kinds)
+            alike.setdefault(key, []).append(i)
+    return [
+        (members, _measured_alike([groups[i].sites for i in members], key[0], record))
+        for key, members in alike.items()
+        if len(members) > 1
+    ]
+
+
+def _measured_alike(weights: list[Weight], norm: str, record: Record) -> products.Measure:
+    """The measures `[weights, n]` of weights of equal canonical sizes."""
+
+    def measure(record: Record) -> jax.Array:
+        pairs = []
+        for sites in weights:
+            t = record.tokens(sites)
+            # The norm of x^T g is that of g^T x.
+            pairs.append((t.x, t.g) if t.d <= t.p else (t.g, t.x))
+        x, g = (jnp.stack(arrays) for arrays in zip(*pairs))
+
+        def one(x: jax.Array, g: jax.Array) -> products.Measure:
+            t = Tokens(x, g, d=x.shape[3])
+            return products.gram_measure(t) if norm == "gram" else products.outer_measure(t)[0]
+
+        return jnp.transpose(jnp.stack(jax.vmap(one)(x, g)))
+
+    B, T, d, p = forms.form_of(weights[0])[:4]
+    each = B * T * (d + p) + B * (2 * T * T if norm == "gram" else d * p)
+    found = _chunked(measure, record.of(tuple(weights), []), len(weights) * each, share=_COPIED)
+    return products.Measure(*jnp.transpose(found))
 
 
 def formed_part(
@@ -304,17 +353,17 @@ def formed_part(
     members = tuple(groups[leaf] for leaf in mixed.leaves)
     limits = [min(site.limit for site in sites) for sites in mixed.weights]
 
-    def gradients(record: Record, capped: bool = False) -> tuple[Vectors, jax.Array]:
+    def gradients(record: Record, cap: bool = False) -> tuple[Vectors, jax.Array]:
         total: dict[int, jax.Array] = {}
         within = jnp.ones((), bool)
         for sites, pull, limit in zip(mixed.weights, pulls, limits):
-            t = record.tokens(sites)
             if limit < products.LARGEST:
-                found, gradient = products.outer_measure(t)
+                found, gradient = products.outer_measure(record.tokens(sites))
                 within &= found.mass < limit / 4
             else:
-                gradient = products.materialize(t)
-            gradient = _capped(gradient, limit if capped else math.inf)
+                unscaled, scale = _unscaled(sites)
+                gradient = scale * products.materialize(record.tokens(unscaled))
+            gradient = capped(gradient, limit if cap else math.inf)
             within &= jnp.ones(gradient.shape[0], bool)
             for leaf, value in jax.vmap(pull)(gradient).items():
                 total[leaf] = total[leaf] + value if leaf in total else value
@@ -323,8 +372,8 @@ def formed_part(
                 total[leaf] += products.scaled(constant[leaf][None], record.scalars[place])
         return tuple(products.flat(total[leaf]) for leaf in mixed.leaves), within
 
-    def exact(record: Record, kept: Vectors) -> Vectors:
-        return gradients(record, capped=True)[0]
+    def exact(record: Record) -> Vectors:
+        return gradients(record, cap=True)[0]
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         totals = dict(totals)
@@ -366,7 +415,22 @@ def formed_part(
         parts = (record.of(mixed.weights, list(terms)), factors, squares)
         return totals | jax.lax.scan(chunk, own, _cut(parts, size)[0])[0]
 
-    return Part(members, (), measures, within, exact, place, add)
+    return Part(members, (), measures, within, add, min(limits), exact, place)
+
+
+def _unscaled(sites: Weight) -> tuple[Weight, float]:
+    """The sites without the factor that their views have in common, and the factor.
+
+    A gradient that is formed is scaled last, as JAX does it: a cotangent times 1e10 may leave
+    float32's range where the gradient does not.
+    """
+    views = [site.view for site in sites if site.view is not None]
+    scales = {abs(view.scale) for view in views}
+    if len(views) < len(sites) or len(scales) > 1:
+        return sites, 1.0
+    (scale,) = scales
+    signs = (view._replace(scale=math.copysign(1.0, view.scale)) for view in views)
+    return tuple(dataclasses.replace(s, view=v) for s, v in zip(sites, signs)), scale
 
 
 def _pull(
@@ -402,17 +466,21 @@ def _temporary_of(mixed: Mixed) -> int:
     return patches if mixed.kept and patches else max(patches, mixed.numbers)
 
 
-def _cut(arrays: Any, size: int) -> tuple[Any, int]:
-    """Cuts arrays `[n, ...]` into `[chunks, n / chunks, ...]` by the `size` of each example."""
+def _cut(arrays: Any, size: int, share: int = 1) -> tuple[Any, int]:
+    """Cuts arrays `[n, ...]` into `[chunks, n / chunks, ...]` by the `size` of each example.
+
+    No chunk has more than one of `share` parts of the examples.
+    """
     n = jax.tree.leaves(arrays)[0].shape[0]
     budget = _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
-    chunk = max(c for c in range(1, n + 1) if n % c == 0 and (c == 1 or c * size <= budget))
+    fits = (c for c in range(2, n // share + 1) if n % c == 0 and c * size <= budget)
+    chunk = max(fits, default=1)
     return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), arrays), n // chunk
 
 
-def _chunked(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+def _chunked(function: Callable[[Any], Any], arrays: Any, size: int, share: int = 1) -> Any:
     """Applies `function` to a few examples at a time if its temporaries, `size` each, are large."""
-    cut, chunks = _cut(arrays, size)
+    cut, chunks = _cut(arrays, size, share)
     if chunks == 1:
         return function(arrays)
     return jax.tree.map(

@@ -48,6 +48,7 @@ import jax.numpy as jnp
 from dpjax.dp.engines.forms import Form, Tokens
 
 __all__ = [
+    "BIAS",
     "LARGEST",
     "Measure",
     "can_keep",
@@ -75,6 +76,9 @@ _GRAM = 1.3
 _KEEP = 4
 
 _FEW = 256  # rows, which a product adds up in less time than a scatter does one by one
+
+# Numbers of a gradient for which a product takes longer to compile, once a leaf, than to run.
+BIAS = 2**13
 
 _BLOCK = 256  # numbers of a long vector that are summed in one go
 
@@ -179,14 +183,13 @@ def gram_measure(t: Tokens) -> Measure:
     (xx, x_chain), (gg, g_chain) = _input_gram(t), _gram(_cotangents(t))
     x_square, g_square = _diagonals(xx), _diagonals(gg)
     products = xx * gg
-    rounding = _UNIT * (
-        (x_chain + 4) * _outer(_length(x_square, d)) * jnp.abs(gg)
-        + (g_chain + 4) * jnp.abs(xx) * _outer(_length(g_square, p))
-        + _REDUCTION * jnp.abs(products)
-    )  # fmt: skip
-    underflow = _TINY * (d * jnp.abs(gg) + p * jnp.abs(xx) + 1)
+    rounding = (
+        _outer(_off(x_square, d, x_chain)) * jnp.abs(gg)
+        + jnp.abs(xx) * _outer(_off(g_square, p, g_chain))
+        + _UNIT * _REDUCTION * jnp.abs(products)
+    )
     square = jnp.maximum(_total(products), 0.0)
-    error = jnp.sum(rounding + underflow, (1, 2, 3))
+    error = jnp.sum(rounding + 4 * _TINY, (1, 2, 3))
     return _unkept(square, error, x_square, g_square, t, times=1)
 
 
@@ -307,6 +310,16 @@ def _length(squares: jax.Array, size: int) -> jax.Array:
     return jnp.sqrt(squares + size * _TINY)
 
 
+def _off(squares: jax.Array, size: int, chain: int) -> jax.Array:
+    """Numbers r_s such that a number of a Gram matrix is off by at most r_s r_t.
+
+    That is by (chain + 4) u |x_s||x_t| and by `_TINY` for each of `size` products. With b for the
+    latter and r_s^2 = a_s^2 + b, r_s r_t >= a_s a_t + b (Cauchy and Schwarz). The second b is for
+    an a_s^2 that is lost.
+    """
+    return jnp.sqrt((chain + 4) * _UNIT * (squares + size * _TINY) + 2 * size * _TINY)
+
+
 def _outer(lengths: jax.Array) -> jax.Array:
     return lengths[..., :, None] * lengths[..., None, :]
 
@@ -341,7 +354,12 @@ def materialize(t: Tokens) -> jax.Array:
 
 
 def weigh(gradients: jax.Array, factors: jax.Array) -> jax.Array:
-    """Sum over examples of factor * gradient, `[n]` and `[n, ...]`."""
+    """Sum over examples of factor * gradient, `[n]` and `[n, entries]`.
+
+    Of at most `BIAS` entries, an example with factor 0 may hold anything.
+    """
+    if gradients.shape[1] <= BIAS:
+        return jnp.sum(scaled(gradients, factors, factors > 0), 0)
     return _dot(factors, gradients, ((0,), (0,)), 0)
 
 
