@@ -1,6 +1,6 @@
 """Devices, processes and disk: the mesh, the hosts, compiled programs, checkpoints, run files."""
 
-from dpjax.runtime import compilation, hosts, sharding
+from dpjax.runtime import compilation, gathering, hosts, sharding
 from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable
 from dpjax.runtime.workdir import (
     PUBLISHED,
@@ -22,6 +22,7 @@ __all__ = [
     "code_digest",
     "compilation",
     "digest",
+    "gathering",
     "hosts",
     "may_be_published",
     "read_jsonl",
