@@ -1,6 +1,6 @@
 """Devices, processes and disk: the mesh, the hosts, compiled programs, checkpoints, run files."""
 
-from dpjax.runtime import compilation, hosts, rows, sharding
+from dpjax.runtime import compilation, gathering, hosts, rows, sharding
 from dpjax.runtime.checkpoints import Checkpoints, Unreadable, Unwritable
 from dpjax.runtime.workdir import (
     PUBLISHED,
@@ -21,6 +21,7 @@ __all__ = [
     "Workdir",
     "code_digest",
     "compilation",
+    "gathering",
     "hosts",
     "json_digest",
     "may_be_published",
