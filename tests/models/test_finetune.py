@@ -46,7 +46,12 @@ def test_bias():
 
 @pytest.mark.parametrize(
     ("arguments", "numbers"),
-    [({"first": 1}, {0}), ({"last": 2}, {1, 2}), ({"first": 3}, {0, 1, 2})],
+    [
+        ({"first": 1}, {0}),
+        ({"last": 2}, {1, 2}),
+        ({"first": 3}, {0, 1, 2}),
+        ({"at": (2, 0)}, {0, 2}),
+    ],
 )
 def test_blocks(arguments, numbers):
     got = trained(finetune.blocks(**arguments))
@@ -138,6 +143,8 @@ def test_lora_loads_published_weights(tmp_path):
         (lambda: finetune.regex("("), "not a regular expression"),
         (lambda: finetune.blocks(first=4)(MODEL), "exceed the model's 3 blocks"),
         (lambda: finetune.blocks(), "first=0, last=0"),
+        (lambda: finetune.blocks(at=(0, 3))(MODEL), "must be below the model's 3 blocks"),
+        (lambda: finetune.blocks(at=(1, 1)), r"at=\(1, 1\) must be different places"),
         (lambda: finetune.lora(rank=0)(MODEL), "rank=0"),
         (lambda: finetune.lora(targets="conv")(MODEL), "none of the 19 dense layers"),
         (lambda: finetune.combine([]), "at least one"),
