@@ -173,7 +173,7 @@ def test_every_audited_run_and_its_coins_have_seeds_of_their_own(run):
 def charged(run, path, patch, seed=0):
     """The runs that a charged search draws."""
     config = run.config.copy_and_resolve_references()
-    config.update({"private_seed": None, "batch_size": 200})
+    config.update({"private_seed": None, "batch_size": 200, "finetune": "full"})
     patch.setattr(build, "build", lambda config: run._replace(temperature=None, vote=None))
     patch.setattr(repeat_and_select, "epsilon_of_one", lambda *arguments, **options: 0.1)
     job = trials.Job("f", path, [{}] * 50, "accuracy", [])
