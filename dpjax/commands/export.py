@@ -77,7 +77,7 @@ def _fill(
     """Writes all files of an export into a folder that no reader knows."""
     if generator.is_language_model(workdir):
         generator.save(workdir, temporary, layout=layout)
-        card = _text_card(workdir, config, layout)
+        card = _text_card(config, statement, layout)
     else:
         trained = predictor.load(workdir)
         theirs = None if layout == "dpjax" else _theirs(config, trained, layout)
@@ -87,7 +87,7 @@ def _fill(
             (temporary / "weights.safetensors").unlink()
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
             (temporary / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        card = _card(workdir, config, trained, layout)
+        card = _card(workdir, config, trained, statement, layout)
     if statement is not None:
         (temporary / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
         (temporary / "privacy.md").write_text(dp.to_markdown(statement))
@@ -120,7 +120,13 @@ def _theirs(
     return tensors, models.layout_config(shape, layout, names)
 
 
-def _card(workdir: Path, config: ConfigDict, trained: predictor.Predictor, layout: str) -> str:
+def _card(
+    workdir: Path,
+    config: ConfigDict,
+    trained: predictor.Predictor,
+    statement: dict[str, Any] | None,
+    layout: str,
+) -> str:
     """Returns the model card. It describes the training data by public facts alone."""
     kind = "texts" if trained.tokenize else f"images of shape {list(trained.shape)}"
     names, start = trained.class_names, config.model.weights
@@ -132,7 +138,7 @@ def _card(workdir: Path, config: ConfigDict, trained: predictor.Predictor, layou
         "",
         "## Privacy",
         "",
-        *_guarantee(workdir),
+        *_guarantee(statement),
         "",
         "## Training",
         "",
@@ -157,7 +163,7 @@ def _card(workdir: Path, config: ConfigDict, trained: predictor.Predictor, layou
     return "\n".join(lines) + "\n"
 
 
-def _text_card(workdir: Path, config: ConfigDict, layout: str) -> str:
+def _text_card(config: ConfigDict, statement: dict[str, Any] | None, layout: str) -> str:
     """Returns the model card of a language model."""
     start = config.model.weights
     use = {
@@ -174,7 +180,7 @@ def _text_card(workdir: Path, config: ConfigDict, layout: str) -> str:
             "",
             "## Privacy",
             "",
-            *_guarantee(workdir),
+            *_guarantee(statement),
             "",
             "It does not cover what many records say, or what the initial weights knew.",
             "",
@@ -197,10 +203,9 @@ _USE = {
 }  # fmt: skip
 
 
-def _guarantee(workdir: Path) -> list[str]:
-    if not (workdir / "privacy.json").is_file():
+def _guarantee(facts: dict[str, Any] | None) -> list[str]:
+    if facts is None:
         return ["None: these weights were trained without privacy and may reveal their examples."]
-    facts = read_object(workdir / "privacy.json")
     return [
         f"The weights are ({facts['epsilon']:.4g}, {facts['delta']:g})-differentially private: "
         f"neighboring relation {facts['neighboring_relation']}, unit {facts['unit_of_privacy']}. "

@@ -85,12 +85,15 @@ def test_the_result_of_an_audit_stays_behind(copied, tmp_path):
 
 
 def test_private_weights_without_a_statement_are_not_exported(copied, tmp_path):
+    stray = (copied / "privacy.json").read_bytes()
     (copied / "privacy.json").unlink()
     with pytest.raises(ValueError, match=r"has no privacy\.json"):
         export.export(copied, tmp_path / "m")
     config = Workdir(copied).read("config.json")
     Workdir(copied).write("config.json", {**config, "dp": None})
+    (copied / "privacy.json").write_bytes(stray)  # of whatever was here before
     export.export(copied, tmp_path / "m")
+    assert "trained without privacy" in (tmp_path / "m/README.md").read_text()
     assert not list((tmp_path / "m").glob("privacy.*"))
 
 
