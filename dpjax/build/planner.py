@@ -64,12 +64,12 @@ class Row:
 
     Attributes:
         batch_size: B, expected.
-        sampling_prob: q = B / N.
+        sampling_prob: q = B / N; 1 / t of random allocation, with t steps an epoch.
         steps: T = round(E N / B).
         noise_multiplier: sigma, of each noised sum.
         cumulative_noise: sigma sqrt(T), of the sum over the run.
         noise_over_prob: sigma / q; its square is the effective noise variance (2402.03990).
-        step_noise: sigma / B, of each noised mean.
+        step_noise: sigma / (q N), of each noised mean.
         enough_steps: T >= min_steps.
         total_noise: of privacy and sampling over the run, see `plan`.
         above_plateau: total_noise over the lowest one with enough steps, minus 1.
@@ -214,22 +214,23 @@ def plan(
     noises = [[noise(sampler, size) for sampler in samplers] for size, _ in taken]
     sampled = sampling_noise * math.sqrt(epochs)
     total = [math.hypot(first.cumulative_noise, sampled) for first, *_ in noises]
+    probs = [_sampling_prob(samplers[0], size, num_examples) for size, _ in taken]
     lowest = min([n for n, (_, t) in zip(total, taken) if t >= min_steps] or total)
     rows = tuple(
         Row(
             batch_size=b,
-            sampling_prob=b / num_examples,
+            sampling_prob=q,
             steps=t,
             noise_multiplier=first.noise_multiplier,
             cumulative_noise=first.cumulative_noise,
-            noise_over_prob=first.noise_multiplier * num_examples / b,
-            step_noise=first.noise_multiplier / b,
+            noise_over_prob=first.noise_multiplier / q,
+            step_noise=first.noise_multiplier / (q * num_examples),
             enough_steps=t >= min_steps,
             total_noise=n,
             above_plateau=n / lowest - 1,
             other=tuple(other),
         )
-        for (b, t), (first, *other), n in zip(taken, noises, total)
+        for (b, t), q, (first, *other), n in zip(taken, probs, noises, total)
     )
     chosen, reason = _choose(rows, min_steps, plateau_tolerance)
     left_out = [int(size) for size in sizes if size not in [b for b, _ in taken]]
@@ -250,6 +251,13 @@ def plan(
         rows=rows,
         suggestions=_suggest(epsilon, chosen),
     )
+
+
+def _sampling_prob(sampler: str, batch_size: int, num_examples: int) -> float:
+    """q of the sampler that the config would make: random allocation has whole steps an epoch."""
+    if sampler == "random_allocation":
+        return 1 / whole_steps(num_examples, batch_size)
+    return batch_size / num_examples
 
 
 def noise_multiplier(

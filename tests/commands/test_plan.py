@@ -252,6 +252,9 @@ def test_two_samplers_stand_side_by_side():
     assert only.sampler_reason == ""
     with pytest.raises(ValueError, match="samplers='shuffle' must be one of"):
         plan(1000, 6, 1.0, 1e-4, samplers=["shuffle"])
+    row = only.rows[0]  # 150 is not a whole share of 1000: there are 7 steps an epoch
+    assert row.sampling_prob == pytest.approx(1 / 7)
+    assert row.step_noise == pytest.approx(row.noise_multiplier * 7 / 1000)
 
 
 def test_json_is_one_object_with_the_promised_keys(run):
