@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpjax import build, dp, models
-from dpjax.build import fields
+from dpjax.build import fields, planner
 from dpjax.models import finetune
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -75,3 +75,14 @@ def test_config_builds(path):
 def noise_of_a_run(mechanism):
     """Of the mean gradients, summed over the run: sigma sqrt(T) over q T."""
     return mechanism.noise_multiplier / (mechanism.sampling_prob * math.sqrt(mechanism.steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_takes_the_batch_size_of_the_planner_or_names_it(path):
+    config = fields.load(str(path))
+    if config.dp is None or path.stem == "language_model":  # whose N is that of the user's text
+        return
+    budget = (config.epochs, config.dp.epsilon, config.dp.delta)
+    size = planner.plan(DATA[path.stem][0], *budget, samplers=("poisson",)).batch_size
+    assert size == config.batch_size or f"planner picks {size}" in path.read_text()
