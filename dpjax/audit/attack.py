@@ -56,8 +56,6 @@ from dpjax import dp, files
 from dpjax.audit.canaries import CANARIES, Game, likelihoods, make
 from dpjax.build import Phase, Run
 from dpjax.dp import lower_bound, seeds
-from dpjax.dp.ledger import gdp_mu
-from dpjax.dp.mechanism import epsilon_of
 from dpjax.models import Params, finetune
 from dpjax.runtime import Workdir, hosts
 from dpjax.step import TrainState
@@ -188,9 +186,9 @@ def _claimed_mu(ledger: dp.Ledger) -> float:
     """
     mechanisms = [phase.mechanism for phase in ledger.phases if phase.part == "train"]
     steps = [m.steps for m in mechanisms]
-    wide = [(epsilon_of(mechanisms, steps, delta), delta) for delta in (0.15, 0.2, 0.3)]
+    wide = [(dp.epsilon_of(mechanisms, steps, delta), delta) for delta in (0.15, 0.2, 0.3)]
     # Where epsilon is 0, a smaller delta would do, and the pair says nothing about mu.
-    return max([ledger.membership()["gdp_mu"], *(gdp_mu(*pair) for pair in wide if pair[0] > 0)])
+    return max([ledger.membership()["gdp_mu"], *(dp.gdp_mu(*pair) for pair in wide if pair[0] > 0)])
 
 
 def check(run: Run, *, canaries: str, count: int, runs: int, confidence: float) -> dp.Ledger:

@@ -61,12 +61,13 @@ from dpjax.dp.ledger import (
     BudgetExceeded,
     Ledger,
     Phase,
+    gdp_mu,
     noise_draws,
     publishable,
     statement,
     to_markdown,
 )
-from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, num_steps
+from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, epsilon_of, num_steps
 from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
 from dpjax.dp.sampling import (
@@ -115,10 +116,12 @@ __all__ = [
     "check_engine",
     "chunks",
     "clipped_sum",
+    "epsilon_of",
     "explain",
     "fit_temperature",
     "flat",
     "gaussian",
+    "gdp_mu",
     "global_",
     "lamb",
     "least_squares",
