@@ -29,7 +29,6 @@ from dpjax.dp import (
     lower_bound,
     repeat_and_select,
     sampling,
-    secure,
     seeds,
 )
 from dpjax.dp.adaptive import QuantileBound, quantile_bound
@@ -69,7 +68,7 @@ from dpjax.dp.ledger import (
     to_markdown,
 )
 from dpjax.dp.mechanism import Mechanism, calibrated, calibrated_phases, epsilon_of, num_steps
-from dpjax.dp.noise import aggregate, gaussian, standard_normal
+from dpjax.dp.noise import aggregate, gaussian
 from dpjax.dp.optimizers import adam, adam_corrected, lamb, scale_by_adam_corrected, sgd
 from dpjax.dp.sampling import (
     PADDING,
@@ -141,10 +140,8 @@ __all__ = [
     "rule",
     "sampling",
     "scale_by_adam_corrected",
-    "secure",
     "seeds",
     "sgd",
-    "standard_normal",
     "statement",
     "take",
     "to_markdown",

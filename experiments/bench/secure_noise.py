@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dpjax import dp, models
-from dpjax.dp import secure, seeds
+from dpjax.dp import seeds
 
 __all__ = ["main"]
 
@@ -48,15 +48,19 @@ def main() -> None:
         grad = jax.jit(dp.clipped_sum(loss, dp.flat(1.0), microbatch_size=args.micro, **options))
         return lambda batch=batch: grad(params, batch, mask)[0].value
 
-    normal = jax.jit(dp.standard_normal, static_argnums=1)
-    integer = jax.jit(secure.rounded_gaussian, static_argnums=1)
-    keys = [seeds.noise_key(0), seeds.noise_key(0, secure=True)]
+    def noised(kind: Any, unit: Any, *, secure: bool) -> Callable[[], Any]:
+        value = jax.tree.map(lambda x: jnp.zeros(x.shape, kind), params)
+        total = dp.ClippedSum(value, jnp.float32(1e-6), unit=unit)
+        tx = dp.gaussian(1.0, 1.0, key=seeds.noise_key(0, secure=secure))
+        update = jax.jit(lambda total: tx.update(total, tx.init(params))[0])
+        return lambda: update(total)
+
     parts = {
         "sum, bookkeeping": summed(method="bookkeeping"),
         "sum, vmap": summed(method="vmap"),
         "sum, exact": summed(secure_noise=1.0),
-        "noise, float32": lambda: normal(keys[0], (size,)),
-        "noise, secure": lambda: integer(keys[1], size),
+        "noise, float32": noised(jnp.float32, None, secure=False),
+        "noise, secure": noised(jnp.int32, jnp.float32(1.0), secure=True),
     }
     for part in parts.values():
         jax.block_until_ready(part())
