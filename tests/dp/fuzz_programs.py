@@ -6,7 +6,7 @@ calls, loops and branches. `check` runs the engine on a batch of mixed scales; w
 computed in NumPy from the gradient of each example alone, which takes little time to compile.
 `shrink` makes a failing program small and `describe` prints it.
 
-    python tests/fuzz_programs.py --start=0 --count=1000
+    python tests/dp/fuzz_programs.py --start=0 --count=1000
 """
 
 from __future__ import annotations
@@ -1002,6 +1002,7 @@ class _Engines:
     def bookkeeping(self, mask: np.ndarray) -> Any:
         return jax.device_get(self._bookkeeping(self._params, self._batch, mask))
 
+    @np.errstate(all="ignore")
     def vmap(self, mask: np.ndarray) -> Any:
         """What the vmap engine gives: float32 norms, and examples dropped that are not finite."""
         rows = [{k: v[i] for k, v in self._batch.items()} for i in range(SIZE)]
@@ -1064,8 +1065,7 @@ def _failure(program: Program, rules: tuple[str, ...], options: dict[str, Any]) 
     try:
         loss_fn = _traced(program, params, batch)
         engines = _Engines(loss_fn, rules, params, batch, options)
-        with np.errstate(all="ignore"):
-            want = engines.vmap(mask)
+        want = engines.vmap(mask)
     except Exception as invalid:
         raise Invalid(str(invalid)) from invalid
     try:
