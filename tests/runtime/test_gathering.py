@@ -1,11 +1,5 @@
 """Frozen parameters that are sharded: gathered at each use, with the numbers of one device."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,24 +141,3 @@ def test_a_collective_in_a_branch_is_found():
         return jax.make_jaxpr(jax.jit(run))(jnp.ones(8)).jaxpr
 
     assert [gathers_in_branches(program(w)) for w in ("cond", "while", "scan")] == [1, 1, 0]
-
-
-@pytest.mark.slow
-def test_a_device_holds_a_few_frozen_parameters_at_a_time():
-    """In compiled memory, where the compiler keeps its barriers and schedules for memory."""
-    flags = ("--xla_force_host_platform_device_count=8 "
-             "--xla_disable_hlo_passes=cse_barrier_expander "
-             "--xla_cpu_enable_concurrency_optimized_scheduler=false "
-             "--xla_backend_optimization_level=0")  # fmt: skip
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.frozen", "--json"], cwd=root, check=False,
-        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    for row in json.loads(done.stdout):
-        assert row["fsdp"]["arguments"] < 0.2 * row["replicated"]["arguments"], row
-        assert row["fsdp"]["total"] < 0.5 * row["replicated"]["total"], row
-        # More than a replicated run, beside the shards, by less than half of the frozen ones.
-        held = row["fsdp"]["temporaries"] - row["replicated"]["temporaries"]
-        assert held < 0.5 * row["frozen"], row
