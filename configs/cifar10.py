@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dp.epsilon = 1.0
     config.dp.delta = 1e-5
     config.dp.sampler = "random_allocation"
-    # Tuned on a held-out fifth. The planner picks 2048, the smallest B on the noise's plateau.
+    # Tuned on a held-out fifth, at 2.6 % above the least noise; the planner picks 2048.
     config.batch_size = 4096
     config.physical_batch = 256
     config.epochs = 8.0

@@ -31,8 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dp.epsilon = 1.0
     config.dp.bound = 1.0
     config.dp.sampler = "random_allocation"
-    # As in arXiv 2510.20616. The planner picks 2048 for all data and 128 for a tenth, the smallest
-    # B within 10 % of the least noise.
+    # As in arXiv 2510.20616. The planner picks 2048 for all data and 256 for a tenth.
     config.batch_size = 2048 if arg else 4096
     config.physical_batch = 256
     config.epochs = 8.0

@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dp.bound = 1.0
     config.dp.normalized = False
     config.dp.sampler = "random_allocation"
-    # As in the paper; the planner picks 2048, the smallest B within 10 % of the least noise.
+    # As in the paper, and what the planner picks.
     config.batch_size = 4096
     config.physical_batch = 256
     config.microbatch = 16

@@ -84,5 +84,5 @@ def test_config_takes_the_batch_size_of_the_planner_or_names_it(path):
     if config.dp is None or path.stem == "language_model":  # whose N is that of the user's text
         return
     budget = (config.epochs, config.dp.epsilon, config.dp.delta)
-    size = planner.plan(DATA[path.stem][0], *budget, samplers=("poisson",)).batch_size
+    size = planner.plan(DATA[path.stem][0], *budget, samplers=(config.dp.sampler,)).batch_size
     assert size == config.batch_size or f"planner picks {size}" in path.read_text()
