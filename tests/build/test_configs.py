@@ -1,6 +1,7 @@
 """Every config of the repository builds: shapes traced, budget calibrated, without its data."""
 
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpjax import build, dp, models
-from dpjax.build import fields
+from dpjax.build import fields, planner
 from dpjax.models import finetune
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -70,6 +71,25 @@ def test_config_builds(path):
     # Why it is the sampler of the configs: less noise in all of them.
     assert config.dp.sampler == "random_allocation"
     assert noise_of_a_run(mechanism) < noise_of_a_run(poisson)
+
+
+PRIVATE = [p.stem for p in CONFIGS if p.stem != "pretrain_digits"] + ["cifar100:10percent"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRIVATE)
+def test_what_a_config_says_of_the_planner_is_so(name):
+    """A batch size that the planner does not pick stands beside the one that it picks."""
+    stem, _, tenth = name.partition(":")
+    (path,) = [p for p in CONFIGS if p.stem == stem]
+    text = re.sub(r"\n *# ", " ", path.read_text())
+    said = re.search(r"lanner picks (\d+)(?: for all data and (\d+) for a tenth)?", text)
+    config = fields.load(name)
+    made = planner.plan(
+        DATA[stem][0] // (10 if tenth else 1), config.epochs, config.dp.epsilon, config.dp.delta,
+        samplers=[config.dp.sampler],
+    )  # fmt: skip
+    assert made.batch_size == (int(said[2 if tenth else 1]) if said else config.batch_size)
 
 
 def noise_of_a_run(mechanism):
