@@ -125,8 +125,8 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{field}='' must not be empty.")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", os.fspath(path)):
         raise ValueError(
-            f"{field}={os.fspath(path)!r} is a URL, but files are written to local or mounted file "
-            "systems only: mount it (as with gcsfuse or mountpoint-s3), or copy the files later."
+            f"{field}={os.fspath(path)!r} is a URL, but files are on local or mounted file systems "
+            "only: mount it (as with gcsfuse or mountpoint-s3), or copy the files."
         )
     return Path(path).expanduser()
 

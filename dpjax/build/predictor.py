@@ -25,7 +25,7 @@ from dpjax.build import loss
 from dpjax.build.model import initial, model, weights_file
 from dpjax.build.run import Run
 from dpjax.config import default
-from dpjax.files import read_object
+from dpjax.files import local_path, read_object
 from dpjax.models import Model, Params
 
 __all__ = ["Predictions", "Predictor", "description", "finished", "image_files", "load"]
@@ -236,7 +236,7 @@ def finished(
     Raises:
         ValueError: a file is missing, naming it.
     """
-    folder = Path(directory).expanduser()
+    folder = local_path("workdir", directory)
     if weights is None:  # timm and transformers call the file of an export model.safetensors
         known = ("weights.safetensors", "model.safetensors")
         weights = next((name for name in known if (folder / name).is_file()), known[0])

@@ -202,14 +202,30 @@ def test_no_data_is_opened_for_a_wrong_name(name, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "w").exists()
 
 
-def test_images_of_another_kind_name_the_field(tmp_path):
-    train = data.from_arrays("x", np.zeros((4, 14, 14, 3), np.uint8), [0, 1, 0, 1],
+@pytest.mark.parametrize("channels", [3, 2, 4])
+def test_images_of_another_kind_name_the_field(channels):
+    train = data.from_arrays("x", np.zeros((4, 14, 14, channels), np.uint8), [0, 1, 0, 1],
                              class_names=("a", "b"), split="train")  # fmt: skip
-    with pytest.raises(ValueError, match=r"have 3 channels .* set model\.options\.channels=3"):
+    text = rf"have {channels} channels .* set model\.options\.channels={channels}"
+    with pytest.raises(ValueError, match=text):
         build.build(tiny_config(batch_size=2), datasets=(train, train))
 
 
-def test_adapters_for_a_model_without_dense_layers():
-    config = tiny_config(model__name="resnet8", model__options={}, finetune="lora:2")
-    with pytest.raises(ValueError, match="finetune='lora:2': lora adapts dense layers, and this"):
-        build.build(config)
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ({"name": "resnet8"}, "lora adapts dense layers, and this model has none"),
+        ({"name": "wide_resnet", "size": "16_4"}, "lora adapts dense layers, and this model has"),
+        (
+            {
+                "name": "test_late_mistakes:Couples",
+                "options": {"image_size": 14, "channels": 1},
+            },
+            "matches none of the 1 dense layers, such as Dense_0",
+        ),
+    ],
+)
+def test_adapters_for_a_model_without_dense_layers(model, text):
+    changes = {f"model__{name}": value for name, value in ({"options": {}} | model).items()}
+    with pytest.raises(ValueError, match=rf"finetune='lora:2': .*{text}"):
+        build.build(tiny_config(**changes, finetune="lora:2"))

@@ -167,6 +167,24 @@ def test_a_reader_that_leaves_is_no_error():
         assert done.stderr in ("", None)
 
 
+@pytest.mark.parametrize(
+    ("stream", "argv", "code"),
+    [
+        ("stdout", ["train", "--help"], 0),
+        ("stdout", ["--help"], 0),
+        ("stdout", ["plan", "--help"], 0),
+        ("stderr", ["train", "--workdri=x"], 2),
+        ("stderr", ["report", "/nowhere"], 2),
+    ],
+)
+def test_a_closed_pipe_does_not_change_the_exit_code(stream, argv, code, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, stream, closed)
+        assert cli.main(argv) == code
+
+
 def test_what_is_shipped_is_what_the_repository_has():
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())
     tools = setup["tool"]["setuptools"]
@@ -192,6 +210,9 @@ def test_the_old_way_to_train_is_the_same_command():
         ["sweep", "--config=quickstart", "--workdir=gs://bucket/run"],
         ["search", "--config=quickstart", "--workdir=gs://bucket/run"],
         ["report", "gs://bucket/run"],
+        ["predict", "--workdir=gs://bucket/run", "--input=."],
+        ["plan", "--plot=gs://bucket/x.png"],
+        ["train", "--config=quickstart", "--workdir=w", "--config.data.data_dir=gs://b/d"],
         ["export", "gs://bucket/run", "m.safetensors"],
         ["export", ".", "https://host/m.safetensors"],
     ],
@@ -212,5 +233,10 @@ def test_the_home_of_the_user_is_known_everywhere(tmp_path, monkeypatch, capsys)
     (tmp_path / "own.py").write_text(CONFIG.format(line="config.epochs = -1.0"))
     assert cli.main(["train", "--config=~/own.py", "--workdir=~/run"]) == 2
     assert "epochs=-1.0" in capsys.readouterr().err
-    assert cli.main(["report", "~/run"]) == 2
-    assert str(tmp_path / "run") in capsys.readouterr().err
+    for argv in (
+        ["report", "~/run"],
+        ["predict", "--workdir=~/run", "--input=."],
+        ["export", "~/run", "m.safetensors"],
+    ):
+        assert cli.main(argv) == 2
+        assert str(tmp_path / "run") in capsys.readouterr().err, argv

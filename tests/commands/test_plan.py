@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import matplotlib.figure
 import matplotlib.image
 import pytest
 from hypothesis import given, settings
@@ -160,7 +161,14 @@ def test_a_data_set_smaller_than_the_smallest_batch():
 
 
 @pytest.mark.parametrize(
-    "num,sizes", [(16, [16]), (17, [16, 17]), (1, [1]), (100, [16, 32, 64, 100])]
+    "num,sizes",
+    [
+        (16, [16]),
+        (17, [16, 17]),
+        (1, [1]),
+        (100, [16, 32, 64, 100]),
+        (600, [16, 32, 64, 128, 256, 512, 600]),
+    ],
 )
 def test_candidates_end_at_the_full_batch_once(num, sizes):
     assert list(planner.candidates(num)) == sizes
@@ -363,11 +371,25 @@ def test_help(run):
         assert flag in out
 
 
-def test_the_figure(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "sizes", [[128, 500], [500], pytest.param([16, 100], marks=pytest.mark.slow)]
+)
+def test_the_figure(sizes, tmp_path, monkeypatch):
+    """It has the candidates that were asked for, and the choice among them."""
+    drawn = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k))
+    )
     path = tmp_path / "noise.png"
-    command.plot(path, 500, 8, 1.0, 1e-5, batch_sizes=[128, 500])  # both samplers
+    command.plot(path, 500, 8, 1.0, 1e-5, batch_sizes=sizes)  # both samplers
     height, width, _ = matplotlib.image.imread(path).shape
     assert 400 < height < 1200 < width < 2000
+    lines = drawn[0].axes[1].get_lines()
+    (curve, *_) = [line for line in lines if line.get_linewidth() == 2.6]
+    assert list(curve.get_xdata()) == sizes
+    (chosen,) = {line.get_xdata()[0] for line in lines if line.get_linestyle() == ":"}
+    assert chosen == plan(500, 8, 1.0, 1e-5, batch_sizes=sizes).batch_size
 
 
 def test_as_a_program_within_its_time(tmp_path, monkeypatch):

@@ -28,6 +28,14 @@ def test_padding_is_no_example(array):
     assert (batch["x"].dtype, batch["y"].dtype) == (data["x"].dtype, data["y"].dtype)
 
 
+@pytest.mark.parametrize("rows", [[-1, -1], [-1, 4, 0, -1], [5, -1, 5], []])
+def test_padding_may_stand_anywhere(rows):
+    batch, mask = dp.take(DATA, np.array(rows, np.int64))
+    want = [DATA["y"][row] if row >= 0 else 0 for row in rows]
+    np.testing.assert_array_equal(batch["y"], want)
+    np.testing.assert_array_equal(mask, [row >= 0 for row in rows])
+
+
 @pytest.mark.parametrize(
     ("data", "indices", "text"),
     [

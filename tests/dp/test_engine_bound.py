@@ -176,6 +176,24 @@ def test_one_kernel_inside_and_outside_of_a_scan(rank):
     check(loss_fn, params, None, odd)
 
 
+def depthwise(x, w):
+    return jax.lax.conv_general_dilated(
+        x[None], w[:, None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=3,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", [depthwise, lambda x, w: x @ w, lambda x, w: x * w[:1]])
+def test_one_weight_of_another_kind_inside_and_outside_of_a_scan(use):
+    def loss_fn(params, x):
+        step = lambda s, _: (jnp.tanh(use(s, params["w"])), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(step, use(x, params["w"]), length=2)[0])
+
+    numbers = np.random.default_rng(0)
+    params = {"w": numbers.standard_normal((3, 3), np.float32)}
+    check(loss_fn, params, None, numbers.standard_normal((2, 5, 3), np.float32))
+
+
 # N1: tokens of one example that cancel must not enter the shared sum
 
 
@@ -506,12 +524,17 @@ def test_half_precision_overflows_as_vmap_does(force, monkeypatch):
 # A14: an input that no gradient reaches
 
 
-def test_a_huge_input_behind_a_saturated_layer():
+@pytest.mark.parametrize(
+    ("layer", "huge"),
+    [(jnp.tanh, 3e38), (jax.nn.sigmoid, -3e38), (jax.nn.relu, -3e38),
+     (lambda y: jnp.clip(y, -2.0, 2.0), 1e38)],
+)  # fmt: skip
+def test_a_huge_input_behind_a_saturated_layer(layer, huge):
     def loss_fn(params, x):
-        return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"] + 1.0) @ params["b"]))
+        return jnp.sum(jnp.tanh(layer(x @ params["a"] + 1.0) @ params["b"]))
 
     x = np.zeros((2, 3, 4), np.float32)
-    x[0, 0, 0], x[1] = 3e38, 1.0
+    x[0, 0, 0], x[1] = huge, 1.0
     params = {"a": np.ones((4, 4), np.float32), "b": 0.1 * np.ones((4, 2), np.float32)}
     _, factors = check(loss_fn, params, None, x)["bookkeeping"]
     assert factors[0] > 0

@@ -124,6 +124,18 @@ def test_adapters_of_several_ranks_stand_side_by_side():
         finetune.combine([finetune.lora(), finetune.lora(targets="query")])(MODEL)
 
 
+@pytest.mark.parametrize(
+    "targets", [("attn/query$", "attn/value$"), ("query$", "key$", "value$"), ("fc1$", "query$")]
+)
+def test_several_adapters_have_their_parameters(targets):
+    tuning = finetune.combine([*(finetune.lora(rank=4, targets=t) for t in targets)])(MODEL)
+    params = jax.eval_shape(tuning.model.init, jax.random.key(0))
+    trainable, _ = finetune.split(params, tuning.trainable)
+    places = {path.rpartition("/")[0] for path in models.flatten(trainable["lora"])}
+    assert len(places) == 3 * len(targets)  # one in each block
+    assert set(models.flatten(jax.eval_shape(tuning.merge, params))) == set(models.flatten(PARAMS))
+
+
 def test_lora_loads_published_weights(tmp_path):
     models.save_weights(random_like(PARAMS), tmp_path / "w.safetensors")
     tuning = finetune.lora(rank=2)(MODEL)

@@ -3,6 +3,8 @@
 import itertools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config
@@ -10,6 +12,7 @@ from tiny import tiny_config
 from dpjax import build, dp, models
 from dpjax.build import planner
 from dpjax.runtime import Checkpoints, OtherRun, Workdir, compilation, read_jsonl
+from dpjax.step import Hyper, TrainState, carry_over
 from dpjax.training import loop, phases, results
 
 
@@ -263,6 +266,38 @@ def test_a_kept_optimizer_goes_on_as_if_linear_probing_had_not_ended(tmp_path):
     want = weights(tmp_path / "one")
     for name, leaf in weights(tmp_path / "two").items():
         np.testing.assert_allclose(leaf, want[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_corrected", "lamb", "optax:adamw"])
+def test_kept_moments_have_their_age_whatever_the_optimizer(name):
+    """Two steps of the head alone, then one of head and body: the head's is its third."""
+    field = config(optimizer__name=name).optimizer
+    numbers = Hyper(
+        learning_rate=jnp.float32(0.1), noise_multiplier=jnp.float32(0.0), rule=dp.flat(1.0),
+        noise_key=jax.random.key(0), augment_key=jax.random.key(1), batch_size=jnp.float32(4),
+    )  # fmt: skip
+    head = lambda path: path.startswith("head")  # noqa: E731
+    tx = build.optimizer.optimizer(field, 9, private=True, kept=head)(numbers)
+
+    def start(*parts):
+        trainable = {part: {"w": jnp.ones(3)} for part in parts}
+        return TrainState(jnp.int32(0), trainable, tx.init(trainable), None, None)
+
+    def step(state, value):
+        grads = jax.tree.map(lambda x: jnp.full_like(x, value), state.trainable)
+        total = dp.ClippedSum(grads, jnp.float32(1.0))
+        updates, opt = tx.update(total, state.opt, state.trainable)
+        return updates, state._replace(opt=opt)
+
+    state = start("head")
+    for value in (1.0, 9.0):
+        _, state = step(state, value)
+    want, _ = step(state, -2.0)
+    got, _ = step(carry_over(start("head", "body"), state), -2.0)
+    fresh, _ = step(start("head", "body"), -2.0)
+    np.testing.assert_allclose(got["head"]["w"], want["head"]["w"], rtol=1e-5)
+    np.testing.assert_array_equal(got["body"]["w"], fresh["body"]["w"])
+    assert np.all(np.abs(got["head"]["w"] - fresh["head"]["w"]) > 1e-3)
 
 
 def test_kept_moments_are_those_of_the_head_and_fresh_ones_the_rest(tmp_path):
