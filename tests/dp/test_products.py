@@ -75,11 +75,12 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_no_product_is_rounded_on_an_accelerator(dtypes):
-    x, g = jnp.zeros((4, 2, 6, 5), dtypes[0]), jnp.zeros((4, 2, 6, 4), dtypes[1])
+    # Large enough for `weigh` to take a product; few numbers are multiplied and added.
+    x, g = jnp.zeros((4, 2, 6, 64), dtypes[0]), jnp.zeros((4, 2, 6, 70), dtypes[1])
     factors = jnp.ones(4)
 
     def everything(x, g):
-        gradients = site_products.materialize(tokens_of(x, g))
+        gradients = site_products.flat(site_products.materialize(tokens_of(x, g)))
         return (
             site_products.gram_measure(tokens_of(x, g)), site_products.weigh(gradients, factors),
             site_products.weighted_sum(tokens_of(x, g), factors, factors > 0),

@@ -277,6 +277,7 @@ for pid in $pids; do wait "$pid" || exit; done
 """
 
 
+@pytest.mark.slow  # `test_start` has how a task is found, `recipe` what it starts
 def test_the_recipe_for_slurm_makes_one_run_of_its_tasks(eight, tmp_path):
     """JAX's own detection finds the other task; it makes the port of the job's number."""
     config = two_processes.config_file(tmp_path / "c.py")
