@@ -335,19 +335,24 @@ def accuracy_figure(groups: Mapping[Setting, list[Cell]]) -> Iterable[Figure]:
     tasks = sorted({task for task, _, _ in groups})
     if not tasks:
         return
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
     figure, panels = plt.subplots(
-        1, len(tasks), figsize=(3.2 * len(tasks), 3.4), squeeze=False, layout="constrained"
+        lines, columns, figsize=(3.2 * columns, 3.2 * lines), squeeze=False, layout="constrained"
     )
     epsilons = sorted({epsilon for _, _, epsilon in groups})
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(epsilons)))
-    for axes, task in zip(panels[0], tasks):
+    for axes, task in zip(panels.flat, tasks):
         for (name, sampler, epsilon), group in groups.items():
             if name == task:
                 style = ".--" if sampler == "poisson" else ".-"
                 axes.plot([c.steps for c in group], [100 * c.mean for c in group], style,
                           color=colors[epsilons.index(epsilon)])  # fmt: skip
         axes.set(xscale="log", xlabel="steps T", title=task)
-    panels[0][0].set_ylabel("held-out accuracy [%]")
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for line in panels:
+        line[0].set_ylabel("held-out accuracy [%]")
     names = ", ".join(f"{e:g}" for e in epsilons)
     caption = f"Accuracy against steps at epsilon {names} (dark to light); dashed: Poisson"
     yield Figure("accuracy", caption, figure)
