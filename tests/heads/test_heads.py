@@ -180,6 +180,15 @@ def test_evaluate_counts_every_example(blobs, monkeypatch):
         assert found["accuracy"] == pytest.approx((logits.argmax(1) == blobs.labels).mean())
 
 
+def test_many_heads_of_many_classes_are_evaluated():
+    """Of more than 50 classes there is no confusion matrix, and its place is empty."""
+    labels = np.arange(52, dtype=np.int32)
+    features = heads.FeatureSet(np.eye(52, dtype=np.float32), labels, 52, "diagonal")
+    kernels = np.stack([np.eye(52, dtype=np.float32)] * 9)
+    found = heads.evaluate({"head": {"kernel": kernels, "bias": np.zeros((9, 52), "f")}}, features)
+    assert [scores["accuracy"] for scores in found] == [1.0] * 9
+
+
 @pytest.mark.parametrize(
     ("points", "changes", "message"),
     [
