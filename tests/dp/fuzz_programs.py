@@ -1159,16 +1159,17 @@ def _spread(program: Program, params: Any, batch: Any) -> np.ndarray:
         return jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
 
     gradients = jax.jit(gradients, compiler_options=COMPILE)
-    exact, level = gradients(0.0, params, batch), 2.0**-5
+    exact = gradients(0.0, params, batch)
     spread = np.zeros((SIZE, len(program.params)))
-    for noise in (level, -level):
+    # The small ones see what jumps: signs, ranks, a sine of millions.
+    for noise in (2.0**-5, -(2.0**-5), 2.0**-20, -(2.0**-20)):
         moved = jax.tree.map(
             lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64),
             exact,
             gradients(noise, params, batch),
         )
         sizes = [np.sqrt(np.sum(g.reshape(SIZE, -1) ** 2, 1)) for g in jax.tree.leaves(moved)]
-        spread = np.maximum(spread, np.stack(sizes, 1) / level)
+        spread = np.maximum(spread, np.stack(sizes, 1) / abs(noise))
     norms = [
         np.sqrt(np.sum(np.asarray(g, np.float64).reshape(SIZE, -1) ** 2, 1))
         for g in jax.tree.leaves(exact)
