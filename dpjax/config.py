@@ -118,9 +118,9 @@ def default() -> ConfigDict:
                 "normalized": True,  # divide by C: sensitivity 1, learning rate independent of C
                 "gamma": 0.01,  # of automatic clipping
                 "method": "auto",  # auto, bookkeeping, vmap
-                # gaussian: in float32; or secure: integers made of ChaCha20's bits, on sums that
-                # are exact, for releases whose low bits somebody may attack (see dpjax.dp.secure).
-                # It takes method vmap.
+                # gaussian: float32 noise; secure: integers drawn from ChaCha20, added to exact
+                # sums, for a release whose low bits an adversary may study (see dpjax.dp.secure).
+                # Secure noise needs method vmap.
                 "noise": "gaussian",
                 # Fit one temperature on a share of the training data that nothing else reads, at
                 # the same epsilon and delta, which disjoint data pays once (arXiv 2210.08248). The

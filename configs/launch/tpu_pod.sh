@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run on all hosts of a Cloud TPU slice, each with the package installed and DIR mounted:
 #   configs/launch/tpu_pod.sh NAME ZONE --config=FILE --workdir=DIR
-# The hosts find each other by themselves. A slice that was preempted and made anew: run it again.
+# The hosts find each other by themselves. After a slice was preempted and recreated, run it again.
 name=$1 zone=$2
 shift 2
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \

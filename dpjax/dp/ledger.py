@@ -259,12 +259,12 @@ def _noise_in_words(mechanisms: Sequence[Mechanism]) -> str:
     if None in sizes:
         return "Gaussian, float32, JAX threefry2x32 (not a cryptographic generator)"
     return (
-        "secure: a Gaussian rounded to integers, within 2^-71 of its law for each number, made of "
-        "ChaCha20's bits under a 256-bit key and added to an exact sum of integers; delta includes "
-        "the distance of the laws. The guarantee holds for all bits of what is released. It "
-        "assumes that ChaCha20 cannot be told from random bits, and that a gradient has the same "
-        "bits in whatever row of a batch it is computed. Batches are drawn by Philox, which is not "
-        "cryptographic"
+        "secure: integers drawn from ChaCha20 under a 256-bit key and added to an exact sum of "
+        "integers; each is within 2^-71, in total variation, of a Gaussian rounded to integers, "
+        "and delta includes that distance. The guarantee holds for all bits of what is released. "
+        "It assumes that ChaCha20 cannot be told from random bits, and that a gradient has the "
+        "same bits in whatever row of a batch it is computed. Batches are drawn by Philox, which "
+        "is not cryptographic"
     )
 
 

@@ -158,7 +158,7 @@ def rounded_gaussian(key: jax.Array, size: int) -> jax.Array:
         size: how many.
 
     Guarantees:
-        A number depends on key and position alone. Three numbers are made of one block.
+        A number depends on key and position alone. One block gives three numbers.
     """
     words = jax.random.key_data(key)
     outer, inner = (jnp.asarray(_table(s)[0]) for s in (_OUTER, _INNER))

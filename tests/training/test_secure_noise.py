@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
 
 def test_the_statement_says_what_is_claimed(finished):
     said = json.loads((finished / "privacy.json").read_text())
-    assert said["noise"].startswith("secure: a Gaussian rounded to integers")
+    assert said["noise"].startswith("secure: integers drawn from ChaCha20 under a 256-bit key")
     assert said["phases"][0]["secure_size"] == 170  # a head of 16 x 10 and 10
     assert said["epsilon"] <= 2.0
     assert "ChaCha20" in (finished / "privacy.md").read_text()

@@ -2,7 +2,7 @@
 
 Where a weight enters as `y = x @ w`, its gradient is `x^T g`, with g the cotangent of y. A *site*
 is an equation of which that is true: `dot_general`, `conv_general_dilated`, or a lookup by `gather`
-or `dynamic_slice` (a product with one-hot rows). Its weight is made of views of leaves (see
+or `dynamic_slice` (a product with one-hot rows). Its weight consists of views of leaves (see
 `views`), or it is *derived*: another function of parameters alone. An equation whose weight has
 several views, such as kernels that were joined, is a site for each of them, with the part of the
 recorded arrays that belongs to the view (`Site.cuts`).
@@ -107,7 +107,7 @@ def sites_of(
     Args:
         eqn: the equation.
         operand: position of the weight among its operands.
-        views: the views that the weight is made of; none of a derived weight.
+        views: the views that form the weight; empty for a derived weight.
         leaves: the leaves that it is computed from.
         key: position of the equation, through nested jaxprs.
         lengths: lengths of the enclosing scans, outermost first.
