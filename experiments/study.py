@@ -77,10 +77,10 @@ class Figure(NamedTuple):
     figure: plt.Figure
 
 
-def size(arg: str | None) -> str:
+def size(arg: str | None, sizes: Iterable[str] = SIZES) -> str:
     """Returns the size that a config's argument names; "laptop" if there is none."""
     chosen = arg or "laptop"
-    files.choose("arg", chosen, dict.fromkeys(SIZES))
+    files.choose("arg", chosen, dict.fromkeys(sizes))
     return chosen
 
 

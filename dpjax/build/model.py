@@ -31,7 +31,7 @@ _MODELS: dict[str, tuple[Callable[..., Model], Mapping[str, Any] | None]] = {
     "vit": (models.vision_transformer, models.SIZES),
     "resnet_v2": (models.resnet_v2, models.RESNETS),
     "wide_resnet": (models.wide_resnet, {"16_4": models.WRN_16_4}),
-    "efficientnet_lite": (models.efficientnet_lite, {"lite0": models.LITE0}),
+    "efficientnet_lite": (models.efficientnet_lite, models.EFFICIENTNETS),
     "resnet8": (models.resnet8, None),
     "text_encoder": (models.text_encoder, models.TEXT_SIZES),
     "decoder": (models.decoder, models.DECODERS),

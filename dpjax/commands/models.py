@@ -16,7 +16,9 @@ from dpjax.commands import cli
 # Which published weights a family and size take.
 _WEIGHTS = {
     "efficientnet_lite0": "efficientnet_lite lite0",
+    "efficientnet_lite2": "efficientnet_lite lite2",
     "minilm_l6": "text_encoder minilm_l6",
+    "mpnet_base": "text_encoder mpnet_base",
     "distilbert_base": "text_encoder distilbert_base",
     "vit_mini_digits": "vit mini",
     "vit_ti16_augreg": "vit ti16",

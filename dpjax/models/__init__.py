@@ -17,7 +17,7 @@ from dpjax.models.model import (
 )
 from dpjax.models.nets import (
     DECODERS,
-    LITE0,
+    EFFICIENTNETS,
     RESNETS,
     SIZES,
     TEXT_SIZES,
@@ -56,7 +56,7 @@ from dpjax.models.weights import (
 
 __all__ = [
     "DECODERS",
-    "LITE0",
+    "EFFICIENTNETS",
     "MODULE_INPUT",
     "RESNETS",
     "SIZES",

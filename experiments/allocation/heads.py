@@ -36,7 +36,8 @@ from dpjax import config as configs
 from dpjax.build import planner
 from dpjax.heads import FeatureSet
 
-__all__ = ["TASKS", "Task", "batch_sizes", "block", "main", "opened", "read", "train_heads"]
+__all__ = ["TASKS", "Task", "batch_sizes", "block", "main", "opened", "projected", "read",
+           "train_heads"]  # fmt: skip
 
 DELTA = 1e-5
 EPOCHS = 8.0
@@ -109,7 +110,7 @@ def opened(task: Task) -> tuple[FeatureSet, FeatureSet, FeatureSet]:
     config.batch_size = 1
     run = build.build(config)
     train, held = (
-        _projected(heads.compute_features(run.model, run.params, dataset), task.width)
+        projected(heads.compute_features(run.model, run.params, dataset), task.width)
         for dataset in (run.train, run.test)
     )
     train = train.select(np.arange(task.examples))
@@ -118,8 +119,8 @@ def opened(task: Task) -> tuple[FeatureSet, FeatureSet, FeatureSet]:
     return train, held.select(order[:half]), held.select(order[half:])
 
 
-def _projected(features: FeatureSet, width: int | None) -> FeatureSet:
-    """Normalized features; the directions are public, and each example is mapped on its own."""
+def projected(features: FeatureSet, width: int | None) -> FeatureSet:
+    """Normalizes features, and projects them to `width` random directions, which are public."""
     features = heads.normalize(features, center=True, scale=SCALE)
     if width is None:
         return features

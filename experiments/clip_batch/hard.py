@@ -5,7 +5,8 @@
 
 DATA holds `20newsgroups`, `reuters52` and `cifar10`, see `dpjax prepare`. A head is trained by
 DP-Adam on cached features of a frozen backbone: texts of many classes, one of them very
-unbalanced, and images of which few are there. At 8 epochs, T = round(E N / B), the grid is that of
+unbalanced, images of which few are there, and mixes of classes that are easy and hard to tell
+apart. At 8 epochs, T = round(E N / B), the grid is that of
 `BOUNDS`, the batch sizes of the task and its full batch, and `EPSILONS`. The rate of every cell is
 searched by factors of 8, then of 2, with two seeds and on one half of the held-out data, until the
 best rate has a worse one on both sides. What is reported is the accuracy on the other half, with
@@ -19,6 +20,7 @@ are skipped. DIR/nonprivate.jsonl holds what reads raw gradients, see `look`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -37,11 +39,15 @@ from dpjax import build, dp, files, heads
 from dpjax import config as configs
 from dpjax.heads import FeatureSet
 from dpjax.runtime import compilation
+from experiments.allocation.heads import projected
 from experiments.clip_batch import diagnostics, rules
 from experiments.clip_batch.clip_diagnosis import BOUNDS as LOOKED_BOUNDS
 from experiments.clip_batch.clip_diagnosis import LEVELS
 
-__all__ = ["LINES", "TASKS", "Line", "Task", "block", "look", "main", "opened", "read", "reference"]
+__all__ = [
+    "EASY", "HARD", "LINES", "TASKS", "Line", "Task", "block", "look", "main", "opened", "read",
+    "reference",
+]  # fmt: skip
 
 DELTA = 1e-5
 EPOCHS = 8.0
@@ -49,7 +55,6 @@ EPSILONS = (0.25, 0.5, 1.0, 2.0, 8.0)
 BOUNDS = (1e-3, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # a gradient's norm is at most about 11
 TUNING_SEEDS = (1, 2)
 SEEDS = (11, 12, 13, 14, 15)
-SCALE = 8.0  # norm of an example's features, see `heads.normalize`
 _RATES = 2.0 ** np.arange(-20, 8)  # more than any search has used
 _START = 2.0**-7
 # Far apart: a head from zero says the same at any small rate, and a search of neighbors alone ends
@@ -67,10 +72,15 @@ class Task(NamedTuple):
     Attributes:
         overrides: of the default config.
         batches: B, besides the full batch.
+        width: the features are projected to so many random directions, which is faster; None
+            leaves them as they are.
+        classes: the only classes that stay, by name; none for all.
     """
 
     overrides: Row
     batches: tuple[int, ...]
+    width: int | None = None
+    classes: tuple[str, ...] = ()
 
 
 class Line(NamedTuple):
@@ -91,18 +101,41 @@ _MINILM = {
     "model.name": "text_encoder", "model.size": "minilm_l6", "model.weights": "minilm_l6",
     "model.options": {"max_length": 48},
 }  # fmt: skip
-_LITE0 = {
+_MPNET = {
+    "model.name": "text_encoder", "model.size": "mpnet_base", "model.weights": "mpnet_base",
+    "model.options": {"max_length": 24}, "data.tokenizer": "mpnet_base_tokenizer",
+}  # fmt: skip
+_LITE2 = {
     "data.name": "cifar10", "data.test_split": "test[:5000]", "model.name": "efficientnet_lite",
-    "model.size": "lite0", "model.weights": "efficientnet_lite0",
+    "model.size": "lite2", "model.weights": "efficientnet_lite2",
     "model.options": {"image_size": 128},
 }  # fmt: skip
+# Groups of five fields, and five of one field that even people mix up.
+EASY = ("misc.forsale", "rec.sport.hockey", "sci.space", "soc.religion.christian",
+        "talk.politics.mideast")  # fmt: skip
+HARD = ("comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware",
+        "comp.sys.mac.hardware", "comp.windows.x")  # fmt: skip
+_NEWS = {**_MINILM, "data.name": "20newsgroups"}
 TASKS = {
     "digits": Task({"data.name": "digits"}, (400,)),  # for the tests: a random backbone
-    "20newsgroups": Task({**_MINILM, "data.name": "20newsgroups"}, (256, 1024, 4096)),
+    "20newsgroups": Task(_NEWS, (256, 1024, 4096)),
     "reuters52": Task({**_MINILM, "data.name": "reuters52"}, (128, 512, 2048)),
-    "cifar10 1 %": Task({**_LITE0, "data.subset": 0.01}, (32, 128)),
-    "cifar10 10 %": Task({**_LITE0, "data.subset": 0.1}, (128, 512, 2048)),
-    "cifar10 40 %": Task({**_LITE0, "data.train_split": "train[:20000]"}, (512, 2048, 8192)),
+    "20newsgroups mpnet": Task(
+        {
+            **_MPNET,
+            "data.name": "20newsgroups",
+            "data.train_split": "train[:4000]",
+            "data.test_split": "test[:3000]",
+        },
+        (128, 512),
+    ),
+    "reuters52 mpnet": Task({**_MPNET, "data.name": "reuters52"}, (128, 512, 2048)),
+    "cifar10 1 %": Task({**_LITE2, "data.subset": 0.01}, (32, 128), 320),
+    "cifar10 10 %": Task({**_LITE2, "data.subset": 0.1}, (128, 512, 2048), 320),
+    "cifar10 100 %": Task(_LITE2, (1024, 4096, 16384), 320),
+    "20newsgroups easy": Task(_NEWS, (128, 512), classes=EASY),
+    "20newsgroups hard": Task(_NEWS, (128, 512), classes=HARD),
+    "20newsgroups mix": Task(_NEWS, (128, 512), classes=EASY + HARD),
 }
 _FEW = (0.1, 1.0, 3.0, 10.0)
 LINES = {
@@ -126,15 +159,26 @@ def opened(task: Task) -> tuple[FeatureSet, FeatureSet, FeatureSet]:
         config.dp = None
     config.batch_size = 1
     run = build.build(config)
+    names = run.train.class_names
     train, held = (
-        heads.normalize(
-            heads.compute_features(run.model, run.params, dataset), center=True, scale=SCALE
+        _only(
+            projected(heads.compute_features(run.model, run.params, dataset), task.width),
+            [names.index(name) for name in task.classes],
         )
         for dataset in (run.train, run.test)
     )
     order = np.random.default_rng(0).permutation(len(held))
     half = len(held) // 2
     return train, held.select(order[:half]), held.select(order[half:])
+
+
+def _only(features: FeatureSet, classes: Sequence[int]) -> FeatureSet:
+    """Keeps some classes, which are numbered in this order; none keeps all."""
+    if not classes:
+        return features
+    kept = features.select(np.flatnonzero(np.isin(features.labels, classes)))
+    labels = np.argmax(kept.labels[:, None] == np.asarray(classes), axis=1)
+    return dataclasses.replace(kept, labels=labels, num_classes=len(classes))
 
 
 class _Trainer:

@@ -23,7 +23,8 @@ from experiments import study
 from experiments.clip_batch import figures, hard
 from experiments.study import Figure, Row, Table
 
-__all__ = ["Cells", "cells", "claims", "interior", "main", "parts", "rate_slopes", "small_classes"]
+__all__ = ["Cells", "cells", "claims", "class_mix", "interior", "main", "parts", "rate_slopes",
+           "small_classes"]  # fmt: skip
 
 _GROUPS = ((1, 9), (10, 49), (50, 199), (200, 10**9))  # sizes of classes in the training data
 Key = tuple[int, float]  # B, C
@@ -207,6 +208,40 @@ def _of(run: Mapping[str, Any], members: Sequence[int], facts: Mapping[str, Any]
     return right / total if total else -1.0
 
 
+def class_mix(rows: Sequence[Row]) -> list[Row]:
+    """What a larger C gains for classes that are easy and hard to tell apart, alone and mixed.
+
+    Returns:
+        A row per budget and task of "20newsgroups easy", "hard" and "mix" that ran: at C* and at
+        the least C, each at its best B, the accuracy of the easy and of the hard classes.
+    """
+    groups = {"easy": (hard.EASY, ()), "hard": ((), hard.HARD), "mix": (hard.EASY, hard.HARD)}
+    made = []
+    for name, (easy, difficult) in groups.items():
+        task = f"20newsgroups {name}"
+        mine = [r for r in rows if (r["task"], r.get("line")) == (task, "flat")]
+        for epsilon in sorted({r["epsilon"] for r in mine}):
+            found = cells(rows, task, "flat", epsilon)
+            best = _best(found)
+            least = min(key[1] for key in found)
+            small = found[_best(found, C=least)]
+            row: Row = {"task": task, "epsilon": epsilon, "C*": best[1], "least C": least}
+            for label, first, count in (
+                ("easy", 0, len(easy)),
+                ("hard", len(easy), len(difficult)),
+            ):
+                members = [str(k) for k in range(first, first + count)]
+                if members:
+                    large, tiny = ([{label: float(np.mean([r["by_class"][k] for k in members]))}
+                                    for r in runs] for runs in (found[best], small))  # fmt: skip
+                    gain, half = _gap(large, tiny, label)
+                    row |= {f"{label} classes [%]": _mean(large, label),
+                            f"{label}, gain over the least C": gain,
+                            f"{label}, gain over the least C ±": half}  # fmt: skip
+            made.append(row)
+    return made
+
+
 def _difficulty(rows: Sequence[Row], tasks: Sequence[str], found: Sequence[Row]) -> list[Figure]:
     """C* against the accuracy without privacy: does a hard task want a larger C?"""
     easy = {task: 100 * _reference(rows, task)["accuracy"] for task in tasks}
@@ -321,6 +356,13 @@ def parts(rows: Sequence[Row], looked: Sequence[Row]) -> list[str | Table | Figu
         by_size = small_classes(rows, task)
         found += [f"## Small classes: {task}", Table("small_classes", "By the size of the class in "
                   "the training data", by_size), *_fairness(task, by_size)]  # fmt: skip
+    mixed = class_mix(rows)
+    if mixed:
+        found += [
+            "## Easy and hard classes, alone and mixed",
+            "Five groups of five fields, five of one field, and all ten.",
+            Table("class_mix", "What C* gains over the least C, in points", mixed),
+        ]
     if looked:
         found += ["## Gradients: NOT private", "From raw gradients of 768 training examples at B* "
                   "and C*. w(0.1) is the mean of min(1, 0.1 / norm) over the classes.",

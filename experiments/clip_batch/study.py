@@ -4,7 +4,8 @@
     dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (a head on EfficientNet-Lite0 features
-of CIFAR-10 and of its 10 %; norms or all parameters of the shipped ViT on MNIST digits) and "paper"
+of CIFAR-10 and of its 10 %; norms or all parameters of the shipped ViT on MNIST digits), "text"
+(norms, LoRA or all parameters of MiniLM on 1,000 posts of 20 Newsgroups) and "paper"
 (ViT-Ti and ViT-B, norms and head; CIFAR-100 and its 10 %, SUN397, Cassava; 20 Newsgroups with
 DistilBERT; other parameter sets).
 Data is read from $DPJAX_DATA_DIR, and weights have their published names.
@@ -84,6 +85,11 @@ def _paper(num_examples: int, **overrides: Any) -> Task:
     return Task(named, (0.5, 1.0, 8.0), batches, _PAPER_BOUNDS, _PAPER_RATES, True, 3)
 
 
+def _texts(finetune: str, rate: float) -> Task:
+    bounds = (0.1, 1.0, 10.0, 100.0)
+    return Task({"finetune": finetune}, (1.0, 8.0), (250,), bounds, (rate,), False, 3)
+
+
 _B16 = {"model__size": "b16", "model__weights": "vit_b16_augreg"}
 _TASKS: dict[str, tuple[Task, ...]] = {
     "smoke": (
@@ -96,6 +102,7 @@ _TASKS: dict[str, tuple[Task, ...]] = {
         Task({**_MINI, "finetune": "film"}, (2.0,), (256,), (0.01, 1.0, 100.0), (3e-3,), False, 3),
         Task({**_MINI, "finetune": "full"}, (2.0,), (256,), (0.01, 1.0, 100.0), (3e-3,), False, 3),
     ),
+    "text": (_texts("film", 3e-3), _texts("full", 1e-3), _texts("lora:8", 3e-3)),
     "paper": (
         _paper(50_000),
         _paper(50_000, **_B16),
@@ -125,7 +132,7 @@ _LOOKED_AT = {("digits", 100, 0.03), ("cifar10", 1024, 0.002), ("mnist5k", 256, 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the base config; `arg` is a size, see `study.size`."""
-    chosen = study.size(arg)
+    chosen = study.size(arg, _TASKS)
     config = default()
     config.finetune = "head"
     config.epochs = 8.0
@@ -139,6 +146,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.finetune = "film"
         config.physical_batch = 512
         options = {"image_size": 224}
+    elif chosen == "text":
+        config.data.name = "20newsgroups"
+        config.data.train_split, config.data.test_split = "train[:1000]", "test[:1000]"
+        config.model.name = "text_encoder"
+        config.model.size = "minilm_l6"
+        config.model.weights = "minilm_l6"
+        config.epochs = 2.0
+        config.batch_size = 250
+        config.physical_batch = 64
+        config.eval_every = 100  # at the end
+        options = {"max_length": 16}
     elif chosen == "laptop":
         config.data.name = "cifar10"
         config.model.name = "efficientnet_lite"
@@ -157,7 +175,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep(arg: str | None = None) -> Iterator[Row]:
     """Yields the overrides of every run."""
-    for task in _TASKS[study.size(arg)]:
+    for task in _TASKS[study.size(arg, _TASKS)]:
         common = {
             **{name: (value,) for name, value in task.overrides.items()},
             "private_seed": range(task.seeds), _EPSILON: task.epsilons, _BATCH: task.batches,
@@ -183,7 +201,7 @@ def theory(arg: str | None = None) -> Row:
 
     Its steps are 8 ceil(N/B) at q = 1/ceil(N/B), ours round(8 N/B) at q = B/N; N = 50,000.
     """
-    small = study.size(arg) == "smoke"
+    small = study.size(arg, _TASKS) == "smoke"
     total, epochs, delta = 50_000, 8, 1e-5
     rows = []
     for epsilon in (1.0,) if small else (0.5, 1.0, 8.0):

@@ -128,6 +128,29 @@ def test_small_classes_are_pooled_by_their_size():
     assert "classes of 10 to 49 [%]" not in found[0]
 
 
+def test_a_mix_keeps_its_classes_in_their_order():
+    features = heads.FeatureSet(np.arange(10.0).reshape(5, 2), np.array([3, 0, 2, 3, 1]), 4, "t")
+    kept = hard._only(features, (3, 1))
+    assert (kept.labels.tolist(), kept.num_classes) == ([0, 0, 1], 2)
+    assert kept.values[:, 0].tolist() == [0, 6, 8]
+    assert hard._only(features, ()) is features
+
+
+def test_easy_and_hard_classes_are_told_apart_in_a_mix():
+    def run(bound, seed, easy, difficult):
+        by_class = {str(k): easy if k < 5 else difficult for k in range(10)}
+        return row("20newsgroups mix", epsilon=8.0, B=100, C=bound, seed=seed, by_class=by_class,
+                   accuracy=difficult, tuning_accuracy=difficult)  # fmt: skip
+
+    rows = [run(0.1, 0, 0.9, 0.5), run(0.1, 1, 0.9, 0.52), run(3.0, 0, 0.9, 0.6),
+            run(3.0, 1, 0.92, 0.6)]  # fmt: skip
+    (mixed,) = hard_report.class_mix(rows)
+    assert (mixed["C*"], mixed["least C"]) == (3.0, 0.1)
+    assert mixed["hard, gain over the least C"] == pytest.approx(9)
+    assert mixed["easy, gain over the least C"] == pytest.approx(1)
+    assert mixed["hard classes [%]"] == pytest.approx(60)
+
+
 def test_a_run_writes_blocks_once_and_the_report_is_rebuilt(tmp_path, monkeypatch, block):
     monkeypatch.setattr(hard, "opened", lambda task: SETS)
     monkeypatch.setitem(hard.LINES, "flat", hard.Line("flat", "adam", (0.1, 2.0)))

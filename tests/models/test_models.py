@@ -31,6 +31,7 @@ WRN = models.WideResNetConfig(depth=10, widen=1, groups=4, image_size=8)
 TEXT = models.TextConfig(
     vocab_size=20, width=16, depth=2, heads=2, mlp=24, positions=10, max_length=8
 )
+MPNET = dataclasses.replace(TEXT, pad_id=1, first_position=2, token_types=0, relative=8)
 
 FAMILIES = {
     "vit": lambda **kwargs: models.vision_transformer(VIT, CLASSES, **kwargs),
@@ -42,6 +43,7 @@ FAMILIES = {
     "resnet_v2": lambda **kwargs: models.resnet_v2(RESNET, CLASSES, **kwargs),
     "wide_resnet": lambda **kwargs: models.wide_resnet(WRN, CLASSES, **kwargs),
     "text": lambda **kwargs: models.text_encoder(TEXT, CLASSES, **kwargs),
+    "mpnet": lambda **kwargs: models.text_encoder(MPNET, CLASSES, **kwargs),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -215,8 +217,10 @@ def test_inputs_of_another_kind_are_refused():
         (lambda: models.vision_transformer(models.SIZES["b16"], 1000), 86_567_656),
         (lambda: models.resnet_v2(models.RESNETS["r50x1"], 1000), 25_549_352),
         (lambda: models.text_encoder(models.TEXT_SIZES["distilbert_base"], 2), 66_364_418),
+        # The peer's 109,486,464 are without a head and with a pooler of 768 x 768 + 768.
+        (lambda: models.text_encoder(models.TEXT_SIZES["mpnet_base"], 2), 108_895_872 + 1538),
     ],
-    ids=["mini", "ti16", "s16", "b16", "r50x1", "distilbert"],
+    ids=["mini", "ti16", "s16", "b16", "r50x1", "distilbert", "mpnet"],
 )
 def test_published_sizes(make, parameters):
     """The counts timm and transformers give for the same shapes."""
@@ -256,6 +260,9 @@ def test_wide_resnet_is_as_wide_as_published():
         (lambda: models.WideResNetConfig(groups=3), "groups=3"),
         (lambda: models.EfficientNetConfig(stages=()), "stages="),
         (lambda: models.TextConfig(max_length=513), "max_length=513"),
+        (lambda: models.TextConfig(max_length=511, first_position=2), "max_length=511"),
+        (lambda: models.TextConfig(relative=-4), "relative=-4"),
+        (lambda: models.TextConfig(relative=6), "relative=6"),
         (lambda: models.TextConfig(pooling="max"), "pooling='max'"),
         (lambda: models.text_encoder(dataclasses.replace(TEXT, pad_id=-1), 2), "pad_id=-1"),
         (lambda: models.InputSpec(8, 3, (0.5,), (0.5,)), "mean="),

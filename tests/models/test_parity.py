@@ -271,30 +271,32 @@ def bit(params, config):
 
 
 @warn
-def test_efficientnet_lite0(torch, timm, tmp_path):
-    net = timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES)
+@pytest.mark.parametrize("size", list(models.EFFICIENTNETS))
+def test_efficientnet(torch, timm, tmp_path, size):
+    net = timm.create_model(f"tf_efficientnet_{size}", num_classes=CLASSES)
     net = randomize(torch, net)
-    model = models.efficientnet_lite(dataclasses.replace(models.LITE0, image_size=70), CLASSES)
+    config = dataclasses.replace(models.EFFICIENTNETS[size], image_size=70)
+    model = models.efficientnet_lite(config, CLASSES)
     # timm keeps the order of the original's layers under names of its own.
     state = {name: x for name, x in net.state_dict().items() if "num_batches" not in name}
-    names = original_names()
+    names = original_names(sum(1 for _ in config.blocks()))
     assert len(names) == len(state)
     torch.save(
         dict(zip(names, state.values(), strict=True)),
-        tmp_path / "lite0.pth",
+        tmp_path / "lite.pth",
         _use_new_zipfile_serialization=False,
     )
-    params = loaded(model, tmp_path / "lite0.pth")
+    params = loaded(model, tmp_path / "lite.pth")
     inputs = images(70)
     assert_equal_logits(model, params, inputs, theirs(torch, net, inputs))
 
 
-def original_names():
+def original_names(blocks):
     def normed(conv, norm):
         return [conv, *(f"{norm}.{x}" for x in ("weight", "bias", "running_mean", "running_var"))]
 
     names = normed("_conv_stem.weight", "_bn0")
-    for i in range(16):
+    for i in range(blocks):
         block = f"_blocks.{i}"
         if i > 0:
             names += normed(f"{block}._expand_conv.weight", f"{block}._bn0")

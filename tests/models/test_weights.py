@@ -201,6 +201,7 @@ def test_a_npz_with_objects_is_refused(tmp_path):
 
 TEXT = models.TextConfig(vocab_size=9, width=8, depth=2, heads=2, mlp=12, positions=5, max_length=4)
 DISTIL = models.TextConfig(**{**vars(TEXT), "token_types": 0})
+MPNET = models.TextConfig(**{**vars(DISTIL), "relative": 8, "first_position": 1, "pad_id": 1})
 RESNET = models.ResNetConfig(depths=(2, 1), width=8, groups=4, image_size=16)
 LITE = models.EfficientNetConfig(
     stages=(models.MBConvStage(1, 3, 1, 1, 4), models.MBConvStage(2, 5, 2, 2, 6)), stem=4, width=8
@@ -237,6 +238,11 @@ LAYOUTS = {
         models.text_encoder(DISTIL, 3),
         text._table(DISTIL, {"distilbert.embeddings.word_embeddings.weight", ".q_lin."}, 3),
         ["vocab_transform.weight", "pre_classifier.bias"],
+    ),
+    "mpnet": (
+        models.text_encoder(MPNET, 3),
+        text._table(MPNET, {"mpnet.embeddings.word_embeddings.weight"}, 3),
+        ["mpnet.pooler.dense.weight", "lm_head.bias"],
     ),
 }
 

