@@ -90,11 +90,13 @@ class Line(NamedTuple):
         rule: of `rules.RULES`.
         optimizer: its name.
         bounds: C; one that plays no part is 1.
+        epsilons: budgets.
     """
 
     rule: str
     optimizer: str
     bounds: tuple[float, ...]
+    epsilons: tuple[float, ...] = EPSILONS
 
 
 _MINILM = {
@@ -131,11 +133,12 @@ TASKS = {
     "20newsgroups mix": Task(_NEWS, (128, 512), classes=EASY + HARD),
 }
 _FEW = (0.1, 1.0, 3.0, 10.0)
+_FEW_BUDGETS = (0.25, 1.0, 8.0)
 LINES = {
     "flat": Line("flat", "adam", BOUNDS),
     "automatic": Line("automatic", "adam", (1.0,)),
-    "tanh": Line("tanh", "adam", _FEW),
-    "corrected": Line("flat", "adam_corrected", _FEW),
+    "tanh": Line("tanh", "adam", _FEW, _FEW_BUDGETS),
+    "corrected": Line("flat", "adam_corrected", _FEW, _FEW_BUDGETS),
 }
 
 
@@ -248,7 +251,7 @@ def block(
     line: Line,
     batch_size: int,
     *,
-    epsilons: Sequence[float] = EPSILONS,
+    epsilons: Sequence[float] | None = None,
     start: dict[Cell, float],
     at_once: int = 8,
 ) -> list[Row]:
@@ -258,7 +261,7 @@ def block(
         sets: as `opened` returns them.
         line: rule, optimizer and bounds.
         batch_size: B.
-        epsilons: budgets.
+        epsilons: budgets, if not those of the line.
         start: rate at which the search of a cell begins, where it is known; the best ones are put
             into it.
         at_once: heads trained together.
@@ -266,6 +269,7 @@ def block(
     Returns:
         A row per run; `accuracy` is that on the half that the search did not see.
     """
+    epsilons = line.epsilons if epsilons is None else epsilons
     trainer = _Trainer(sets, line, batch_size, epsilons, at_once)
     cells = [(epsilon, bound) for epsilon in epsilons for bound in line.bounds]
     tried: dict[Cell, dict[float, float]] = {cell: {} for cell in cells}
@@ -414,7 +418,7 @@ def run(
     tasks: Sequence[str],
     lines: Sequence[str],
     *,
-    epsilons: Sequence[float] = EPSILONS,
+    epsilons: Sequence[float] | None = None,
     at_once: int = 8,
 ) -> None:
     """Runs the blocks that are missing.
@@ -445,7 +449,8 @@ def run(
 
 def _run_line(
     workdir: Path, name: str, line: str, sets: tuple[FeatureSet, FeatureSet, FeatureSet],
-    sizes: Sequence[int], rows: Sequence[Row], epsilons: Sequence[float], at_once: int,
+    sizes: Sequence[int], rows: Sequence[Row],
+    epsilons: Sequence[float] | None, at_once: int,
 ) -> None:  # fmt: skip
     """Runs the missing blocks of a task and a line, every batch size in turn."""
     start: dict[Cell, float] = {}
