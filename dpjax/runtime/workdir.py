@@ -145,6 +145,10 @@ class Workdir:
                 file = held.enter_context(open(self.path / _LOCK, "a+", opener=_owner_only))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Between opening and locking, `move_aside` may have renamed the directory:
+                    # then this is the lock of the run that was moved.
+                    if not _is_at(file.fileno(), self.path / _LOCK):
+                        raise BlockingIOError
                     file.truncate(0)
                     file.write(f"process {os.getpid()} on {platform.node()}")
                     file.flush()
@@ -305,6 +309,14 @@ def may_be_published(name: str, text: str = "") -> bool:
     # The statement names what it does not cover, but shows nothing of it except an audit's result.
     private = AUDIT if name.startswith("privacy.") else PRIVATE
     return name in PUBLISHED and private not in text
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _owner_only(path: str, flags: int) -> int:

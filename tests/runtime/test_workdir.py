@@ -234,6 +234,18 @@ def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
         used(tmp_path / "w")  # the lock's file does not look like somebody else's
 
 
+def test_a_lock_that_was_moved_aside_is_no_lock(tmp_path, monkeypatch):
+    path, lock = tmp_path / "w", fcntl.flock
+
+    def move_first(file, flags):
+        path.rename(tmp_path / "w.1")  # another process, with --restart
+        lock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", move_first)
+    with pytest.raises(OtherRun, match="another process runs here"), Workdir(path).lock():
+        pass
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def refuse(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
