@@ -58,6 +58,11 @@ def model(config: ConfigDict, num_classes: int) -> Model:
     make, sizes = _family(config.name)
     if models.is_module(make):
         _without_remat(config)
+        if not isinstance(make, type) and config.dtype != "float32":
+            raise ValueError(
+                f"model.dtype={config.dtype!r}: {config.name!r} is a module that computes in the "
+                "dtype it was made with. Name its class, or a function that makes it."
+            )
         return _bare(config, make, num_classes, config.options)
     options: dict[str, Any] = {"head_init": config.head_init, "dtype": config.dtype}
     arguments: list[Any] = [num_classes]

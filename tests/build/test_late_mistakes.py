@@ -17,6 +17,8 @@ class Couples(linen.Module):
         return linen.Dense(4)((images - images.mean(0, keepdims=True)).mean((1, 2)))
 
 
+COUPLES = Couples()
+
 MISTAKES = {
     "model": (["model.name=vitt"], "Did you mean 'vit'?"),
     "size": (["model.size=minni"], "Did you mean 'mini'?"),
@@ -127,6 +129,10 @@ MISTAKES = {
     "a model that couples examples": (
         ["model.name=test_late_mistakes:Couples", "model.options={'image_size': 14}"],
         "examples are coupled",
+    ),
+    "a dtype of a module that has its own": (
+        ["model.name=test_late_mistakes:COUPLES", "model.dtype=bfloat16"],
+        "model.dtype='bfloat16': 'test_late_mistakes:COUPLES' is a module",
     ),
     "a slice that ends before it begins": (["data.train_split=train[9:1]"], "has no examples"),
     "a budget that is none": (["dp.epsilon=1e9"], "dp.epsilon=1e+09 must be <= 1e+06"),
