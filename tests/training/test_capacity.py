@@ -66,3 +66,23 @@ def test_auto_is_chosen_from_memory(run, monkeypatch):
 def test_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match=f"physical_batch={size!r} must be 'auto' or"):
         build.build(tiny_config(physical_batch=size))
+
+
+def test_the_time_of_many_chunks_follows_from_that_of_two(monkeypatch):
+    run = build.build(tiny_config(batch_size=200, physical_batch=8, epochs=1.0))
+    asked = []
+    execute = phases.Prepared.execute
+
+    def counted(self, state, frozen, steps, feed):
+        feed = list(feed)
+        asked.append(len(feed))
+        return execute(self, state, frozen, steps, iter(feed))
+
+    monkeypatch.setattr(phases.Prepared, "execute", counted)
+    seconds, most = capacity.estimate(run)
+    assert sorted(set(asked)) == [1, 2]  # of 25
+    assert seconds > 0
+    assert most > 0
+    monkeypatch.setattr(capacity, "_step_seconds", lambda prepared, run, size, n: 0.5 + 0.25 * n)
+    steps = run.phases[0].steps
+    assert capacity.estimate(run)[0] == pytest.approx(steps * (0.75 + 24 * 0.25))
