@@ -106,7 +106,7 @@ _MINILM = {
 _MPNET = {
     "model.name": "text_encoder", "model.size": "mpnet_base", "model.weights": "mpnet_base",
     "model.options": {"max_length": 24}, "data.tokenizer": "mpnet_base_tokenizer",
-    "data.train_split": "train[:2500]", "data.test_split": "test[:2000]",
+    "data.train_split": "train[:1500]", "data.test_split": "test[:1000]",
 }  # fmt: skip
 _LITE2 = {
     "data.name": "cifar10", "data.test_split": "test[:5000]", "model.name": "efficientnet_lite",

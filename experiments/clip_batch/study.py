@@ -174,7 +174,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(arg: str | None = None) -> Iterator[Row]:
-    """Yields the overrides of every run."""
+    """Yields the overrides of every run, seed by seed: what has run so far can be compared."""
+    yield from sorted(_points(arg), key=lambda point: point["private_seed"])
+
+
+def _points(arg: str | None) -> Iterator[Row]:
     for task in _TASKS[study.size(arg, _TASKS)]:
         common = {
             **{name: (value,) for name, value in task.overrides.items()},
