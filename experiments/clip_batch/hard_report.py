@@ -23,8 +23,8 @@ from experiments import study
 from experiments.clip_batch import figures, hard
 from experiments.study import Figure, Row, Table
 
-__all__ = ["Cells", "cells", "claims", "class_mix", "interior", "main", "parts", "rate_slopes",
-           "small_classes"]  # fmt: skip
+__all__ = ["Cells", "cells", "claims", "class_mix", "interior", "main", "one_bound", "parts",
+           "rate_slopes", "small_classes"]  # fmt: skip
 
 _GROUPS = ((1, 9), (10, 49), (50, 199), (200, 10**9))  # sizes of classes in the training data
 Key = tuple[int, float]  # B, C
@@ -208,6 +208,33 @@ def _of(run: Mapping[str, Any], members: Sequence[int], facts: Mapping[str, Any]
     return right / total if total else -1.0
 
 
+def one_bound(rows: Sequence[Row], tasks: Sequence[str]) -> list[Row]:
+    """What every task and budget loses if one C serves all: the C of least mean loss.
+
+    B and the rate are the best of each cell, so that this is a claim about C alone.
+    """
+    found = {}
+    for task in tasks:
+        mine = [
+            r for r in rows if (r["task"], r.get("line"), r["role"]) == (task, "flat", "result")
+        ]
+        for epsilon in sorted({r["epsilon"] for r in mine}):
+            found[task, epsilon] = cells(rows, task, "flat", epsilon)
+    shared = set.intersection(*({key[1] for key in cell} for cell in found.values()))
+
+    def lost(cell: Cells, bound: float) -> tuple[float, float]:
+        return _gap(cell[_best(cell)], cell[_best(cell, C=bound)])
+
+    bound = min(sorted(shared), key=lambda c: sum(lost(cell, c)[0] for cell in found.values()))
+    made = []
+    for (task, epsilon), cell in found.items():
+        gap, half = lost(cell, bound)
+        made.append({"task": task, "epsilon": epsilon, "C*": _best(cell)[1], "one C": bound,
+                     "lost [points]": gap, "lost [points] ±": half,
+                     "one C is worse": verdict(gap, half)})  # fmt: skip
+    return made
+
+
 def class_mix(rows: Sequence[Row]) -> list[Row]:
     """What a larger C gains for classes that are easy and hard to tell apart, alone and mixed.
 
@@ -343,6 +370,8 @@ def parts(rows: Sequence[Row], looked: Sequence[Row]) -> list[str | Table | Figu
               [row for t in tasks for row in claims(rows, t)]),
         Table("rates", "Does the best rate grow with sqrt(B)? Exponent, over the budgets",
               [row for t in tasks for row in rate_slopes(rows, t)]),
+        "## One C for all",
+        Table("one_bound", "What the C of least mean loss costs each task", one_bound(rows, tasks)),
         "## Optima",
         "From low to high are the values whose best cell is not worse, seed by seed.",
         Table("optima", "Best batch size, bound and rate, and whether they are inside of the grid",

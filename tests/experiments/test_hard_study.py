@@ -128,6 +128,17 @@ def test_small_classes_are_pooled_by_their_size():
     assert "classes of 10 to 49 [%]" not in found[0]
 
 
+def test_one_bound_for_all_tasks_is_priced():
+    other = [
+        dict(r, task="u") for r in lines({(8.0, 100, 0.1): (50, 52), (8.0, 100, 3.0): (70, 71)})
+    ]
+    found = hard_report.one_bound([*lines(GRID), *other], ("t", "u"))
+    assert {(r["task"], r["epsilon"]) for r in found} == {("t", 0.5), ("t", 8.0), ("u", 8.0)}
+    assert {r["one C"] for r in found} == {3.0}
+    (lost,) = [r["lost [points]"] for r in found if (r["task"], r["epsilon"]) == ("t", 8.0)]
+    assert lost == pytest.approx((82 - 70 + 83 - 74 + 84.5 - 72) / 3)
+
+
 def test_a_mix_keeps_its_classes_in_their_order():
     features = heads.FeatureSet(np.arange(10.0).reshape(5, 2), np.array([3, 0, 2, 3, 1]), 4, "t")
     kept = hard._only(features, (3, 1))
