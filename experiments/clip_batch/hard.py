@@ -109,9 +109,9 @@ _MPNET = {
     "data.train_split": "train[:1500]", "data.test_split": "test[:1000]",
 }  # fmt: skip
 _LITE2 = {
-    "data.name": "cifar10", "data.test_split": "test[:5000]", "model.name": "efficientnet_lite",
+    "data.name": "cifar10", "data.test_split": "test[:4000]", "model.name": "efficientnet_lite",
     "model.size": "lite2", "model.weights": "efficientnet_lite2",
-    "model.options": {"image_size": 128},
+    "model.options": {"image_size": 96},
 }  # fmt: skip
 # Groups of five fields, and five of one field that even people mix up.
 EASY = ("misc.forsale", "rec.sport.hockey", "sci.space", "soc.religion.christian",
