@@ -87,7 +87,7 @@ def _paper(num_examples: int, **overrides: Any) -> Task:
 
 def _texts(finetune: str, rate: float) -> Task:
     # The better of two rates with one seed at epsilon 8: 3e-3 and 1e-2, 1e-3 and 3e-3.
-    return Task({"finetune": finetune}, (1.0, 8.0), (250,), (0.1, 3.0, 30.0), (rate,), False, 3)
+    return Task({"finetune": finetune}, (1.0, 8.0), (250,), (3.0, 10.0, 30.0), (rate,), False, 3)
 
 
 _B16 = {"model__size": "b16", "model__weights": "vit_b16_augreg"}
