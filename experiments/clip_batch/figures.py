@@ -21,7 +21,7 @@ _ACC = "accuracy [%]"
 
 
 def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
-    """A row of panels per task, accuracy over (C, B), one panel per epsilon."""
+    """A figure per task, accuracy over (C, B), one panel per epsilon, three in a row."""
     found = []
     for number, (name, rows) in enumerate(tasks.items()):
         epsilons = sorted({row["epsilon"] for row in rows})
@@ -30,21 +30,25 @@ def heatmaps(tasks: Mapping[str, Sequence[Row]]) -> list[Figure]:
         wide, high = (len({row[axis] for row in rows}) for axis in ("C", "B"))
         finite = [row[_ACC] for row in rows if math.isfinite(row[_ACC])]
         limits = (min(finite), max(finite)) if finite else None
+        across = min(3, len(epsilons))
+        down = math.ceil(len(epsilons) / across)
         figure, panels = plt.subplots(
-            1, len(epsilons), squeeze=False, layout="constrained",
-            figsize=(max(6.0, (1.6 + 0.62 * wide) * len(epsilons)), max(3.4, 1.8 + 0.5 * high)),
+            down, across, squeeze=False, layout="constrained",
+            figsize=(max(6.0, (1.6 + 0.62 * wide) * across), max(3.4, (1.8 + 0.5 * high) * down)),
         )  # fmt: skip
-        for axes, epsilon in zip(panels[0], epsilons):
+        for axes in panels.flat[len(epsilons) :]:
+            axes.set_axis_off()
+        for axes, epsilon in zip(panels.flat, epsilons):
             cells = {(row["C"], row["B"]): row for row in rows if row["epsilon"] == epsilon}
             study.heatmap(
                 axes, {cell: row[_ACC] for cell, row in cells.items()}, limits=limits,
                 text="{:.1f}",
                 xlabel="clip bound C [gradient norm]",
-                ylabel="batch size B [examples]" if axes is panels[0][0] else "",
+                ylabel="batch size B [examples]" if axes in panels[:, 0] else "",
                 title=f"{_ACC}, epsilon = {epsilon:g}",
             )  # fmt: skip
             for text, row in zip(axes.texts, cells.values(), strict=True):
-                text.set_text(f"{text.get_text()}\n({row['learning rate']:g})")
+                text.set_text(f"{text.get_text()}\n({row['learning rate']:.2g})")
                 text.set_fontsize(7)
         figure.suptitle(f"{name}: held-out accuracy, and (the learning rate that gave it)")
         caption = (

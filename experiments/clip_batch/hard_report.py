@@ -47,6 +47,15 @@ def _best(found: Cells, *, B: int | None = None, C: float | None = None) -> Key:
     return max(kept, key=lambda key: np.mean([run["tuning_accuracy"] for run in found[key]]))
 
 
+def _rival(found: Cells, key: Key, *, B: int | None = None, C: float | None = None) -> Key:
+    """What a cell is compared with: another B at its best C, or another C at the same B.
+
+    At the same B, because which of several good B a C gets is chance, which no interval here has.
+    """
+    same = (key[0], C)
+    return same if C is not None and same in found else _best(found, B=B, C=C)  # type: ignore[return-value]
+
+
 def _mean(runs: Sequence[Row], name: str = "accuracy") -> float:
     return 100 * float(np.mean([run[name] for run in runs]))
 
@@ -90,7 +99,9 @@ def interior(rows: Sequence[Row], task: str, epsilon: float) -> Row:
         row[f"{axis}* is"] = ends.get(value, "inside")
         good = [value]
         for other in set(values) - {value}:
-            loss, half = _gap(found[size, bound], found[_best(found, **{axis: other})])
+            loss, half = _gap(
+                found[size, bound], found[_rival(found, (size, bound), **{axis: other})]
+            )
             good += [other] if loss <= half else []
         row |= {f"{axis}* low": min(good), f"{axis}* high": max(good)}
     tried = sorted({r["rate"] for r in rows if (r["task"], r.get("line"), r.get("epsilon")) ==
@@ -125,10 +136,11 @@ def claims(rows: Sequence[Row], task: str) -> list[Row]:
     for name, claim in (("C", "a tighter epsilon wants a larger C"),
                         ("B", "a tighter epsilon wants a smaller B")):  # fmt: skip
         low, high = (best[epsilon]["BC".index(name)] for epsilon in (tight, loose))
-        gap = _gap(at[tight][best[tight]], at[tight][_best(at[tight], **{name: high})])
+        rival = _rival(at[tight], best[tight], **{name: high})
+        gap = _gap(at[tight][best[tight]], at[tight][rival])
         sign = 1 if (low > high) == (name == "C") else -1  # where it lies on the claim's side
         what = f"{name} = {low:g} minus {high:g}, the best at epsilon {loose:g}"
-        add(claim, tight, what, (0.0, 0.0) if low == high else (sign * gap[0], gap[1]))
+        add(claim, tight, what, (0.0, 0.0) if low == high else (sign * gap[0] + 0.0, gap[1]))
     full = found_n(rows, task)
     for epsilon in (tight, loose):
         found, here = at[epsilon], best[epsilon]
@@ -136,22 +148,22 @@ def claims(rows: Sequence[Row], task: str) -> list[Row]:
             add("few epochs: the full batch loses", epsilon, f"B = {here[0]} minus {full}, each at "
                 "its best C", _gap(found[here], found[_best(found, B=full)]))  # fmt: skip
         least = min(key[1] for key in found)
-        small = _best(found, C=least)
+        small = _rival(found, here, C=least)
         add("a small C starves the hard classes (macro accuracy)", epsilon,
             f"C = {here[1]:g} minus {least:g}",
             _gap(found[here], found[small], "macro"))  # fmt: skip
         automatic = cells(rows, task, "automatic", epsilon)
         if automatic:
-            theirs = automatic[_best(automatic)]
+            theirs = automatic[_rival(automatic, here, C=1.0)]
             add("AUTO-S is worse than a tuned C", epsilon, f"C = {here[1]:g} minus AUTO-S",
                 _gap(found[here], theirs))  # fmt: skip
             add("AUTO-S is within a point of a tiny C", epsilon,
                 f"AUTO-S minus C = {least:g}", _gap(theirs, found[small]), alike)  # fmt: skip
         for line, text in (("tanh", "tanh clipping"), ("corrected", "Adam with corrected moments")):
-            rival = cells(rows, task, line, epsilon)
-            if rival:
+            other = cells(rows, task, line, epsilon)
+            if any(key[0] == here[0] for key in other):
                 add(f"{text} beats flat clipping and Adam", epsilon, f"{line} minus flat",
-                    _gap(rival[_best(rival)], found[here]))  # fmt: skip
+                    _gap(other[_best(other, B=here[0])], found[here]))  # fmt: skip
     return made
 
 
@@ -209,10 +221,7 @@ def _of(run: Mapping[str, Any], members: Sequence[int], facts: Mapping[str, Any]
 
 
 def one_bound(rows: Sequence[Row], tasks: Sequence[str]) -> list[Row]:
-    """What every task and budget loses if one C serves all: the C of least mean loss.
-
-    B and the rate are the best of each cell, so that this is a claim about C alone.
-    """
+    """What every task and budget loses at its own B* if one C serves all, that of least loss."""
     found = {}
     for task in tasks:
         mine = [
@@ -223,7 +232,8 @@ def one_bound(rows: Sequence[Row], tasks: Sequence[str]) -> list[Row]:
     shared = set.intersection(*({key[1] for key in cell} for cell in found.values()))
 
     def lost(cell: Cells, bound: float) -> tuple[float, float]:
-        return _gap(cell[_best(cell)], cell[_best(cell, C=bound)])
+        best = _best(cell)
+        return _gap(cell[best], cell[_rival(cell, best, C=bound)])
 
     bound = min(sorted(shared), key=lambda c: sum(lost(cell, c)[0] for cell in found.values()))
     made = []
@@ -240,7 +250,7 @@ def class_mix(rows: Sequence[Row]) -> list[Row]:
 
     Returns:
         A row per budget and task of "20newsgroups easy", "hard" and "mix" that ran: at C* and at
-        the least C, each at its best B, the accuracy of the easy and of the hard classes.
+        the least C, both at B*, the accuracy of the easy and of the hard classes.
     """
     groups = {"easy": (hard.EASY, ()), "hard": ((), hard.HARD), "mix": (hard.EASY, hard.HARD)}
     made = []
@@ -251,7 +261,7 @@ def class_mix(rows: Sequence[Row]) -> list[Row]:
             found = cells(rows, task, "flat", epsilon)
             best = _best(found)
             least = min(key[1] for key in found)
-            small = found[_best(found, C=least)]
+            small = found[_rival(found, best, C=least)]
             row: Row = {"task": task, "epsilon": epsilon, "C*": best[1], "least C": least}
             for label, first, count in (
                 ("easy", 0, len(easy)),
@@ -272,7 +282,7 @@ def class_mix(rows: Sequence[Row]) -> list[Row]:
 def _difficulty(rows: Sequence[Row], tasks: Sequence[str], found: Sequence[Row]) -> list[Figure]:
     """C* against the accuracy without privacy: does a hard task want a larger C?"""
     easy = {task: 100 * _reference(rows, task)["accuracy"] for task in tasks}
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     epsilons = sorted({row["epsilon"] for row in found})
     for number, epsilon in enumerate(epsilons):
         mine = [row for row in found if row["epsilon"] == epsilon]
@@ -282,14 +292,13 @@ def _difficulty(rows: Sequence[Row], tasks: Sequence[str], found: Sequence[Row])
         for x, row in zip(at, mine):
             axes.plot([x, x], [row["C* low"], row["C* high"]], color=f"C{number}", lw=1.5)
     for task in tasks:
-        axes.annotate(task, (easy[task], 0.02), xycoords=("data", "axes fraction"), rotation=90,
-                      va="bottom", ha="right", fontsize=8, color="0.4")  # fmt: skip
+        axes.annotate(task, (easy[task], 1.01), xycoords=("data", "axes fraction"), rotation=35,
+                      va="bottom", ha="left", fontsize=8)  # fmt: skip
     axes.set(yscale="log", xlabel="accuracy without privacy [%]: easier to the right",
-             ylabel="best clip bound C* [gradient norm]",
-             title="C* by the difficulty of the task")  # fmt: skip
+             ylabel="best clip bound C* [gradient norm]")  # fmt: skip
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
-    axes.legend(title="epsilon", fontsize=8)
+    figure.legend(loc="outside right upper", title="epsilon", fontsize=8)
     caption = ("Best clip bound, with the bounds that are not worse at 95 %, against the accuracy "
                "that a head reaches without privacy")  # fmt: skip
     return [Figure("difficulty", caption, figure)]
@@ -303,7 +312,7 @@ def _fairness(task: str, found: Sequence[Row]) -> list[Figure]:
         mine = [row for row in found if row["epsilon"] == epsilon]
         at = [row["C"] for row in mine]
         for name, style in (("micro [%]", "-"), ("macro [%]", "--")):
-            label = f"epsilon {epsilon:g}, {name.split()[0]}"
+            label = f"epsilon {epsilon:g}" if style == "-" else None
             halves = np.nan_to_num([r[f"{name} ±"] for r in mine])
             panels[0].errorbar(at, [r[name] for r in mine], halves, ls=style, marker="o", ms=3,
                                color=f"C{number}", label=label)  # fmt: skip
@@ -318,7 +327,9 @@ def _fairness(task: str, found: Sequence[Row]) -> list[Figure]:
                   title=f"by the size of the class, epsilon = {last:g}")  # fmt: skip
     for axes in panels:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    panels[0].legend(title="all classes alike (macro): dashed", fontsize=7, title_fontsize=7,
+                     ncols=3, loc="center left", bbox_to_anchor=(0.0, 0.6))  # fmt: skip
+    panels[1].legend(fontsize=7)
     figure.suptitle(task)
     caption = f"{task}: micro and macro accuracy, and small classes, by C at the best B of each"
     return [Figure("fairness", caption, figure)]
