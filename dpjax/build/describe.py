@@ -80,7 +80,7 @@ def describe(run: Run) -> str:
 
 
 def _parameters(run: Run, trainable: Params, frozen: Params) -> str:
-    """How many parameters train: before a vote, the head and as many of the largest blocks."""
+    """How many parameters train; before a vote, the head and the largest blocks it can pick."""
     trains, stays, most = finetune.count(trainable), finetune.count(frozen), ""
     if run.vote is not None:
         blocks = (finetune.count(trainable[name]) for name in finetune.block_names(run.model))
