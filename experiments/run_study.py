@@ -121,6 +121,34 @@ def _run_all(jobs: Sequence[cached_heads.Job], measure: Any, stop: Callable[[int
     return failed
 
 
+# Fields that do not change the functions of a run: what is traced for one value serves them all.
+_VALUES = (
+    "seed", "private_seed", "dp.epsilon", "optimizer.learning_rate", "model.head_init",
+    "data.test_split",
+)  # fmt: skip
+_built: dict[str, build.Run] = {}  # the last run, by its config without these values
+
+
+def _build(settings: ConfigDict) -> build.Run:
+    """Builds a run; if it differs from the last one in values only, with the functions of that."""
+    run, alike = build.build(settings), json.loads(settings.to_json())
+    for name in _VALUES:
+        section, _, field = name.rpartition(".")
+        (alike[section] or {} if section else alike)[field] = None
+    facts = [alike, run.rule is None, [phase.steps for phase in run.phases]]
+    key = json.dumps(facts, sort_keys=True)
+    if key not in _built:
+        _built.clear()
+        _built[key] = run
+    last = _built[key]
+    phases = zip(run.phases, last.phases, strict=True)
+    return run._replace(
+        loss_fn=last.loss_fn,
+        apply=last.apply,
+        phases=tuple(mine._replace(optimizer=other.optimizer) for mine, other in phases),
+    )
+
+
 def _diverged(path: Path) -> bool:
     failed = path.with_suffix(".failed")
     return failed.is_file() and "not finite" in failed.read_text()
@@ -132,7 +160,7 @@ def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int
     failed.unlink(missing_ok=True)
     with open(log, "a") as file, contextlib.redirect_stderr(file):
         try:
-            run = build.build(settings)
+            run = _build(settings)
             if not (path / "eval.json").is_file():
                 loop.train(run, Workdir(path), stop=stop)
         except loop.TrainingFailed as error:

@@ -77,10 +77,10 @@ class Figure(NamedTuple):
     figure: plt.Figure
 
 
-def size(arg: str | None, sizes: Iterable[str] = SIZES) -> str:
-    """Returns the size that a config's argument names; "laptop" if there is none."""
+def size(arg: str | None, *more: str) -> str:
+    """Returns the size that a config's argument names, of `SIZES` or `more`; else "laptop"."""
     chosen = arg or "laptop"
-    files.choose("arg", chosen, dict.fromkeys(sizes))
+    files.choose("arg", chosen, dict.fromkeys((*SIZES, *more)))
     return chosen
 
 

@@ -35,8 +35,7 @@ def describe(run: Run) -> str:
         "examples N": _size(run),
         **_kind(run),
         "model": f"{model_title(config.model)}, weights {config.model.weights}",
-        "parameters": f"{finetune.count(trainable):,} trainable ({config.finetune}), "
-        f"{finetune.count(frozen):,} frozen",
+        "parameters": _parameters(run, trainable, frozen),
         "steps T": f"{sum(p.steps for p in run.phases):,} ({config.epochs:g} epochs"
         + "".join(f", {p.name} {p.steps:,}" for p in run.phases if len(run.phases) > 1)
         + ")",
@@ -78,6 +77,16 @@ def describe(run: Run) -> str:
             )
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _parameters(run: Run, trainable: Params, frozen: Params) -> str:
+    """How many parameters train; before a vote, the head and the largest blocks it can pick."""
+    trains, stays, most = finetune.count(trainable), finetune.count(frozen), ""
+    if run.vote is not None:
+        blocks = (finetune.count(trainable[name]) for name in finetune.block_names(run.model))
+        unpicked = sum(sorted(blocks)[: -run.vote.number])
+        trains, stays, most = trains - unpicked, stays + unpicked, "at most "
+    return f"{most}{trains:,} trainable ({run.config.finetune}), {stays:,} frozen"
 
 
 def _kind(run: Run) -> dict[str, Any]:

@@ -71,6 +71,9 @@ def physical_chunks(
             yield Chunk(batch, rows=number * size, last=number == len(step_chunks))
 
 
+_eval_step = functools.lru_cache(maxsize=2)(eval_step)  # runs of one study share it
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """Sums metrics over the whole held-out set.
@@ -91,7 +94,7 @@ class Evaluator:
 
     @functools.cached_property
     def _step(self) -> Callable[[Params, Batch], Any]:
-        return eval_step(self.apply, self.num_classes, self.layout)
+        return _eval_step(self.apply, self.num_classes, self.layout)
 
     def __call__(self, params: Params) -> metrics.EvalSums | metrics.TokenSums:
         mesh, total = self.layout.mesh, None  # of the chunks, of which there is one at least

@@ -104,16 +104,26 @@ def test_what_a_vote_picked_is_in_the_report_and_not_in_the_price(finished, tmp_
         privacy={**base.privacy, "phases": phases},
     )  # fmt: skip
     (tmp_path / "vote.json").write_text('{"finetune": "blocks:at:2", "votes": {"blocks_2": 7.5}}')
-    _, table = layers._votes([base, voted])
+    sets = [
+        {"layers": name, "learning rate": base.config["optimizer"]["learning_rate"]}
+        for name in ("vote:1", base.config["finetune"])
+    ]
+    _, charged, table = layers._votes([base, voted], sets)
+    (row,) = charged.rows
+    assert row["vote minus best set [points]"] == 0
+    assert row["epsilon"] <= 2
+    voted.privacy["epsilon"] = 2.1
+    with pytest.raises(ValueError, match="above budget"):
+        layers._votes([base, voted], sets)
     (row,) = table.rows
     assert (row["picked"], row["votes for blocks_2"], row["sigma of the vote"]) == (
         "blocks:at:2", 7.5, 9.0,
     )  # fmt: skip
     assert layers._costs([base, voted]) == layers._costs([base])
-    assert layers._votes([base]) == []
+    assert layers._votes([base], sets) == []
 
 
-@pytest.mark.parametrize("size", [*study.SIZES, "charged"])
+@pytest.mark.parametrize("size", [*study.SIZES, "votes", "text", "charged"])
 def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
     base = fields.load(f"{FILE}:{size}")
     found = sweep.points(f"{FILE}:{size}", base)
@@ -123,7 +133,8 @@ def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
     assert base.private_seed is None
     assert ("private_seed" not in found[0]) == (size == "charged")
     voted = {point["finetune"] for point in found if "vote" in point["finetune"]}
-    assert voted == (set(layers._VOTES) if size == "laptop" else set())  # no search may charge them
+    has_votes = size in ("laptop", "votes", "text")
+    assert voted == (set(layers._VOTES) if has_votes else set())  # no search may charge them
     proposals.axes(found)  # a full product
 
 

@@ -4,6 +4,7 @@ import pytest
 from finished_study import report_rebuilt, smoke, table
 
 from experiments import study
+from experiments.lp_ft import study as lp_ft
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def test_the_report_is_whole_and_rebuilt_from_the_files(finished):
     text = report_rebuilt(
         finished,
         figures=("shares", "distortion", "theory_shares", "theory_curves"),
-        tables=("shares", "best_share", "published", "theory_best", "theory"),
+        tables=("shares", "best_share", "gains", "zero_head", "published", "theory_best", "theory"),
     )
     assert "missing" not in text
 
@@ -61,3 +62,64 @@ def test_a_larger_budget_wants_no_more_probing(finished):
     for network in ("linear", "ReLU"):
         for head in ("random", "zero"):
             assert best[network, head, 8.0] < best[network, head, 0.5]
+
+
+@pytest.mark.parametrize("size", lp_ft._TUNED)
+def test_a_tuned_size_tries_every_rate_once_and_repeats_the_preferred_ones(size):
+    grid = lp_ft._TUNED[size]
+    points = list(lp_ft.sweep(size))
+    tuning = [p for p in points if p["seed"] == lp_ft._TUNING_SEED]
+    results = [p for p in points if p["seed"] != lp_ft._TUNING_SEED]
+    cells = len(lp_ft._EPSILONS) * len(grid.shares)
+    assert len(tuning) == cells * sum(map(len, grid.rates.values()))
+    assert {p["data.test_split"] for p in tuning} == {grid.splits[0]}
+    assert {p["data.test_split"] for p in results} <= {grid.splits[1]}
+    for point in results:
+        assert point["optimizer.learning_rate"] in grid.rates[point["model.head_init"]]
+    assert len(results) in (
+        0,
+        cells * len(grid.rates) * grid.seeds,
+    )  # none before the tuning is noted
+    assert lp_ft.theory(size) == {}
+
+
+def test_the_rate_is_chosen_by_the_tuning_seed_and_shares_are_compared_by_the_others(finished):
+    base = next(r for r in study.read(finished) if r.config["finetune"] == "full")
+
+    def result(epsilon, head, share, rate, seed, accuracy):
+        config = {
+            **base.config, "seed": seed, "dp": {**base.config["dp"], "epsilon": epsilon},
+            "model": {**base.config["model"], "head_init": head},
+            "lp": {**base.config["lp"], "fraction": share},
+            "optimizer": {**base.config["optimizer"], "learning_rate": rate},
+        }  # fmt: skip
+        return base._replace(config=config, evaluation={"accuracy": accuracy / 100})
+
+    tuned = lp_ft._TUNING_SEED
+    found = [
+        result(0.5, "random", 0.0, 0.1, tuned, 60), result(0.5, "random", 0.0, 0.2, tuned, 50),
+        result(0.5, "random", 0.7, 0.1, tuned, 50), result(0.5, "random", 0.7, 0.2, tuned, 60),
+        result(8.0, "random", 0.0, 0.2, tuned, 70), result(8.0, "random", 0.7, 0.2, tuned, 70),
+        result(0.5, "zero", 0.0, 0.2, tuned, 50),
+        *(result(0.5, "random", 0.0, 0.1, seed, 40 + seed) for seed in (0, 1)),
+        *(result(0.5, "random", 0.0, 0.2, seed, 99) for seed in (0, 1)),  # not the best rate
+        *(result(0.5, "random", 0.7, 0.2, seed, 46 + 3 * seed) for seed in (0, 1)),
+        *(result(8.0, "random", share, 0.2, seed, 80 - share) for seed in (0, 1)
+          for share in (0.0, 0.7)),
+        *(result(0.5, "zero", 0.0, 0.2, seed, 48 + 3 * seed) for seed in (0, 1)),
+    ]  # fmt: skip
+    kept, rates = lp_ft._at_tuned_rates(found)
+    assert [(row["best rate"], row["of those tried"]) for row in rates[:2]] == [
+        (0.1, "the lowest"), (0.2, "the highest"),
+    ]  # fmt: skip
+    assert {r.config["seed"] for r in kept} == {0, 1}
+    assert len(kept) == 10
+    accuracies = lp_ft._by_share(kept)
+    tight, loose = lp_ft._gains(accuracies)
+    assert tight["gain over share 0 [points]"] == pytest.approx(7)  # 6 and 8
+    assert loose["gain over share 0 [points]"] == pytest.approx(-0.7)
+    assert tight["minus that at the largest epsilon"] == pytest.approx(7.7)
+    zero = lp_ft._zero_head(accuracies)
+    assert zero[0]["best LP share, random head"] == 0.7
+    assert zero[0]["zero head gains [points]"] == pytest.approx(2)
+    assert lp_ft._at_tuned_rates(kept) == (kept, [])

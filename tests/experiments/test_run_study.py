@@ -5,9 +5,13 @@ import os
 import signal
 
 import pytest
+from tiny import tiny_config
 
+from dpjax import build
 from dpjax.build import fields
+from dpjax.runtime import Workdir
 from dpjax.search import sweep
+from dpjax.training import loop
 from experiments import run_study, study
 
 STUDY = """
@@ -95,3 +99,24 @@ def test_points_of_every_size_are_valid(name, size):
     points = sweep.points(path, base)
     assert len({json.dumps(p, sort_keys=True) for p in points}) == len(points)
     assert all(p["private_seed"] is not None for p in points)
+
+
+def test_runs_that_differ_in_values_share_functions_and_nothing_else(tmp_path):
+    def config(**changes):
+        return tiny_config(**{"epochs": 0.4, "dp__method": "vmap", **changes})
+
+    first = run_study._build(config())
+    changes = {
+        "seed": 1, "private_seed": 6, "dp__epsilon": 4.0, "model__head_init": "random",
+        "optimizer__learning_rate": 0.02,
+    }  # fmt: skip
+    shared, alone = run_study._build(config(**changes)), build.build(config(**changes))
+    assert shared.loss_fn is first.loss_fn
+    assert shared.phases[0].optimizer is first.phases[0].optimizer
+    weights = []
+    for name, run in (("shared", shared), ("alone", alone)):
+        loop.train(run, Workdir(tmp_path / name))
+        weights.append((tmp_path / name / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    for other in ({"finetune": "film"}, {"batch_size": 100}, {"data__shift": 1}, {"dp": None}):
+        assert run_study._build(config(**other)).loss_fn is not first.loss_fn

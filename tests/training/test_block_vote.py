@@ -51,6 +51,13 @@ def test_the_vote_and_the_training_share_one_budget(run):
     assert "vote  " in build.describe.describe(run)
 
 
+def test_the_plan_counts_the_blocks_that_can_be_picked(run):
+    one = build.build(tiny_config(finetune="blocks:last:1", model__options=OPTIONS))
+    counts = build.describe.describe(one).split("parameters")[1].split("\n")[0].split()
+    line = f"at most {counts[0]} trainable (vote:1), {counts[3]} frozen"
+    assert line in build.describe.describe(run)
+
+
 def test_what_the_vote_picks_trains_with_the_head_and_nothing_else(run, finished):
     known = read(finished, "vote.json")
     best = max(known["votes"], key=known["votes"].get)
