@@ -77,10 +77,15 @@ class Figure(NamedTuple):
     figure: plt.Figure
 
 
-def size(arg: str | None) -> str:
-    """Returns the size that a config's argument names; "laptop" if there is none."""
+def size(arg: str | None, *more: str) -> str:
+    """Returns the size that a config's argument names; "laptop" if there is none.
+
+    Args:
+        arg: the argument.
+        more: sizes that this study has besides `SIZES`.
+    """
     chosen = arg or "laptop"
-    files.choose("arg", chosen, dict.fromkeys(SIZES))
+    files.choose("arg", chosen, dict.fromkeys((*SIZES, *more)))
     return chosen
 
 
