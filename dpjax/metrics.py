@@ -2,7 +2,9 @@
 
 Calibration follows Guo et al. 2017 (arXiv 1706.04599, equations 3 and 5): the confidence of a
 prediction is its largest softmax probability; bins have equal width and are open on the left, over
-(0, 1].
+(0, 1]. The adaptive error has bins of equal mass instead (Nixon et al. 2019, arXiv 1904.01685, of
+the top prediction only). The Brier score (Brier 1950), 0 to 2, is the mean squared distance of the
+probabilities from the one-hot label.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ __all__ = [
     "labeled", "lookup", "reliability", "summarize", "token_sums",
 ]  # fmt: skip
 
+_LEVELS = 960  # of confidence, from which bins of equal mass are put together
 _CONFUSION_CLASSES = 50  # with more, a confusion matrix is neither readable nor small
 
 PRIVATE = "nonprivate/"
@@ -51,11 +54,13 @@ class EvalSums(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # [] number of examples
     correct: jax.Array  # [] number of correct predictions
     nll: jax.Array  # [] negative log-likelihood of the labels, in nats
+    brier: jax.Array  # [] squared distance of the probabilities from the one-hot label
     class_count: jax.Array  # [classes] by label
     class_correct: jax.Array  # [classes]
     bin_count: jax.Array  # [bins] by confidence
     bin_correct: jax.Array  # [bins]
     bin_confidence: jax.Array  # [bins]
+    levels: jax.Array  # [960, 3] count, correct, confidence by fine levels of confidence
     confusion: jax.Array  # [classes, classes] by label and prediction; [0, 0] for > 50 classes
 
     def __add__(self, other: Any) -> EvalSums:
@@ -134,10 +139,9 @@ def eval_sums(
     )[:, 0]
     confidence = jnp.exp(jnp.max(log_probs, axis=-1))
     correct = (jnp.argmax(log_probs, axis=-1) == labels).astype(jnp.float32)
-    # Bin k is (k / bins, (k + 1) / bins], hence ceil - 1; the clip guards against rounding.
-    index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
-    # A NaN confidence goes to bin 0, whose sum becomes NaN; casting NaN to int is undefined.
-    index = jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)
+    index = _bin(confidence, bins)
+    facts = jnp.stack([jnp.ones_like(correct), correct, confidence], axis=1)
+    facts = jnp.where(mask[:, None], facts, 0.0)
     classes = jnp.arange(num_classes)[None, :]
     in_class = mask[:, None] & (labels[:, None] == classes)
     predicted = (jnp.argmax(log_probs, axis=-1)[:, None] == classes).astype(jnp.float32)
@@ -147,13 +151,23 @@ def eval_sums(
         count=jnp.sum(mask, dtype=jnp.float32),
         correct=_sum(mask, correct),
         nll=_sum(mask, -label_log_prob),
+        brier=_sum(mask, 1 - 2 * jnp.exp(label_log_prob) + jnp.sum(jnp.exp(2 * log_probs), axis=1)),
         class_count=jnp.sum(in_class, axis=0, dtype=jnp.float32),
         class_correct=_sum(in_class, correct[:, None]),
         bin_count=jnp.sum(in_bin, axis=0, dtype=jnp.float32),
         bin_correct=_sum(in_bin, correct[:, None]),
         bin_confidence=_sum(in_bin, confidence[:, None]),
+        # A comparison with every level, as for the bins, would be large.
+        levels=jax.ops.segment_sum(facts, _bin(confidence, _LEVELS), _LEVELS),
         confusion=in_class[:, :shown].astype(jnp.float32).T @ predicted[:, :shown],
     )
+
+
+def _bin(confidence: jax.Array, bins: int) -> jax.Array:
+    # Bin k is (k / bins, (k + 1) / bins], hence ceil - 1; the clip guards against rounding.
+    index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)
+    # A NaN confidence goes to bin 0, whose sum becomes NaN; casting NaN to int is undefined.
+    return jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)
 
 
 def token_sums(facts: TokenFacts, mask: jax.Array) -> TokenSums:
@@ -162,11 +176,13 @@ def token_sums(facts: TokenFacts, mask: jax.Array) -> TokenSums:
 
 
 def summarize(sums: EvalSums | TokenSums, class_names: Sequence[str] = ()) -> dict[str, float]:
-    """Returns flat metrics: accuracy, nll (nats), ece, mce (fractions), class_accuracy/NAME, ...
+    """Returns flat metrics: accuracy, nll (nats), brier, ece, mce, class_accuracy/NAME, ...
 
-    Classes without examples have no entry. `mce` is the largest gap over non-empty bins. Of a
-    language model: accuracy and nll of a target token, perplexity = exp(nll), and bits_per_byte,
-    which does not depend on the tokenizer (absent for text of no bytes).
+    Classes without examples have no entry. `mce` is the largest gap over non-empty bins.
+    `adaptive_ece` has as many bins as `ece`, of about equal numbers of examples: examples whose
+    confidence is within 1/960 stay together. Of a language model: accuracy and nll of a target
+    token, perplexity = exp(nll), and bits_per_byte, which does not depend on the tokenizer (absent
+    for text of no bytes).
 
     Args:
         sums: over all examples.
@@ -196,10 +212,21 @@ def summarize(sums: EvalSums | TokenSums, class_names: Sequence[str] = ()) -> di
     return {
         "accuracy": float(sums.correct) / total,
         "nll": float(sums.nll) / total,
+        "brier": float(sums.brier) / total,
         "ece": float(np.dot(diagram.count, gaps) / total),
         "mce": float(np.max(gaps)),
+        "adaptive_ece": _adaptive_ece(np.asarray(sums.levels, np.float64), len(diagram.count)),
         **per_class,
     }
+
+
+def _adaptive_ece(levels: np.ndarray, bins: int) -> float:
+    count, correct, confidence = levels.T
+    # A level goes where its middle example belongs, by rank.
+    middle = np.cumsum(count) - count / 2
+    index = np.minimum(middle * bins // count.sum(), bins - 1).astype(int)
+    gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.sum(np.abs(gaps)) / count.sum())
 
 
 def _summarize_tokens(sums: TokenSums) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """Runs of a study that train only a head, on features computed once: minutes become seconds.
 
+Most are batched, see `train_group`. One that changes its clip bound on the way, or fits a
+temperature, takes the train loop, which then reads features in place of inputs (`train_one`).
+
 A run writes the same files as `dpjax.training.loop`, with the same head up to rounding (see
 `dpjax.heads`), except that there are no checkpoints and `weights.safetensors` contains only the
 head.
@@ -17,16 +20,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from dpjax import build, dp, heads, metrics, models
 from dpjax.build import describe, predictor
 from dpjax.config import default, differences
-from dpjax.models import TextSpec
+from dpjax.data import Dataset, Source
+from dpjax.models import Params, TextSpec, dense_head
 from dpjax.runtime import Workdir
-from dpjax.training import results
+from dpjax.training import loop, results
 
-__all__ = ["Job", "fits", "groups", "train_group"]
+__all__ = ["Job", "built", "fits", "fits_loop", "groups", "train_group", "train_one"]
 
 # Fields in which the runs of one group may differ: they are batched, and compile once.
 _BATCHED = ("optimizer.learning_rate", "dp.bound", "dp.epsilon", "private_seed")
@@ -39,6 +44,7 @@ _KNOWN = (
     "keep_checkpoints",
 )  # fmt: skip
 _KNOWN_TREES = ("model.", "optimizer.")
+_LOOPED = ("dp.bound_schedule", "dp.temperature.")  # which the loop knows, on features too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +57,22 @@ class Job:
 
 def fits(config: ConfigDict) -> bool:
     """Whether `dpjax.heads` can do a run: it trains a new head, and needs no more than features."""
+    return _fits(config, _KNOWN_TREES)
+
+
+def fits_loop(config: ConfigDict) -> bool:
+    """Whether `train_one` can do a run."""
+    return _fits(config, (*_KNOWN_TREES, *_LOOPED))
+
+
+def _fits(config: ConfigDict, trees: tuple[str, ...]) -> bool:
     if config.finetune != "head" or config.dp is None or config.private_seed is None:
         return False
     spec = build.model.model(config.model, 1).input
     if isinstance(spec, TextSpec) and spec.causal:  # its head is its table of words
         return False
     changed = [text.split(":")[0].removeprefix("config.") for text in _changes(config)]
-    return all(name in _KNOWN or name.startswith(_KNOWN_TREES) for name in changed)
+    return all(name in _KNOWN or name.startswith(trees) for name in changed)
 
 
 def _changes(config: ConfigDict) -> list[str]:
@@ -115,29 +130,101 @@ def train_group(
         _write(run, Workdir(job.path), mine, facts, test, measure)
 
 
+def train_one(
+    run: build.Run, workdir: Workdir, *, stop: Callable[[int], bool] = lambda step: False
+) -> None:
+    """Trains a head through the train loop, which reads features in place of inputs.
+
+    Args:
+        run: from `built`, of a config that `fits_loop`.
+        workdir: of the run.
+        stop: see `loop.train`.
+
+    Raises:
+        loop.TrainingFailed: the parameters became non-finite.
+    """
+    name = run.model.head
+    apply, loss_fn = _of_features(name)
+    train, test = _features(_shared(run.config))
+    fitted = run.temperature
+    if fitted is not None:  # features are computed once, of all: both parts pick theirs
+        fitted = fitted._replace(data=dataclasses.replace(train, **_place(fitted.data)))
+    on_features = run._replace(
+        train=dataclasses.replace(train, **_place(run.train)),
+        test=test,
+        temperature=fitted,
+        params={name: run.params[name]},
+        apply=apply,
+        loss_fn=loss_fn,
+    )
+    loop.train(on_features, workdir, stop=stop)
+    workdir.write("model.json", predictor.description(run))
+
+
+@functools.lru_cache(maxsize=1)
+def _features(config: str) -> list[Dataset]:
+    """Returns training and held-out data of `_opened`, whose stored inputs are now features."""
+    run, made = _opened(config), []
+    for dataset in (run.train, run.test):
+        values = heads.compute_features(run.model, run.params, dataset).values
+        table = np.zeros((dataset.rows.max() + 1, values.shape[1]), np.float32)
+        table[dataset.rows] = values
+        source = Source(table.__getitem__, dataset.source.keys, table.dtype)
+        made.append(dataclasses.replace(dataset, shape=values.shape[1:], source=source))
+    return made
+
+
+def _place(part: Dataset) -> dict[str, np.ndarray]:
+    return {"rows": part.rows, "labels": part.labels}
+
+
+@functools.lru_cache(maxsize=1)  # the same functions for all runs: they compile once
+def _of_features(head: str) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    def apply(params: Params, values: jax.Array) -> jax.Array:
+        return dense_head(params[head], values)
+
+    def loss_fn(params: Params, example: dict[str, jax.Array]) -> jax.Array:
+        logits = apply(params, example["input"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+
+    return apply, loss_fn
+
+
 def _built(jobs: list[Job]) -> list[tuple[Job, build.Run]]:
     """Returns the run of each job; jobs of one epsilon share data, model and calibration."""
     made: dict[float, build.Run] = {}
     for job in jobs:
         if job.config.dp.epsilon not in made:
-            made[job.config.dp.epsilon] = _build(job.config)
+            made[job.config.dp.epsilon] = built(job.config)
     return [(job, made[job.config.dp.epsilon]) for job in jobs]
 
 
-def _build(config: ConfigDict) -> build.Run:
-    """Like `build.build`, but does not open the data and weights of the last group again."""
+def _shared(config: ConfigDict) -> str:
+    """Returns what decides data, weights and model of a run."""
     shared = default()
     with shared.unlocked():
         for name in ("seed", "data", "model", "finetune"):
             shared[name] = config[name]
         shared.dp = None
     shared.batch_size = 1
-    opened = _opened(json.dumps(shared.to_dict(), sort_keys=True))
+    return json.dumps(shared.to_dict(), sort_keys=True)
+
+
+def built(config: ConfigDict) -> build.Run:
+    """Like `build.build`, but does not open the data and weights of the last run again."""
+    opened = _opened(_shared(config))
+    train, fitted = build.privacy.temperature(config, opened.train)
     tuning = build.model.finetuning_set(config.finetune)(opened.model)
-    sizes, plan = build.schedules.batch_sizes(config, len(opened.train))
-    phases = build.schedules.phases(config, tuning, sizes, len(opened.train))
+    sizes, plan = build.schedules.batch_sizes(config, len(train))
+    phases = build.schedules.phases(config, tuning, sizes, len(train))
     return opened._replace(
-        batch_plan=plan, phases=phases, ledger=build.privacy.ledger(config, phases, None)
+        config=config,
+        train=train,
+        rule=build.privacy.clip_rule(config.dp, phases[0].bound),
+        temperature=fitted,
+        batch_plan=plan,
+        phases=phases,
+        ledger=build.privacy.ledger(config, phases, fitted),
     )
 
 

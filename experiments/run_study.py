@@ -160,9 +160,11 @@ def _run_one(settings: ConfigDict, path: Path, measure: Any, stop: Callable[[int
     failed.unlink(missing_ok=True)
     with open(log, "a") as file, contextlib.redirect_stderr(file):
         try:
-            run = _build(settings)
+            on_features = cached_heads.fits_loop(settings)
+            run = (cached_heads.built if on_features else _build)(settings)
             if not (path / "eval.json").is_file():
-                loop.train(run, Workdir(path), stop=stop)
+                train = cached_heads.train_one if on_features else loop.train
+                train(run, Workdir(path), stop=stop)
         except loop.TrainingFailed as error:
             failed.write_text(f"exit 3: {error}")
             return True  # a rate that diverges is a result

@@ -34,7 +34,8 @@ def loop(logits, labels, mask, bins=BINS):
     for z, y, real in zip(logits.astype(np.float64), labels, mask):
         if real:
             p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-            rows.append((y, p[y], p.max(), int(p.argmax() == y)))
+            hot = np.arange(len(p)) == y
+            rows.append((y, p[y], p.max(), int(p.argmax() == y), np.sum((p - hot) ** 2)))
     n = len(rows)
     gaps, weights = [], []
     for b in range(bins):
@@ -45,12 +46,26 @@ def loop(logits, labels, mask, bins=BINS):
     out = {
         "accuracy": np.mean([r[3] for r in rows]),
         "nll": -np.mean([math.log(r[1]) for r in rows]),
+        "brier": np.mean([r[4] for r in rows]),
         "ece": np.dot(gaps, weights),
         "mce": max(gaps),
+        "adaptive_ece": adaptive(rows, bins),
     }
     for label in sorted({r[0] for r in rows}):
         out[f"class_accuracy/{label}"] = np.mean([r[3] for r in rows if r[0] == label])
     return out
+
+
+def adaptive(rows, bins):
+    """Levels of confidence in turn, each to the bin of its middle example."""
+    levels, passed, gaps = {}, 0, [0.0] * bins
+    for row in rows:
+        levels.setdefault(math.ceil(row[2] * 960 - 1e-6), []).append(row[3] - row[2])
+    for _, level in sorted(levels.items()):
+        middle = passed + len(level) / 2
+        gaps[min(bins - 1, math.floor(middle * bins / len(rows)))] += sum(level)
+        passed += len(level)
+    return sum(map(abs, gaps)) / len(rows)
 
 
 @settings(max_examples=25, deadline=None)
@@ -72,6 +87,8 @@ def test_against_scikit_learn():
     assert ours["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(labels, guess))
     probs /= probs.sum(1, keepdims=True)
     assert ours["nll"] == pytest.approx(sklearn_metrics.log_loss(labels, probs), rel=1e-5)
+    hot = np.eye(CLASSES)[labels]
+    assert ours["brier"] == pytest.approx(np.mean(np.sum((probs - hot) ** 2, axis=1)), rel=1e-5)
     recalls = sklearn_metrics.recall_score(labels, guess, average=None)
     assert [ours[f"class_accuracy/{k}"] for k in range(CLASSES)] == pytest.approx(list(recalls))
     accuracy, confidence = calibration.calibration_curve(guess == labels, probs.max(1), n_bins=BINS)
@@ -134,7 +151,8 @@ def test_shapes_types_and_low_precision_logits():
     logits, labels, mask = draw(4)
     sums = sums_of(jnp.asarray(logits, jnp.bfloat16), labels, mask, bins=9)
     assert {value.dtype for value in sums} == {jnp.dtype(jnp.float32)}
-    assert [v.shape for v in sums] == [(), (), (), (5,), (5,), (9,), (9,), (9,), (5, 5)]
+    bins = [(9,), (9,), (9,), (960, 3)]
+    assert [v.shape for v in sums] == [(), (), (), (), (5,), (5,), *bins, (5, 5)]
     rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16).astype(jnp.float32))
     assert metrics.summarize(sums) == pytest.approx(loop(rounded, labels, mask, 9), rel=1e-4)
 
@@ -164,12 +182,27 @@ def test_an_overconfident_model():
     json.loads(json.dumps(summary, allow_nan=False))
 
 
+def test_bins_of_the_adaptive_error_are_equally_full():
+    # 150 confidences, no two on one level: ten examples to a bin.
+    rng = np.random.default_rng(0)
+    confidence = rng.permutation(0.3 + 0.004 * np.arange(150))
+    labels = (rng.random(150) > 0.6).astype(np.int32)
+    probs = np.stack([confidence, *[(1 - confidence) / 4] * 4], axis=1)
+    order = np.argsort(confidence)
+    parts = np.split((labels == 0)[order] - confidence[order], BINS)
+    found = metrics.summarize(sums_of(np.log(probs), labels))
+    assert found["adaptive_ece"] == pytest.approx(sum(abs(p.sum()) for p in parts) / 150, abs=1e-6)
+    assert abs(found["adaptive_ece"] - found["ece"]) > 0.01
+
+
 def test_a_diverged_model_shows():
     logits, labels, _ = draw(5)
     logits[3] = np.nan
     summary = metrics.summarize(sums_of(logits, labels))
     assert math.isnan(summary["nll"])
     assert math.isnan(summary["ece"])
+    assert math.isnan(summary["brier"])
+    assert math.isnan(summary["adaptive_ece"])
     labels[4] = CLASSES
     assert math.isnan(metrics.summarize(sums_of(draw(5)[0], labels))["nll"])
 

@@ -90,7 +90,8 @@ def finish(
             run, run.temperature, params, private_seed=private_seed, size=evaluate.size
         )
         weights = scale_head(weights, run.model.head, value)
-        before = {f"before_temperature/{name}": results[name] for name in ("nll", "ece", "mce")}
+        changed = ("nll", "brier", "ece", "mce", "adaptive_ece")
+        before = {f"before_temperature/{name}": results[name] for name in changed}
         sums = measured(scale_head(params, run.model.head, value))
         results = {**metrics.summarize(sums, names), **before}
     if workdir.writes:

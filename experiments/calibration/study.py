@@ -4,31 +4,33 @@
     dpjax report DIR
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped pretrained
-ViT, all parameters, three seeds, eight for the late switch) and "paper" (CIFAR-10, ViT-B/16; pass
---data_dir and --weights). All runs have one budget. DP-SGD is not normalized, as in the paper: for
+ViT, all parameters, three seeds, eight for the late switch), "text" (20 Newsgroups, a head on
+MiniLM features of 48 tokens, three epsilons, five seeds, ten for the late switch) and "paper"
+(CIFAR-10, ViT-B/16; pass --data_dir and --weights). DP-SGD is not normalized, as in the paper: for
 a small bound R, only eta R matters. Epsilon, epochs and batch size of "paper" are our own choice
 where the paper's values were not available.
 
 The sweep has four parts: a grid over R and the learning rate; layerwise and global (keep or drop)
-clipping beside flat clipping along eta R = const; a switch of R for the last 5 % of the epochs,
-with normalized clipping so that the size of a step does not jump; and a private temperature. For
-the theory, see `ntk`.
+clipping beside flat clipping, along eta R = const or (text) on the grid; a switch of R for the last
+5 % of the epochs, with normalized clipping so that the size of a step does not jump; and a private
+temperature. For the theory, see `ntk`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from dpjax.config import default
 from experiments import study
+from experiments.calibration import tables
 from experiments.calibration import theory as calibration_theory
-from experiments.study import Figure, Metric, Result, Row, Table
+from experiments.calibration.tables import AXES, METRICS
+from experiments.study import Figure, Result, Row, Table
 
 __all__ = ["get_config", "report", "sweep", "theory"]
 
@@ -41,6 +43,12 @@ _GRID: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, int]] = {
     "laptop": ((0.1, 1.0, 10.0, 100.0), (10.0, 1.0, 0.1, 0.01), 1.0, 3),
     "paper": ((0.1, 1.0, 10.0, 100.0, 1000.0), (1.0, 0.1, 0.01, 0.001), 0.1, 3),
 }
+# Of the text: R and eta R of the grid, and of other epsilons and clipping styles; seeds; eta R and
+# seeds of the late switch and temperature.
+_TEXT = (
+    (0.01, 0.1, 1.0, 3.0, 10.0, 100.0), (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    (0.1, 3.0, 10.0), (3.0, 10.0, 30.0, 100.0, 300.0), 5, (10.0, 30.0), 10,
+)  # fmt: skip
 _SMALL, _LARGE, _SWITCH = 0.1, 20.0, 0.95  # of the late switch
 _TEMPERATURE = 0.1  # share of the training examples
 
@@ -59,24 +67,17 @@ _PUBLISHED = {
     (0.001, 1000.0): (91.91, 4.1, 34.8),
 }  # fmt: skip
 
-_METRICS: dict[str, Metric] = {
-    "accuracy [%]": lambda r: 100 * r.evaluation["accuracy"],
-    "ECE [%]": lambda r: 100 * r.evaluation["ece"],
-    "MCE [%]": lambda r: 100 * r.evaluation["mce"],
-    "NLL [nats]": lambda r: r.evaluation["nll"],
-}
 _RATE, _BOUND = "optimizer.learning_rate", "dp.bound"
-_AXES = {"R": _BOUND, "eta": _RATE}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the base config; `arg` is a size, see `study.size`."""
-    chosen = study.size(arg)
+    chosen = study.size(arg, "text")
     config = default()
     config.optimizer.name = "sgd"
     config.dp.normalized = False
     config.dp.epsilon = 2.0
-    config.checkpoint_every = 10_000
+    config.checkpoint_every = config.eval_every = 10_000
     config.log_every = 10
     if chosen == "paper":
         config.data.name = "cifar10"
@@ -89,6 +90,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.keep_head = True
         config.epochs = 5.0
         config.physical_batch = 320
+    elif chosen == "text":
+        config.data.name = "20newsgroups"
+        config.model.name = "text_encoder"
+        config.model.size = config.model.weights = "minilm_l6"
+        config.finetune = "head"
+        config.batch_size = 1024
+        config.epochs = 8.0
+        config.physical_batch = 1280
     else:
         config.data.name = "digits"
         config.finetune = "head"
@@ -98,13 +107,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.physical_batch = 256
     with config.unlocked():
         if chosen != "paper":
-            config.model.options = dict(_VIT if chosen == "laptop" else _TINY)
+            options = {"laptop": _VIT, "text": {"max_length": 48}, "smoke": _TINY}
+            config.model.options = dict(options[chosen])
     return config
 
 
 def sweep(arg: str | None = None) -> Iterator[Row]:
     """Yields the overrides of every run."""
-    chosen = study.size(arg)
+    chosen = study.size(arg, "text")
+    if chosen == "text":
+        yield from _text()
+        return
     bounds, rates, product, seeds = _GRID[chosen]
     for seed in range(seeds):
         common = {"private_seed": seed}
@@ -113,21 +126,45 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
                 yield {**common, _BOUND: bound, _RATE: rate}
             for clipping in ("per_layer", "global"):
                 yield {**common, "dp.clipping": clipping, _BOUND: bound, _RATE: product / bound}
-        late = {**common, "dp.normalized": True, _RATE: product}
-        yield {**late, _BOUND: _SMALL}
+        constant, switched, scaled = _late(seed, product)
+        yield constant
         if chosen != "smoke" or seed == 0:
-            yield {**late, "dp.bound_schedule": ((0.0, _SMALL), (_SWITCH, _LARGE))}
-            yield {**late, _BOUND: _SMALL, "dp.temperature.share": _TEMPERATURE}
+            yield from (switched, scaled)
     # The effect of the switch is small relative to the spread of three seeds.
     for seed in range(seeds, seeds if chosen == "smoke" else 8):
-        late = {"private_seed": seed, "dp.normalized": True, _RATE: product}
-        yield {**late, _BOUND: _SMALL}
-        yield {**late, "dp.bound_schedule": ((0.0, _SMALL), (_SWITCH, _LARGE))}
+        yield from _late(seed, product)[:2]
+
+
+def _text() -> Iterator[Row]:
+    bounds, products, few_bounds, few_products, seeds, late, late_seeds = _TEXT
+    for seed, bound, product in itertools.product(range(seeds), bounds, products):
+        at = {"private_seed": seed, _BOUND: bound, _RATE: float(f"{product / bound:.6g}")}
+        yield at
+        if bound in few_bounds and product in few_products:
+            yield from ({**at, "dp.epsilon": epsilon} for epsilon in (0.5, 8.0))
+            yield from ({**at, "dp.clipping": style} for style in ("per_layer", "global"))
+    for seed, product in itertools.product(range(late_seeds), late):
+        yield from _late(seed, product)
+    # The tightest budget wants lower rates.
+    for seed, bound in itertools.product(range(seeds), few_bounds):
+        at = {"private_seed": seed, _BOUND: bound, _RATE: float(f"{1 / bound:.6g}")}
+        yield {**at, "dp.epsilon": 0.5}
+
+
+def _late(seed: int, product: float) -> tuple[Row, Row, Row]:
+    """R constant, R switched, and R constant with a private temperature."""
+    late = {"private_seed": seed, "dp.normalized": True, _RATE: product, _BOUND: _SMALL}
+    schedule = ((0.0, _SMALL), (_SWITCH, _LARGE))
+    return (
+        late,
+        {**late, "dp.bound_schedule": schedule},
+        {**late, "dp.temperature.share": _TEMPERATURE},
+    )
 
 
 def theory(arg: str | None = None) -> Row:
-    """Computes the table of kernels, and predicted beside measured training curves."""
-    return calibration_theory.compute(study.size(arg))
+    """Computes the table of kernels, and predicted beside measured training curves; not of text."""
+    return {} if arg == "text" else calibration_theory.compute(study.size(arg))
 
 
 def _share(result: Result) -> float:
@@ -139,115 +176,132 @@ def report(workdir: Path) -> list[Path]:
     results = study.read(workdir)
     started = [r for r in results if r.config]
     plain = [r for r in started if not r.config["dp"]["normalized"]]
-    late = [r for r in started if r.config["dp"]["normalized"] and not _share(r)]
-    scaled = [r for r in started if _share(r)]
     flat = [r for r in plain if r.config["dp"]["clipping"] == "flat"]
-    grid = study.summarize(flat, _AXES, _METRICS)
+    grid = study.summarize(flat, AXES, METRICS)
     for row in grid:
-        row["eta R"] = float(f"{row['R'] * row['eta']:.6g}")
-    styles = study.summarize(plain, {"clipping": "dp.clipping", **_AXES}, _METRICS)
-    others = {(r["R"], r["eta"]) for r in styles if r["clipping"] != "flat"}
+        row["eta R"] = float(f"{row['R'] * row['eta']:.4g}")
+    accurate = tables.best(grid)
     theory_file = workdir / "theory.json"
-    found = json.loads(theory_file.read_text()) if theory_file.is_file() else None
+    computed = json.loads(theory_file.read_text()) if theory_file.is_file() else {}
     parts: list[str | Table | Figure] = [
         "All numbers are of held-out data: mean ± half width of the 95 % interval over seeds.",
         "## Bound R and learning rate eta",
         Table("grid", "Flat clipping: equal eta R is equal training while R clips all", grid),
-        *_heatmaps(grid),
+        *tables.heatmaps(grid),
         Table("published", "Published: CIFAR-10, ViT-base (Bu et al., read off a figure)",
               _published()),
-        *_reliability(flat, grid),
+        *tables.reliability(flat, accurate),
+        Table("equal", "Equal eta R: the next larger R minus this one, paired over seeds",
+              _equal(flat, grid)),
+        Table("best", "Each R at its most accurate rate (chosen on held-out data, not charged)",
+              list(accurate.values())),
+        Table("large", "R minus the smallest R, each at its most accurate rate, paired over seeds",
+              _large(flat, accurate)),
+        Table("large_nll", "The same, each at its rate of the lowest NLL",
+              _large(flat, tables.best(grid, "NLL [nats]"))),
         "## Flat, layerwise and global clipping",
-        Table("clipping", "At eta R = const; global keeps |g| <= R and drops the rest",
-              [r for r in styles if (r["R"], r["eta"]) in others]),
+        *_styles(plain),
         "## Late switch of R, and temperature scaling",
+        *_remedies(started),
+    ]  # fmt: skip
+    if computed:
+        parts += ["## Theory: kernels of clipped gradient flow"]
+        parts += calibration_theory.parts(computed)
+    return study.write(workdir, "Clipping bound and calibration", parts, results)
+
+
+def _equal(flat: Sequence[Result], grid: Sequence[Row]) -> list[Row]:
+    order = sorted(grid, key=lambda row: (row["epsilon"], row["eta R"], row["R"]))
+    return [
+        {
+            **{name: one[name] for name in ("epsilon", "eta R", "R")}, "next R": other["R"],
+            **tables.differences(_at(flat, one), _at(flat, other)),
+        }
+        for one, other in itertools.pairwise(order)
+        if (one["epsilon"], one["eta R"]) == (other["epsilon"], other["eta R"])
+    ]  # fmt: skip
+
+
+def _large(flat: Sequence[Result], rows: Mapping[tuple[float, float], Row]) -> list[Row]:
+    smallest = {epsilon: row for (epsilon, _), row in reversed(rows.items())}
+    return [
+        {
+            "epsilon": epsilon, "R": bound, "eta R": row["eta R"],
+            **tables.differences(_at(flat, smallest[epsilon]), _at(flat, row)),
+        }
+        for (epsilon, bound), row in rows.items()
+        if row is not smallest[epsilon]
+    ]  # fmt: skip
+
+
+def _at(results: Sequence[Result], row: Row) -> list[Result]:
+    at = {"epsilon": row["epsilon"], "bound": row["R"], "learning_rate": row["eta"]}
+    return tables.where(results, **at)
+
+
+def _styles(runs: Sequence[Result]) -> list[Table]:
+    """Clipping styles where there is more than flat clipping, and against it, paired."""
+    rows = study.summarize(runs, {"clipping": "dp.clipping", **AXES}, METRICS)
+    others = [r for r in rows if r["clipping"] != "flat"]
+    places = [{name: r[name] for name in AXES} for r in others]
+    styles = {name: [r for r in runs if r.config["dp"]["clipping"] == name]
+              for name in ("flat", "per_layer", "global")}  # fmt: skip
+    paired = [
+        {"clipping": r["clipping"], **{name: r[name] for name in AXES},
+         **tables.differences(_at(styles["flat"], r), _at(styles[r["clipping"]], r))}
+        for r in others
+    ]  # fmt: skip
+    most = [
+        row for style in styles
+        for row in tables.best([r for r in rows if r["clipping"] == style]).values()
+    ]  # fmt: skip
+    return [
+        Table("clipping_best", "Each style and R at its most accurate rate", most),
+        Table("clipping", "Clipping styles; global keeps |g| <= R and drops the rest",
+              [r for r in rows if {name: r[name] for name in AXES} in places]),
+        Table("clipping_differences", "Minus flat clipping, paired over seeds", paired),
+    ]  # fmt: skip
+
+
+def _remedies(runs: Sequence[Result]) -> list[Table]:
+    normalized = [r for r in runs if r.config["dp"]["normalized"]]
+    late = [r for r in normalized if not _share(r)]
+    scaled = [r for r in normalized if _share(r)]
+    by = {"bound schedule": "dp.bound_schedule", "eta R": _RATE}  # normalized: R = 1
+    paired = []
+    for rate in sorted({study.field(r, _RATE) for r in normalized}):
+        mine = tables.where(late, learning_rate=rate)
+        constant = [r for r in mine if not r.config["dp"]["bound_schedule"]]
+        switched = [r for r in mine if r.config["dp"]["bound_schedule"]]
+        fitted = tables.where(scaled, learning_rate=rate)
+        for name, one, other in (
+            ("switch", constant, switched),
+            ("temperature", constant, fitted),
+            ("temperature minus switch", switched, fitted),
+        ):
+            paired.append({"remedy": name, "eta R": rate, **tables.differences(one, other)})
+    return [
         Table("late_switch",
               f"R = {_SMALL:g} throughout, or {_LARGE:g} from {_SWITCH:.0%} of the epochs on "
               "(normalized clipping, the same budget)",
-              study.summarize(late, {"bound schedule": "dp.bound_schedule"}, _METRICS)),
+              study.summarize(late, by, METRICS)),
         Table("temperature",
               f"Temperature fitted privately on {_TEMPERATURE:.0%} of the training data, which "
               "the run does not train on",
-              study.summarize(scaled, _AXES, _METRICS | {
+              study.summarize(scaled, {"eta R": _RATE}, METRICS | {
                   "temperature": lambda r: r.evaluation["temperature"],
                   "ECE before [%]": lambda r: 100 * r.evaluation["before_temperature/ece"],
                   "MCE before [%]": lambda r: 100 * r.evaluation["before_temperature/mce"],
                   "NLL before [nats]": lambda r: r.evaluation["before_temperature/nll"],
               })),
+        Table("remedies", "Minus R constant, paired over seeds", paired),
     ]  # fmt: skip
-    if found is not None:
-        parts += ["## Theory: kernels of clipped gradient flow", *calibration_theory.parts(found)]
-    return study.write(workdir, "Clipping bound and calibration", parts, results)
 
 
 def _published() -> list[Row]:
     rows = []
     for (rate, bound), values in _PUBLISHED.items():
-        numbers = dict(zip(list(_METRICS)[:3], values or (float("nan"),) * 3))
+        names = ("accuracy [%]", "ECE [%]", "MCE [%]")
+        numbers = dict(zip(names, values or (float("nan"),) * 3))
         rows.append({"R": bound, "eta": rate, **numbers, "eta R": float(f"{rate * bound:.6g}")})
     return sorted(rows, key=lambda row: (row["R"], row["eta"]))
-
-
-def _heatmaps(grid: list[Row]) -> list[Figure]:
-    if not grid:
-        return []
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axes, name, colors in zip(panels, list(_METRICS), ("viridis", "magma_r", "magma_r")):
-        study.heatmap(
-            axes, {(row["R"], row["eta"]): row[name] for row in grid}, xlabel="clip bound R",
-            ylabel="learning rate eta", title=name, limits=(0, 100), cmap=colors, text="{:.1f}",
-        )  # fmt: skip
-    return [Figure("grid", "Accuracy, ECE and MCE on held-out data by R and eta", figure)]
-
-
-def _reliability(flat: list[Result], grid: list[Row]) -> list[str | Figure]:
-    """Diagrams of the smallest and the largest R, each at its most accurate learning rate."""
-    best = {}
-    for row in grid:
-        if row["runs"] > row["diverged"]:
-            before = best.get(row["R"])
-            if before is None or row["accuracy [%]"] > before["accuracy [%]"]:
-                best[row["R"]] = row
-    if not best:
-        return []
-    figure, panels = plt.subplots(
-        2, len(best), figsize=(3.2 * len(best), 5), height_ratios=(3, 1), sharex=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for (bound, row), top, bottom in zip(sorted(best.items()), panels[0], panels[1]):
-        chosen = [
-            r for r in flat
-            if r.status == "finished"
-            and (study.field(r, _BOUND), study.field(r, _RATE)) == (bound, row["eta"])
-        ]  # fmt: skip
-        _diagram(top, bottom, chosen)
-        top.set_title(
-            f"R = {bound:g}, eta = {row['eta']:g}\naccuracy {row['accuracy [%]']:.1f} %\n"
-            f"ECE {row['ECE [%]']:.1f} %, MCE {row['MCE [%]']:.1f} %",
-            fontsize=9,
-        )
-    panels[0][0].set_ylabel("accuracy")
-    panels[1][0].set_ylabel("examples")
-    caption = (
-        "Reliability by R at the learning rate of the best mean accuracy (chosen on held-out data, "
-        "not charged); bins pooled over seeds"
-    )
-    return [Figure("reliability", caption, figure)]
-
-
-def _diagram(top: plt.Axes, bottom: plt.Axes, results: list[Result]) -> None:
-    bins = [r.evaluation["reliability"] for r in results]
-    count = sum(np.asarray(b["count"]) for b in bins)
-    some = np.maximum(count, 1)
-    accuracy, confidence = (
-        sum(np.asarray(b["count"]) * np.asarray(b[name]) for b in bins) / some
-        for name in ("accuracy", "confidence")
-    )
-    edges = np.linspace(0, 1, len(count) + 1)
-    used, width = count > 0, edges[1]
-    top.plot([0, 1], [0, 1], "--", color="0.5", lw=1)
-    top.bar(edges[:-1][used], accuracy[used], width, align="edge", alpha=0.6, edgecolor="white")
-    top.plot(confidence[used], accuracy[used], ".", color="C1")
-    top.set(xlim=(0, 1), ylim=(0, 1))
-    bottom.bar(edges[:-1], count, width, align="edge", color="0.6", edgecolor="white")
-    bottom.set_xlabel("confidence")

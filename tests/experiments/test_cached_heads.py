@@ -86,6 +86,49 @@ def test_files_and_head_are_those_of_the_loop(tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dp__bound_schedule": ((0.0, 0.1), (0.5, 20.0))},
+        {"dp__temperature__share": 0.3, "data__subset": 0.5},
+    ],
+    ids=str,
+)
+def test_the_loop_on_features_is_the_loop(tmp_path, changes):
+    config = head_config(**changes)
+    assert cached_heads.fits_loop(config)
+    assert not cached_heads.fits(config)
+    run = build.build(config)
+    cached_heads.train_one(cached_heads.built(config), Workdir(tmp_path / "features"))
+    loop.train(run, Workdir(tmp_path / "inputs"))
+    ours, theirs = (
+        {
+            path.name: json.loads(path.read_text())
+            for path in (tmp_path / name).glob("*.json")
+            if path.name in ("eval.json", "privacy.json", "model.json", "config.json")
+        }
+        for name in ("features", "inputs")
+    )
+    assert len(ours) == 4
+    mine, other = ours.pop("eval.json"), theirs.pop("eval.json")
+    assert ours == theirs
+    assert mine.keys() == other.keys()
+    for name in {"nll", "brier", "temperature"} & mine.keys():
+        assert mine[name] == pytest.approx(other[name], rel=1e-4)
+    ours, theirs = (
+        models.read_tensors(tmp_path / name / "weights.safetensors")
+        for name in ("features", "inputs")
+    )
+    assert set(ours) == {"head/kernel", "head/bias"}
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_no_feature_shows_takes_the_loop_on_inputs():
+    for changes in ({"data__shift": 1}, {"lp__fraction": 0.5}, {"finetune": "film"}):
+        assert not cached_heads.fits_loop(head_config(**changes))
+
+
 def test_divergence_is_told(tmp_path):
     # Batches of two: the noise is not divided by much, and a few steps leave the range of float32.
     config = head_config(

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from finished_study import report_rebuilt, smoke, table
+from finished_study import ROOT, report_rebuilt, smoke, table
 
-from experiments import study
+from experiments import cached_heads, run_study, study
+from experiments.calibration import tables
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +18,17 @@ def finished(tmp_path_factory):
 def test_the_report_is_whole_and_rebuilt_from_the_files(finished):
     text = report_rebuilt(
         finished,
-        figures=("grid", "reliability", "dynamics"),
+        figures=("grid_2", "reliability_2", "dynamics"),
         tables=(
             "grid",
+            "equal",
+            "best",
+            "large",
+            "large_nll",
             "clipping",
+            "clipping_best",
+            "clipping_differences",
+            "remedies",
             "late_switch",
             "temperature",
             "kernels",
@@ -52,6 +60,46 @@ def test_all_variants_are_in_their_tables(finished):
     (row,) = table(finished, "temperature")
     assert float(row["temperature"]) != 1
     assert float(row["NLL [nats]"]) != float(row["NLL before [nats]"])
+
+
+def test_differences_are_paired_by_seed(finished):
+    (row, *_) = (r for r in table(finished, "large") if float(r["R"]) == 10)
+    small = next(r for r in table(finished, "best") if float(r["R"]) == 0.1)
+    runs = study.read(finished)
+    nll = {
+        (r.overrides["dp.bound"], r.overrides["private_seed"]): r.evaluation["nll"]
+        for r in tables.where(runs, bound=0.1, learning_rate=float(small["eta"]))
+        + tables.where(runs, bound=10.0, learning_rate=float(row["eta R"]) / 10)
+        if r.config["dp"]["clipping"] == "flat" and not r.config["dp"]["normalized"]
+    }
+    gaps = [nll[10.0, seed] - nll[0.1, seed] for seed in (0, 1)]
+    mean, half = study.interval(gaps)
+    assert (float(row["NLL [nats]"]), float(row["NLL [nats] ±"])) == pytest.approx((mean, half))
+
+
+def test_the_next_bound_trains_alike_only_while_all_is_clipped(finished):
+    rows = {(float(r["R"]), float(r["eta R"])): r for r in table(finished, "equal")}
+    assert set(rows) == {(0.1, 1.0), (1.0, 1.0), (0.1, 0.1), (1.0, 10.0)}
+    assert abs(float(rows[0.1, 1.0]["NLL [nats]"])) < 1e-3
+    assert abs(float(rows[1.0, 1.0]["NLL [nats]"])) > 0.05
+
+
+def test_the_best_rate_of_a_bound_may_depend_on_the_metric():
+    common = {"epsilon": 2.0, "R": 1.0, "runs": 2, "diverged": 0}
+    right = {**common, "eta": 1.0, "accuracy [%]": 90.0, "NLL [nats]": 0.9}
+    calm = {**common, "eta": 0.1, "accuracy [%]": 80.0, "NLL [nats]": 0.5}
+    lost = {**common, "eta": 9.0, "accuracy [%]": 99.0, "NLL [nats]": 0.1, "diverged": 2}
+    assert tables.best([calm, right, lost]) == {(2.0, 1.0): right}
+    assert tables.best([calm, right, lost], "NLL [nats]") == {(2.0, 1.0): calm}
+
+
+def test_all_runs_on_text_train_heads_on_features(tmp_path):
+    jobs = run_study.plan(f"{ROOT}/experiments/calibration/study.py:text", tmp_path)
+    batched = [job for job in jobs if cached_heads.fits(job.config)]
+    rest = [job for job in jobs if job not in batched]
+    on_features = [job for job in rest if cached_heads.fits_loop(job.config)]
+    assert (len(batched), len(on_features), len(jobs)) == (545, 40, 585)
+    assert len(cached_heads.groups(batched)) == 4  # flat, per layer, global, normalized
 
 
 def test_the_late_switch_costs_no_privacy(finished):
