@@ -64,7 +64,12 @@ _LARGE, _SCALED = 2.0**60, 2.0**120
 
 
 def microbatch_sum(
-    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+    loss_fn: LossFn,
+    rule: ClipRule,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    start: PyTree | None = None,
 ) -> tuple[PyTree, PerExample]:
     """Sums the clipped per-example gradients of one microbatch.
 
@@ -74,6 +79,7 @@ def microbatch_sum(
         params: trainable parameters, or a `Held`.
         batch: pytree of `[n, ...]`.
         mask: `[n]` bool, False for padding.
+        start: sum of earlier microbatches, which this one's is added to in place; None for none.
 
     Returns:
         The sum, float32 in the shape of `params`, and the facts of each example.
@@ -131,6 +137,8 @@ def microbatch_sum(
     doubtful = mask & ~clip.usable & (spreads | jnp.isfinite(loss))
     repairs = not spreads and bool(planned.groups or planned.mixed)
     totals = {i: jnp.zeros(leaf.shape, jnp.float32) for i, leaf in enumerate(leaves)}
+    if start is not None:
+        totals = dict(enumerate(jax.tree.leaves(start)))
     count = jnp.sum(~clip.usable)
     if repairs:
         totals, facts, count = _set_apart(

@@ -115,6 +115,8 @@ def clipped_sum(
             return made(total), facts
 
         def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
+            if engine is bookkeeping:
+                return bookkeeping.microbatch_sum(loss_fn, rule, held, *chunk, start=total)
             part, facts = engine.microbatch_sum(loss_fn, rule, held, *chunk, **options)
             return jax.tree.map(jnp.add, total, part), facts
 
