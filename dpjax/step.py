@@ -3,8 +3,8 @@
 One logical step is `begin`, any number of `accumulate` calls, one per physical chunk of the batch,
 and `update`. Each device keeps its own partial sum, so the only collective of a step is the sum
 over devices at the start of `update`, right before the noise is drawn, once, in the global view.
-(Under fsdp the trainable parameters are also gathered in `begin`, `update` scatters their gradient
-sums, and `accumulate` gathers a frozen parameter at each use.)
+(Under fsdp `begin` also gathers the small trainable parameters, `accumulate` gathers others and
+frozen ones at each use, and `update` scatters the gradient sums.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from dpjax import dp, metrics
 from dpjax.models import Params
 from dpjax.models.finetune import join
-from dpjax.runtime.gathering import at_use, gathers_in_branches
+from dpjax.runtime.gathering import at_use, gathers_in_branches, held
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
 
 __all__ = ["KEPT", "Batch", "Hyper", "LossFn", "Steps", "Totals", "TrainState", "apply_updates",
@@ -110,8 +110,9 @@ class Steps(NamedTuple):
 
     Attributes:
         init: `(trainable, hyper) -> TrainState`.
-        begin: `(state) -> (trainable parameters, gathered on every device; empty Totals)`.
-        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`; takes the gathered
+        begin: `(state) -> (trainable parameters, empty Totals)`; under fsdp, large parameters are
+            still sharded.
+        accumulate: `(totals, trainable, frozen, batch, step, hyper) -> Totals`; takes these
             parameters and `at_bound(hyper, state)`; donates totals.
         update: `(state, totals, hyper) -> (TrainState, facts)`; donates state.
     """
@@ -150,9 +151,9 @@ def make_steps(
     mesh, rows, everywhere = layout.mesh, partition(0), partition(-1)
 
     def local(
-        axes: Params | None,
+        axes: tuple[Params, Params] | None,
         totals: Totals,
-        trainable: Params,
+        trainable: Any,
         frozen: Params,
         batch: Batch,
         key: jax.Array,
@@ -170,7 +171,8 @@ def make_steps(
 
         loss: Callable[..., jax.Array] = functools.partial(whole_loss, frozen)
         if axes is not None:
-            loss = at_use(whole_loss, frozen, axes)
+            loss = at_use(whole_loss, frozen, axes[1])
+            trainable = held(trainable, axes[0])
         engine: Callable[..., tuple[Any, dp.PerExample]]
         if private:
             engine = dp.clipped_sum(
@@ -179,6 +181,7 @@ def make_steps(
             )  # fmt: skip
         else:
             engine = functools.partial(_gradient_sum, loss)
+            trainable = trainable if axes is None else trainable.whole()
         grads, facts = engine(trainable, examples, batch["mask"])
         # In shard_map every device sees its own slice of the totals, with a leading axis of 1.
         before = jax.tree.map(lambda x: x[0], totals.grads)
@@ -200,14 +203,17 @@ def make_steps(
         key = jax.random.fold_in(hyper.augment_key, step)
         law = hyper.rule, hyper.noise_multiplier if secure else None
         args = totals, trainable, frozen, batch, key, law
-        axes = layout.frozen_axes(frozen)
+        axes = layout.axes_at_use(trainable), layout.axes_at_use(frozen)
 
-        def sharded(axes: Params | None) -> Callable[..., Totals]:
-            parts = everywhere if axes is None else jax.tree.map(partition, axes)
+        def sharded(axes: tuple[Params, Params] | None) -> Callable[..., Totals]:
+            trained: Any = everywhere
+            parts: Any = everywhere
+            if axes is not None:
+                trained, parts = jax.tree.map(partition, axes)
             return jax.shard_map(
                 functools.partial(local, axes),
                 mesh=mesh,
-                in_specs=(rows, everywhere, parts, rows, everywhere, everywhere),
+                in_specs=(rows, trained, parts, rows, everywhere, everywhere),
                 out_specs=rows,
                 # With the check, JAX sums the gradient of a replicated parameter over devices
                 # before it can be clipped: examples would mix, and every leaf would cost a
@@ -217,7 +223,7 @@ def make_steps(
 
         late = max(jax.tree.leaves(axes), default=-1) >= 0
         # An engine forms the gradient of a doubtful example alone, in a loop that other devices do
-        # not enter. If that needs a frozen parameter, all are gathered before.
+        # not enter. If that needs a sharded parameter, all are gathered before.
         if late and not gathers_in_branches(jax.make_jaxpr(sharded(axes))(*args).jaxpr):
             return sharded(axes)(*args)
         return sharded(None)(*args)
@@ -229,10 +235,12 @@ def make_steps(
             zero = jnp.zeros((mesh.size,), jnp.float32)
             grads = dp.ClippedSum(grads, zero, unit=zero if secure else None)
         facts = {name: jnp.zeros((mesh.size,), jnp.float32) for name in _FACTS}
-        # Checked here, where the parameters are gathered anyway. The host reads it with the other
-        # facts of the step, without an extra wait. Every device adds the same 0 or 1.
-        bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable)]
-        facts["diverged"] += jnp.any(jnp.stack(bad), keepdims=True)
+        # The host reads it with the other facts of the step, without an extra wait. Every device
+        # adds 0 or 1 for what it holds.
+        parts = jax.tree.map(partition, layout.axes_at_use(trainable))
+        facts["diverged"] = jax.shard_map(
+            _diverged, mesh=mesh, in_specs=(parts,), out_specs=rows, check_vma=False
+        )(trainable)
         return Totals(grads, facts)
 
     def init(trainable: Params, hyper: Hyper) -> TrainState:
@@ -284,7 +292,7 @@ def make_steps(
     empty = jax.jit(zeros, out_shardings=per_device)
 
     def begin(state: TrainState) -> tuple[Params, Totals]:
-        trainable = layout.gather(state.trainable)
+        trainable = layout.for_steps(state.trainable)
         return trainable, empty(trainable)
 
     return Steps(
@@ -293,6 +301,12 @@ def make_steps(
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=per_device),
         update=jax.jit(update, donate_argnums=0),
     )
+
+
+def _diverged(params: Params) -> jax.Array:
+    """1 if a number of these parameters is not finite, `[1]`."""
+    bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+    return jnp.any(jnp.stack(bad), keepdims=True).astype(jnp.float32)
 
 
 def apply_updates(

@@ -49,6 +49,7 @@ from dpjax.dp.clipping import (
 from dpjax.dp.engines import (
     METHODS,
     EngineMismatch,
+    Held,
     bookkeeping,
     check_engine,
     clipped_sum,
@@ -94,6 +95,7 @@ __all__ = [
     "EngineMismatch",
     "FixedSize",
     "FullBatch",
+    "Held",
     "Ledger",
     "Mechanism",
     "PerExample",

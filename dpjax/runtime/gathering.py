@@ -1,6 +1,6 @@
 """Sharded parameters that are gathered where a function uses them, and again in the backward pass.
 
-Differentiating a function keeps its constants from the forward pass to the backward pass. A frozen
+Differentiating a function keeps its constants from the forward pass to the backward pass. A
 parameter that is gathered first would therefore be held whole, and all of them at once. Here an
 equation that reads one is checkpointed together with the gathering: of it, only the shard and the
 other operands are kept. What is computed from sharded parameters alone, such as a conversion, a
@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
 
+from dpjax import dp
 from dpjax.runtime.sharding import AXIS
 
-__all__ = ["at_use", "gathers_in_branches"]
+__all__ = ["at_use", "gathers_in_branches", "held"]
 
 PyTree = Any
 
@@ -55,24 +56,44 @@ def at_use(function: Callable[..., Any], shards: PyTree, axes: PyTree) -> Callab
     """
 
     def later(shard: jax.Array, axis: int) -> Any:
-        if axis < 0:
-            return shard
-        return _Later((shard,), lambda s: jax.lax.all_gather(s[0], AXIS, axis=axis, tiled=True))
-
-    def whole(shard: jax.Array, axis: int) -> Any:
-        size = jax.lax.axis_size(AXIS)
-        shape = [n * (size if i == axis else 1) for i, n in enumerate(shard.shape)]
-        return jax.ShapeDtypeStruct(shape, shard.dtype)
+        return shard if axis < 0 else _Later((shard,), lambda s: _gathered(s[0], axis))
 
     def call(*args: Any) -> Any:
-        closed, out = jax.make_jaxpr(function, return_shape=True)(
-            jax.tree.map(whole, shards, axes), *args
-        )
+        closed, out = jax.make_jaxpr(function, return_shape=True)(_shapes(shards, axes), *args)
         values = [later(*pair) for pair in zip(jax.tree.leaves(shards), jax.tree.leaves(axes))]
         results = _evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(jax.tree.structure(out), [_now(value) for value in results])
 
     return call
+
+
+def held(shards: PyTree, axes: PyTree) -> dp.Held:
+    """Trainable parameters for the engine: gathered in the loss as by `at_use`, and one by one.
+
+    Args:
+        shards: this device's part of the parameters, inside of `shard_map`.
+        axes: the axis along which each is sharded, -1 for a parameter that is here whole.
+    """
+    leaves, sides = jax.tree.leaves(shards), jax.tree.leaves(axes)
+    return dp.Held(
+        shapes=_shapes(shards, axes),
+        leaf=lambda i: leaves[i] if sides[i] < 0 else _gathered(leaves[i], sides[i]),
+        at_use=lambda function: at_use(function, shards, axes),
+    )
+
+
+def _gathered(shard: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.all_gather(shard, AXIS, axis=axis, tiled=True)
+
+
+def _shapes(shards: PyTree, axes: PyTree) -> PyTree:
+    size = jax.lax.axis_size(AXIS)
+
+    def whole(shard: jax.Array, axis: int) -> Any:
+        shape = [n * (size if i == axis else 1) for i, n in enumerate(shard.shape)]
+        return jax.ShapeDtypeStruct(shape, shard.dtype)
+
+    return jax.tree.map(whole, shards, axes)
 
 
 def _now(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """The mesh: one axis "data" over every device of every host. No other module names devices.
 
 Batches are sharded over the axis. Parameters and optimizer state are replicated, or sharded over
-the same axis ("fsdp") where a pattern matches their path. What trains is gathered once, at the
-start of a step, and the gradient sum is scattered once, at its end (ZeRO, arXiv 1910.02054). What
-is frozen is gathered at each use, see `gathering`.
+the same axis ("fsdp") where a pattern matches their path. Small ones are gathered once, at the
+start of a step, others at each use, see `gathering`. The gradient sum is scattered once, at the end
+of a step (ZeRO, arXiv 1910.02054).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 PyTree = Any
 
 AXIS = "data"
-_LEAST = 2**12  # numbers of a frozen parameter that is sharded
+_LEAST = 2**12  # numbers of a parameter that is gathered at each use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Layout:
         """
         return jax.tree_util.tree_map_with_path(self._axis, tree)
 
-    def frozen_axes(self, tree: PyTree) -> PyTree:
-        """Returns the axes of frozen parameters, which are gathered at each use.
+    def axes_at_use(self, tree: PyTree) -> PyTree:
+        """Returns the axes of parameters as a step has them, which gathers them at each use.
 
         Small ones are replicated: a collective for each of their uses would cost more than room.
         """
@@ -75,7 +75,7 @@ class Layout:
 
     def place_frozen(self, tree: PyTree) -> PyTree:
         """Puts parameters that do not train, which every host holds in full, onto the mesh."""
-        axes = self.frozen_axes(tree)
+        axes = self.axes_at_use(tree)
         return place(tree, jax.tree.map(lambda a: NamedSharding(self.mesh, partition(a)), axes))
 
     def on_host(self) -> contextlib.AbstractContextManager[Any]:
@@ -99,6 +99,18 @@ class Layout:
         """Returns the tree with every leaf replicated."""
         return tree if self.spread is None else _gather(self)(tree)
 
+    def for_steps(self, tree: PyTree) -> PyTree:
+        """Returns the tree with those leaves replicated that are not gathered at each use."""
+        if self.spread is None:
+            return tree
+        leaves, treedef = jax.tree.flatten(tree)
+        small = [i for i, a in enumerate(jax.tree.leaves(self.axes_at_use(tree))) if a < 0]
+        axes = jax.tree.leaves(self.axes(tree))
+        found = _gather_along(self.mesh, tuple(axes[i] for i in small))([leaves[i] for i in small])
+        for i, leaf in zip(small, found):
+            leaves[i] = leaf
+        return jax.tree.unflatten(treedef, leaves)
+
     def _axis(self, path: tuple[Any, ...], leaf: Any) -> int:
         # A key of a dict, a field of a NamedTuple, or an index: parameters are dicts, optimizer
         # states are NamedTuples of such dicts.
@@ -115,6 +127,11 @@ class Layout:
 @functools.cache  # a new jit object for every step would compile again
 def _gather(layout: Layout) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda tree: gather_leaves(tree, layout.axes(tree), layout.mesh))
+
+
+@functools.cache
+def _gather_along(mesh: Mesh, axes: tuple[int, ...]) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda leaves: gather_leaves(leaves, list(axes), mesh))
 
 
 def layout(text: str, devices: Sequence[jax.Device] | None = None) -> Layout:

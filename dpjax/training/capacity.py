@@ -92,7 +92,7 @@ def peak_bytes(prepared: Prepared, params: Params, train: Dataset | Units) -> Ca
     """Returns `rows of a chunk -> bytes that a phase needs on one device`."""
     steps, hyper, layout = prepared.steps, prepared.hyper, prepared.layout
     mesh = layout.mesh
-    by_row, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    by_row = sharding.batch_sharding(mesh)
 
     def like(tree: Any, places: Any) -> Any:
         if isinstance(places, NamedSharding):
@@ -103,13 +103,13 @@ def peak_bytes(prepared: Prepared, params: Params, train: Dataset | Units) -> Ca
 
     state = phases.checkpoint_like(prepared, params)["state"]
     trainable, frozen = prepared.split(params)
-    axes = layout.frozen_axes(frozen)
+    axes = layout.axes_at_use(trainable), layout.axes_at_use(frozen)
     places = jax.tree.map(lambda axis: NamedSharding(mesh, sharding.partition(axis)), axes)
-    parts = like(trainable, replicated), like(frozen, places)
+    parts = like((trainable, frozen), places)
     totals = like(jax.eval_shape(steps.begin, state)[1], by_row)
     update = _program_bytes(steps.update, state, totals, hyper)
     # Held in memory while a chunk runs, but not among its arguments. Replicated parameters are
-    # among them; under fsdp the chunk gets gathered copies, so the shards count as well.
+    # among them; under fsdp the chunk gets gathered copies of small ones, so the shards count too.
     resident = _bytes(state) if layout.spread else _bytes((state.opt, state.average))
 
     def need(size: int) -> int:

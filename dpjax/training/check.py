@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import numpy as np
 from dpjax import dp, files
 from dpjax.build import Run
 from dpjax.models import Params, TextSpec, finetune
-from dpjax.runtime import code_digest, compilation
+from dpjax.runtime import code_digest, compilation, sharding
+from dpjax.runtime.gathering import at_use, held
 
 __all__ = ["engines", "examples"]
 
@@ -48,9 +51,10 @@ def engines(run: Run) -> int:
         if files.caching() and marker.exists():
             continue
         # The frozen parameters are an argument: as constants they would slow the compiler down.
+        engine = None if run.layout.spread is None else functools.partial(_gathering, run.layout)
         try:
             with run.layout.on_host():
-                dp.check_engine(loss, trains, batch, frozen=frozen)
+                dp.check_engine(loss, trains, batch, frozen=frozen, engine=engine)
         except dp.EngineMismatch as error:
             raise dp.EngineMismatch(f"{error} In a config, that is dp.method='vmap'.") from error
         compared += 1
@@ -59,6 +63,33 @@ def engines(run: Run) -> int:
                 marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.touch()
     return compared
+
+
+def _gathering(
+    layout: sharding.Layout,
+    loss: Callable[[Params, Params, Any], jax.Array],
+    rule: dp.ClipRule,
+    trains: Params,
+    frozen: Params,
+    batch: Any,
+    mask: jax.Array,
+) -> Any:
+    """The book-keeping engine as a step has it under fsdp: parameters are gathered at each use.
+
+    On one device of the host, which gathers from itself: a device of the run may not have room for
+    the other engine's gradients.
+    """
+    axes = layout.axes_at_use(trains), layout.axes_at_use(frozen)
+
+    def local(trains: Params, frozen: Params, batch: Any, mask: jax.Array) -> Any:
+        late = at_use(lambda frozen, params, one: loss(params, frozen, one), frozen, axes[1])
+        return dp.bookkeeping.microbatch_sum(late, rule, held(trains, axes[0]), batch, mask)
+
+    here = sharding.partition(-1)
+    mesh = sharding.make_mesh(jax.local_devices(backend="cpu")[:1])
+    return jax.shard_map(local, mesh=mesh, in_specs=here, out_specs=here, check_vma=False)(
+        trains, frozen, batch, mask
+    )
 
 
 def examples(run: Run) -> dict[str, jax.Array]:

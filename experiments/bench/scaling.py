@@ -1,12 +1,16 @@
 """The cost of scaling: collectives, bytes and idle time on host devices, and a plan for large ones.
 
     python -m experiments.bench.scaling          # the weak-scaling table, about 3 min on 2 cores
+    python -m experiments.bench.scaling --memory # bytes of a device, LoRA and all parameters, 8 min
     python -m experiments.bench.scaling --plan   # ViT-L on data of ImageNet-21k's size, 2 min
 
 The table trains a small ViT for twelve steps on 1, 2, 4 and 8 host devices, with the same number of
 examples per device and step, and times the last six. Host devices share the cores of this machine:
 collectives and bytes carry over to real devices, but the times are those of one machine divided
 into parts.
+
+The memory table reads arguments and temporaries of one of 8 devices, while it accumulates a chunk,
+off the compiled program of a ViT of eight blocks, about 6.4 MB of parameters.
 
 The plan analyzes the compiled step of ViT-L (operations and bytes per example from programs of one
 and two blocks, book-keeping engine, float32), calibrates the noise, and divides by the vendors'
@@ -135,8 +139,39 @@ def _step_collectives(run: build.Run) -> list[tuple[str, int]]:
         steps.update.lower(state, totals, hyper),  # type: ignore[attr-defined]
     ]
     if run.layout.spread is not None:
-        programs.append(jax.jit(run.layout.gather).lower(state.trainable))
+        programs.append(jax.jit(run.layout.for_steps).lower(state.trainable))
     return [one for program in programs for one in collectives(program.compile().as_text())]
+
+
+# Without these XLA's CPU compiler drops JAX's barriers, gathers early and keeps.
+_BARRIERS = {
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+}
+
+
+def _memory(finetune: str, microbatch: int | None, layout: str) -> str:
+    """A row: arguments and temporaries of `accumulate` on one device."""
+    config = get_config("8")
+    options = {"width": 128, "depth": 8, "heads": 4, "mlp": 512, "image_size": 14}
+    with config.unlocked():
+        config.model.options = options
+    config.finetune = finetune
+    config.microbatch = microbatch
+    run = build.build(config)._replace(layout=sharding.layout(layout))
+    prepared = phases.prepare(run, 5)[0]
+    frozen, state = prepared.begin(run.params, None)
+    trainable, totals = prepared.steps.begin(state)
+    rows = config.physical_batch
+    batch = {**run.train.batch(np.arange(rows), seed=0, step=0), "mask": np.ones(rows, bool)}
+    placed = sharding.to_mesh(batch, run.layout.mesh)
+    args = totals, trainable, frozen, placed, jnp.int32(0), prepared.hyper
+    program = prepared.steps.accumulate.lower(*args).compile(_BARRIERS)  # type: ignore[attr-defined]
+    sizes = program.memory_analysis()
+    return (
+        f"| {finetune} | {microbatch or 'the chunk'} | {layout} | "
+        f"{sizes.argument_size_in_bytes / 1e3:,.0f} kB | {sizes.temp_size_in_bytes / 1e3:,.0f} kB |"
+    )
 
 
 class _Machine(NamedTuple):
@@ -215,7 +250,7 @@ def _plan() -> list[str]:
         rows = _BATCH / machine.chips
         # Parameters, two moments; the sum and its traveling copy are there in both layouts.
         state, sums = 3 * 4 * count, 2 * 4 * count
-        spread = 4 * count + state / machine.chips
+        spread = state / machine.chips
         left = machine.memory - sums - spread
         sent = _sent("all-reduce", 4 * count, machine.chips)
         compute = rows * example.flops / machine.flops
@@ -235,10 +270,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="experiments.bench.scaling")
     parser.add_argument("--plan", action="store_true", help="the plan instead of the table")
     parser.add_argument("--devices", default="1,2,4,8", help="rows of the table")
+    parser.add_argument("--memory", action="store_true", help="the table of memory")
     given = parser.parse_args(argv)
     compilation.keep_on_disk()
     if given.plan:
         print("\n".join(_plan()))
+        return 0
+    if given.memory:
+        print("| trains | microbatch | layout | arguments | temporaries |\n|" + 5 * "---|")
+        for finetune in ("lora:4", "full"):
+            for microbatch in (None, 1):
+                for layout in ("replicated", "fsdp"):
+                    print(_memory(finetune, microbatch, layout), flush=True)
         return 0
     print(
         "| devices | layout | batch | collectives a step | sent per device and step | state per "

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpjax import dp
 
@@ -47,3 +48,23 @@ def test_recorded_arrays_are_not_copied_to_be_cleared():
     layer = 4 * SIZE * TOKENS * WIDTH
     more = [lowered(f, 8).compile().memory_analysis().temp_size_in_bytes for f in (plain, clipped)]
     assert more[1] - more[0] < 20 * layer
+
+
+def test_microbatches_are_added_up_in_place():
+    """Beside the sum there is one array for each parameter: of an example that is in doubt."""
+    rng = np.random.default_rng(0)
+    params = {f"w{i}": rng.standard_normal((128, 128), np.float32) * 0.1 for i in range(6)}
+    batch = rng.standard_normal((8, 4, 128), np.float32)
+
+    def loss_fn(params, x):
+        for w in params.values():
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    clipped = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), microbatch_size=2))
+    sizes = clipped.lower(params, batch, np.ones(8, bool)).compile().memory_analysis()
+    size = sum(w.nbytes for w in params.values())
+    assert size < sizes.temp_size_in_bytes < 1.8 * size
+    whole = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0)))(params, batch, np.ones(8, bool))[0]
+    found = clipped(params, batch, np.ones(8, bool))[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, found)

@@ -1,5 +1,7 @@
 """A run compares its clipping engines before it spends any privacy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +9,7 @@ from tiny import tiny_config
 
 from dpjax import build, dp
 from dpjax.dp.engines import bookkeeping
-from dpjax.runtime import Workdir
+from dpjax.runtime import Workdir, gathering, sharding
 from dpjax.training import check, loop
 
 
@@ -58,6 +60,24 @@ def test_a_wrong_engine_is_refused_and_nothing_is_written(cache, tmp_path, monke
             loop.train(run, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
     assert not cache.exists()
+
+
+def test_parameters_that_are_gathered_at_each_use_are_compared_so(cache, monkeypatch):
+    monkeypatch.setattr(sharding, "_LEAST", 1)
+    right = gathering._gathered
+    calls = []
+
+    def gathered(shard, axis, times=1.0):
+        calls.append(axis)
+        return times * right(shard, axis)
+
+    monkeypatch.setattr(gathering, "_gathered", gathered)
+    assert check.engines(build.build(tiny_config(finetune="head", sharding="fsdp"))) == 1
+    assert len(calls) > 2
+    monkeypatch.setattr(gathering, "_gathered", functools.partial(gathered, times=1.5))
+    run = build.build(tiny_config(finetune="blocks:at:0", sharding="fsdp"))
+    with pytest.raises(dp.EngineMismatch):
+        check.engines(run)
 
 
 def test_vmap_and_runs_without_privacy_have_nothing_to_compare(cache):

@@ -4,10 +4,12 @@ from dpjax.dp.engines import bookkeeping
 from dpjax.dp.engines.check import EngineMismatch, check_engine
 from dpjax.dp.engines.clipped_sum import METHODS, clipped_sum
 from dpjax.dp.engines.explain import explain, route_shares
+from dpjax.dp.engines.held import Held
 
 __all__ = [
     "METHODS",
     "EngineMismatch",
+    "Held",
     "bookkeeping",
     "check_engine",
     "clipped_sum",

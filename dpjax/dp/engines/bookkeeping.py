@@ -25,6 +25,7 @@ norms); Goodfellow 2015, arXiv 1510.01799.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
 from dpjax.dp.engines import products, reference
+from dpjax.dp.engines.held import Held, here
 from dpjax.dp.engines.parts import (
     Part,
     Record,
@@ -62,16 +64,22 @@ _LARGE, _SCALED = 2.0**60, 2.0**120
 
 
 def microbatch_sum(
-    loss_fn: LossFn, rule: ClipRule, params: PyTree, batch: PyTree, mask: jax.Array
+    loss_fn: LossFn,
+    rule: ClipRule,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    start: PyTree | None = None,
 ) -> tuple[PyTree, PerExample]:
     """Sums the clipped per-example gradients of one microbatch.
 
     Args:
         loss_fn: `(params, example) -> loss` of ONE example, a scalar.
         rule: maps gradient norms to scale factors.
-        params: trainable parameters.
+        params: trainable parameters, or a `Held`.
         batch: pytree of `[n, ...]`.
         mask: `[n]` bool, False for padding.
+        start: sum of earlier microbatches, which this one's is added to in place; None for none.
 
     Returns:
         The sum, float32 in the shape of `params`, and the facts of each example.
@@ -82,15 +90,17 @@ def microbatch_sum(
         to them, and float16 loses numbers below 6e-8; this engine multiplies in float32 and keeps
         them. Where it has 64, this engine multiplies in float32 all the same.
     """
+    held = here(params)
+    params = held.shapes
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     planned = make_plan(loss_fn, params, example)
-    loss, record, direct = _backward(planned.traced, leaves, batch)
+    loss, record, direct = _backward(planned.traced, held, batch)
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
     doubts = reference.count_of_doubts(loss)
     record = reference.once(record, doubts)  # one recording for the norms and for the sums
-    constants = _constants(planned.traced, leaves)
+    constants = _constants(planned.traced, held)
     # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
     parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
     together = measured_together(planned.groups, record, constants)
@@ -100,7 +110,7 @@ def microbatch_sum(
         for i, group in enumerate(planned.groups)
     ]
     parts += [
-        formed_part(planned.traced, mixed, record, constants, leaves, groups, doubts)
+        formed_part(planned.traced, mixed, record, constants, held, groups, doubts)
         for mixed in planned.mixed
     ]
     kept = reference.once([part.kept for part in parts], doubts)
@@ -127,6 +137,8 @@ def microbatch_sum(
     doubtful = mask & ~clip.usable & (spreads | jnp.isfinite(loss))
     repairs = not spreads and bool(planned.groups or planned.mixed)
     totals = {i: jnp.zeros(leaf.shape, jnp.float32) for i, leaf in enumerate(leaves)}
+    if start is not None:
+        totals = dict(enumerate(jax.tree.leaves(start)))
     count = jnp.sum(~clip.usable)
     if repairs:
         totals, facts, count = _set_apart(
@@ -143,28 +155,30 @@ def microbatch_sum(
     total = jax.tree.unflatten(treedef, [totals[i] for i in range(len(leaves))])
     if not spreads:
         return total, facts
-    return reference.one_by_one(loss_fn, rule, params, batch, doubtful, total, facts)
+    return reference.one_by_one(loss_fn, rule, held.whole(), batch, doubtful, total, facts)
 
 
 def _backward(
-    traced: Traced, leaves: list[Any], batch: PyTree
+    traced: Traced, held: Held, batch: PyTree
 ) -> tuple[jax.Array, Record, dict[int, jax.Array]]:
     """One backward pass: losses, what is recorded, and gradients of direct leaves."""
 
     places: dict[Key, int] = {}
 
-    def one(example: PyTree) -> Any:
-        def loss(taps: dict[Key, jax.Array], direct: dict[int, Any]) -> Any:
-            args = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
-            value, inputs = evaluate(traced, [*args, *jax.tree.leaves(example)], taps)
-            unique = {id(x): x for x in inputs.values()}
-            order = {x: i for i, x in enumerate(unique)}
-            places.update({key: order[id(x)] for key, x in inputs.items()})
-            return value, list(unique.values())
+    def tapped(params: PyTree, example: PyTree, taps: Any, direct: dict[int, Any]) -> Any:
+        args = [direct.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(params))]
+        value, inputs = evaluate(traced, [*args, *jax.tree.leaves(example)], taps)
+        unique = {id(x): x for x in inputs.values()}
+        order = {x: i for i, x in enumerate(unique)}
+        places.update({key: order[id(x)] for key, x in inputs.items()})
+        return value, list(unique.values())
 
+    direct_leaves = {i: held.leaf(i) for i in traced.direct}
+
+    def one(example: PyTree) -> Any:
         taps = {key: jnp.zeros(v.shape, v.dtype) for key, v in traced.taps.items()}
-        direct = {i: leaves[i] for i in traced.direct}
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct)
+        loss = functools.partial(held.at_use(tapped), example)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct_leaves)
 
     (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
     keys = sorted(places)
@@ -177,7 +191,7 @@ def _backward(
     return loss.astype(jnp.float32), record, {i: g.astype(jnp.float32) for i, g in direct.items()}
 
 
-def _constants(traced: Traced, leaves: list[Any]) -> dict[Key, dict[int, jax.Array]]:
+def _constants(traced: Traced, held: Held) -> dict[Key, dict[int, jax.Array]]:
     """By place of a scalar and by leaf, the scalar's gradient, the same for all examples."""
 
     def gradient(place: Key, own: dict[int, Any]) -> dict[int, jax.Array]:
@@ -191,7 +205,7 @@ def _constants(traced: Traced, leaves: list[Any]) -> dict[Key, dict[int, jax.Arr
     covered = {leaf for site in traced.sites for leaf in site.leaves}
     constants = {}
     for place, needs in traced.scalars.items():
-        found = gradient(place, {i: leaves[i] for i in needs})
+        found = gradient(place, {i: held.leaf(i) for i in needs})
         constants[place] = {i: g for i, g in found.items() if i in covered}
     return constants
 

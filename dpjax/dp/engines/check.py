@@ -32,7 +32,12 @@ class EngineMismatch(RuntimeError):
 
 
 def check_engine(
-    loss_fn: Callable[..., jax.Array], params: PyTree, examples: PyTree, *, frozen: PyTree = None
+    loss_fn: Callable[..., jax.Array],
+    params: PyTree,
+    examples: PyTree,
+    *,
+    frozen: PyTree = None,
+    engine: Callable[..., Any] | None = None,
 ) -> None:
     """Checks that book-keeping clipping gives per-example gradients' norms and sums on this loss.
 
@@ -47,6 +52,8 @@ def check_engine(
         examples: a few examples, `[n, ...]` each; their values do not have to be real data, but
             labels and token numbers must be in range.
         frozen: what else the loss takes; None if it takes nothing else.
+        engine: `(loss_fn, rule, params, frozen, examples, mask) -> (sum, PerExample)`, what is
+            compared, in a jitted function; the book-keeping engine on whole parameters by default.
 
     Raises:
         EngineMismatch: naming the leaf that differs most, how the engine handled it, and what to
@@ -65,10 +72,10 @@ def check_engine(
     @jax.jit
     def both(params: PyTree, examples: PyTree, frozen: PyTree) -> Any:
         loss, same = bound(frozen), jax.tree.map(reference.again, examples)
-        return [
-            reference.microbatch_sum(loss, rule, params, examples, mask),
-            bookkeeping.microbatch_sum(loss, rule, params, same, mask),
-        ]
+        want = reference.microbatch_sum(loss, rule, params, examples, mask)
+        if engine is not None:
+            return want, engine(loss_fn, rule, params, frozen, same, mask)
+        return want, bookkeeping.microbatch_sum(loss, rule, params, same, mask)
 
     def bound(frozen: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
         if frozen is None:

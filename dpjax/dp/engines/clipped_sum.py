@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dpjax.dp import secure
 from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 from dpjax.dp.engines import bookkeeping, reference
+from dpjax.dp.engines.held import Held
 from dpjax.dp.meshes import closes_over_explicit, mesh_of, on_mesh
 
 __all__ = ["METHODS", "clipped_sum", "cut"]
@@ -50,7 +51,7 @@ def clipped_sum(
 
     Returns:
         `(params, batch, mask) -> (ClippedSum, PerExample)` where every leaf of `batch` is
-        `[batch, ...]` and `mask` is `[batch]` bool, False for padding.
+        `[batch, ...]` and `mask` is `[batch]` bool, False for padding. `params` may be a `Held`.
 
     Guarantees:
         The sum is float32 whatever the dtype of the model, or int32 for secure noise. Adding or
@@ -78,15 +79,19 @@ def clipped_sum(
         params: PyTree, batch: PyTree, mask: jax.Array
     ) -> tuple[ClippedSum, PerExample]:
         # JAX arrays, at the door: int64 of NumPy becomes what JAX makes of it.
-        params, batch = _parameters(params), jax.tree.map(jnp.asarray, batch)
+        batch = jax.tree.map(jnp.asarray, batch)
         _check_sizes(batch, mask)
+        if isinstance(params, Held):  # the caller has divided the batch among the devices
+            return summed(params.whole() if method == "vmap" else params, batch, mask)
+        params = _parameters(params)
         args = params, batch, jnp.asarray(mask)
         scalar = jnp.zeros(())
         unit = None if secure_noise is None else scalar
         like = ClippedSum(params, scalar, unit=unit), PerExample(*[args[2]] * 4)
         return on_mesh(summed, args, like, replicate=_replicate(loss_fn, method, params, batch))
 
-    def summed(params: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
+    def summed(held: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
+        params = held.shapes if isinstance(held, Held) else held
         size = mask.shape[0]
         sensitivity, unit, options = rule.sensitivity(), None, {}
         if secure_noise is not None:
@@ -106,11 +111,13 @@ def clipped_sum(
         engine: Any = reference if method == "vmap" else bookkeeping
 
         if micro == size:
-            total, facts = engine.microbatch_sum(loss_fn, rule, params, batch, mask, **options)
+            total, facts = engine.microbatch_sum(loss_fn, rule, held, batch, mask, **options)
             return made(total), facts
 
         def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
-            part, facts = engine.microbatch_sum(loss_fn, rule, params, *chunk, **options)
+            if engine is bookkeeping:
+                return bookkeeping.microbatch_sum(loss_fn, rule, held, *chunk, start=total)
+            part, facts = engine.microbatch_sum(loss_fn, rule, held, *chunk, **options)
             return jax.tree.map(jnp.add, total, part), facts
 
         total, facts = jax.lax.scan(one, zeros, cut((batch, mask), micro))

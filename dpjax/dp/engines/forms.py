@@ -353,7 +353,7 @@ def conv_sum(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
             rhs_dilation=p["rhs_dilation"],
             dimension_numbers=dims,
             feature_group_count=p["feature_group_count"],
-            precision=jax.lax.Precision.HIGHEST,
+            precision=jax.lax.Precision.HIGHEST,  # on every device: see `arithmetic`
         )
 
     (gradient,) = jax.linear_transpose(conv, jax.ShapeDtypeStruct(site.shape, jnp.float32))(

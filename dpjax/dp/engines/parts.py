@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from dpjax.dp.engines import forms, products, reference
 from dpjax.dp.engines.forms import Tokens
+from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.plans import Group, Mixed
 from dpjax.dp.engines.sites import Key, Site, Weight
 from dpjax.dp.engines.taps import function_of_leaves
@@ -337,7 +338,7 @@ def formed_part(
     mixed: Mixed,
     record: Record,
     constants: dict[Key, dict[int, jax.Array]],
-    leaves: list[Any],
+    held: Held,
     groups: tuple[int, ...],
     doubts: jax.Array,
 ) -> Part:
@@ -348,7 +349,7 @@ def formed_part(
     hold errors of any size beside the bound. The leaves' gradients are therefore formed per
     example, and what is formed is measured and summed.
     """
-    pulls = [_pull(traced, sites[0], leaves) for sites in mixed.weights]
+    pulls = [_pull(traced, sites[0], held) for sites in mixed.weights]
     terms = {place: own for place, own in constants.items() if own.keys() & set(mixed.leaves)}
     members = tuple(groups[leaf] for leaf in mixed.leaves)
     limits = [min(site.limit for site in sites) for sites in mixed.weights]
@@ -433,14 +434,12 @@ def _unscaled(sites: Weight) -> tuple[Weight, float]:
     return tuple(dataclasses.replace(s, view=v) for s, v in zip(sites, signs)), scale
 
 
-def _pull(
-    traced: Traced, site: Site, leaves: list[Any]
-) -> Callable[[jax.Array], dict[int, jax.Array]]:
+def _pull(traced: Traced, site: Site, held: Held) -> Callable[[jax.Array], dict[int, jax.Array]]:
     """Takes a canonical gradient of a weight to the weight's leaves, float32."""
     view = site.view
     if view is not None:
         return lambda gradient: {view.leaf: view.pull(forms.restore(site, gradient))}
-    own = {i: leaves[i] for i in sorted(site.leaves)}
+    own = {i: held.leaf(i) for i in sorted(site.leaves)}
     weight, vjp = jax.vjp(lambda own: function_of_leaves(traced, site.key, site.operand, own), own)
 
     def pull(gradient: jax.Array) -> dict[int, jax.Array]:

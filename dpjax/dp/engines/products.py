@@ -4,19 +4,21 @@ Canonical forms only: x `[n, B, T, d]`, g `[n, B, T, p]`, see `forms`. All resul
 float32, and products of float32 numbers are not rounded to less on accelerators.
 
 **Why a norm bounds what is summed.** Let u = 2^-24, the unit roundoff of float32. A sum of k
-products, in any order, fused or not, is off by at most k u times the sum of their absolute values
-(to first order in u), and by `_TINY` for each product that underflows. Where the gradient is formed
-for its norm and kept for the sum, measured and summed are one array and nothing more is needed.
-Elsewhere the norm is measured on one rounding path and the sum formed on another, and `Measure`
-carries what both may be off by:
+products, in any order, fused or not, is off by at most r(k) u times the sum of their absolute
+values (to first order in u), and by `_TINY` for each product that underflows: r(k) = k in float32,
+and more where the device multiplies in parts (`arithmetic.roundings`). Long sums are made of
+blocks, b of them with r(256) + b in place of r(k). Where the gradient is formed for its norm and
+kept for the sum, measured and summed are one array and nothing more is needed. Elsewhere the norm
+is measured on one rounding path and the sum formed on another, and `Measure` carries what both may
+be off by:
 
 - `error` bounds how far the computed square is from the exact square of G_i. For Gram matrices
-  X = x x^T, Y = g g^T the square is sum_st X_st Y_st. X_st is off by d u |x_s||x_t|, Y_st by
-  p u |g_s||g_t|, their product and the sum over s and t by another few u |X_st Y_st|. The input of
-  a lookup is a one-hot row: with another such row X_st is 0 or 1, with the input of a product it is
-  one of its numbers; neither is rounded, and the bound holds with |x_s| = 1.
+  X = x x^T, Y = g g^T the square is sum_st X_st Y_st. X_st is off by r(d) u |x_s||x_t|, Y_st
+  by r(p) u |g_s||g_t|, their product and the sum over s and t by another few u |X_st Y_st|. The
+  input of a lookup is a one-hot row: with another such row X_st is 0 or 1, with the input of a
+  product it is one of its numbers; neither is rounded, and the bound holds with |x_s| = 1.
 - `spread` bounds the norm of the rounding errors in the product that example i adds to the sum:
-  T terms a number, so T u sum_t |x_t||g_t|.
+  T terms a number, so r(T) u sum_t |x_t||g_t|.
 - `mass` = sum_t |x_t||g_t| bounds every partial sum on the way to G_i. A sum over examples is
   rounded in units of its partial sums, so that tokens of one example that cancel at 1e30 would wipe
   out all the others. `spread` alone does not exclude that.
@@ -25,9 +27,9 @@ carries what both may be off by:
 
 A penalty on the parameters adds c_i R to G_i, with one array R for all examples. The square is then
 |G_i|^2 + 2 c_i <G_i, R> + |c_i R|^2. The inner product is sum_t (x_t R) g_t: x_t R is off by
-d u |x_t||R|, the sum over tokens and columns by another `_REDUCTION` u |x_t||R||g_t|, together
-(d + ...) u mass |R|; `error` grows by 2 |c_i| times that. It grows by 2 |c_i R| spread as well: a
-square that was measured on a rounded G_i lacks as much beside the inner product of the exact one.
+r(d) u |x_t||R|, the sum over tokens and columns by another `_REDUCTION` u |x_t||R||g_t|, together
+(r(d) + ...) u mass |R|; `error` grows by 2 |c_i| times that. It grows by 2 |c_i R| spread as well:
+a square that was measured on a rounded G_i lacks as much beside the inner product of the exact one.
 `mass` and `spread` grow by |c_i R| and a few units of it, because sum_i f_i c_i R is one more
 product that the example takes part in.
 
@@ -45,6 +47,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpjax.dp.engines.arithmetic import Contract, dot, full_dot, halves, roundings
 from dpjax.dp.engines.forms import Form, Tokens
 
 __all__ = [
@@ -114,36 +117,41 @@ def cheapest(form: Form) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-def _dot(
-    a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], batch: int
+def _in_blocks(
+    a: jax.Array, b: jax.Array, axis: int, blocks: int, contract: Contract, batch: int
 ) -> jax.Array:
-    """Contracts axes of `a` with axes of `b`, with `batch` common leading axes, in float32."""
-    exact = a.dtype == b.dtype == jnp.bfloat16
-    if not exact:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jax.lax.dot_general(
-        a,
-        b,
-        (contract, (tuple(range(batch)), tuple(range(batch)))),
-        precision=None if exact else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    """`dot`, one block after the other along an axis that both operands have and contract."""
+    if not blocks:
+        return dot(a, b, contract, batch)
+
+    def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        x, y = (jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis) for x in (a, b))
+        return total + dot(x, y, contract, batch), None
+
+    x, y = (jax.lax.slice_in_dim(x, blocks * _BLOCK, x.shape[axis], axis=axis) for x in (a, b))
+    return jax.lax.scan(add, dot(x, y, contract, batch), jnp.arange(blocks))[0]
+
+
+def _blocks(size: int, most: int = 4 * _BLOCK) -> int:
+    """The number of blocks that a sum of `size` products is cut into; 0 for one sum."""
+    return size // _BLOCK if size >= most else 0
+
+
+def _token_blocks(tokens: int) -> int:
+    # So few that ordinary examples are trusted: see the margins in `bookkeeping`.
+    return _blocks(tokens, (6 if roundings(1) == 1 else 2) * _BLOCK)
+
+
+def _chain(size: int, blocks: int, *operands: jax.Array) -> int:
+    """How many units roundoff such a sum may be off by."""
+    return int(roundings(_BLOCK if blocks else size, *operands)) + blocks
 
 
 def _gram(array: jax.Array) -> tuple[jax.Array, int]:
-    """Gram matrices `[n, B, T, T]`, and the most roundings in a row that one of their sums has."""
-    size = array.shape[3]
-    blocks, rest = divmod(size, _BLOCK)
-    if blocks < 4:
-        return _dot(array, array, ((3,), (3,)), 2), size
-
-    def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        part = jax.lax.dynamic_slice_in_dim(array, i * _BLOCK, _BLOCK, 3)
-        return total + _dot(part, part, ((3,), (3,)), 2), None
-
-    tail = array[..., size - rest :]
-    total, _ = jax.lax.scan(add, _dot(tail, tail, ((3,), (3,)), 2), jnp.arange(blocks))
-    return total, _BLOCK + blocks
+    """Gram matrices `[n, B, T, T]`, and how many units roundoff one of their sums may be off by."""
+    blocks = _blocks(array.shape[3])
+    gram = _in_blocks(array, array, 3, blocks, ((3,), (3,)), 2)
+    return gram, _chain(array.shape[3], blocks, array, array)
 
 
 class Measure(NamedTuple):
@@ -179,7 +187,9 @@ def gram_measure(t: Tokens) -> Measure:
         square = jnp.sum(xx * gg, 1)
         error = _TINY * jnp.sum(d * gg + p * xx + 1, 1)
         mass = jnp.sqrt(square + error)
-        return Measure(square, error, _split(t) * mass, mass, _peak(xx, gg))
+        # One rounding in float32 is within the reserve of the rule; what else `dot` loses is not.
+        spread = (_split(t) + (roundings(1, t.x, t.g) - 1) * _UNIT) * mass
+        return Measure(square, error, spread, mass, _peak(xx, gg))
     (xx, x_chain), (gg, g_chain) = _input_gram(t), _gram(_cotangents(t))
     x_square, g_square = _diagonals(xx), _diagonals(gg)
     products = xx * gg
@@ -243,7 +253,11 @@ def _unkept(
     """The measure of a sum over tokens, from the tokens' squared norms `[n, B, T]`."""
     lengths = _length(x_square, t.d) * _length(g_square, t.p)
     mass = jnp.sqrt(jnp.sum(jnp.square(jnp.sum(lengths, 2)), 1))
-    spread = (times * (x_square.shape[2] + 4) * _UNIT + _split(t)) * mass
+    chain = x_square.shape[2]
+    if t.x is not None:  # lookups are added up one by one, in float32
+        tokens = t.x.shape[2]
+        chain += _chain(tokens, _token_blocks(tokens), t.x, t.g) - tokens
+    spread = (times * (chain + 4) * _UNIT + _split(t)) * mass
     return Measure(square, error, spread, mass, _peak(x_square, g_square))
 
 
@@ -259,14 +273,9 @@ def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.
     size = jnp.sqrt(jnp.sum(jnp.square(constant)))
     inner, chain = jnp.zeros_like(scalar), 0
     if t.x is not None:
-        applied = jax.lax.dot_general(
-            t.x.astype(jnp.float32),
-            constant,
-            (((3,), (1,)), ((1,), (0,))),
-            precision=jax.lax.Precision.HIGHEST,
-        )  # [B, n, T, p]
+        applied = dot(jnp.swapaxes(t.x, 0, 1), constant, ((3,), (1,)), 1)  # [B, n, T, p]
         inner += _total(jnp.swapaxes(applied, 0, 1) * t.g.astype(jnp.float32))
-        chain += t.d
+        chain += roundings(t.d)
     if t.rows is not None:
         inner += _total(constant[0][t.rows[:, 0, :, 0]] * t.h[:, 0].astype(jnp.float32))
     own = jnp.abs(scalar) * size
@@ -315,7 +324,7 @@ def _off(squares: jax.Array, size: int, chain: int) -> jax.Array:
 
     That is by (chain + 4) u |x_s||x_t| and by `_TINY` for each of `size` products. With b for the
     latter and r_s^2 = a_s^2 + b, r_s r_t >= a_s a_t + b (Cauchy and Schwarz). The second b is for
-    an a_s^2 that is lost.
+    an a_s^2 that is lost. (Where it is lost, so are parts of numbers: see `arithmetic`.)
     """
     return jnp.sqrt((chain + 4) * _UNIT * (squares + size * _TINY) + 2 * size * _TINY)
 
@@ -342,13 +351,15 @@ def _diagonals(matrices: jax.Array) -> jax.Array:
 
 def materialize(t: Tokens) -> jax.Array:
     """The gradients x_i^T g_i `[n, B, d, p]`."""
-    product = None if t.x is None else _dot(t.x, t.g, ((2,), (2,)), 2)
+    product = None
+    if t.x is not None:
+        product = _in_blocks(t.x, t.g, 2, _token_blocks(t.x.shape[2]), ((2,), (2,)), 2)
     if t.rows is None and product is not None:
         return product
     rows, h = t.rows[:, 0, :, 0], t.h[:, 0].astype(jnp.float32)
     if product is None and t.d <= _FEW:  # see `combined`
-        ones = (rows[:, :, None] == jnp.arange(t.d)[None, None]).astype(jnp.float32)
-        return _dot(ones, h, ((1,), (1,)), 1)[:, None]
+        ones = rows[:, :, None] == jnp.arange(t.d)[None, None]
+        return full_dot(ones, h, ((1,), (1,)), 1)[:, None]
     start = jnp.zeros((h.shape[0], t.d, t.p), jnp.float32) if product is None else product[:, 0]
     return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
 
@@ -360,7 +371,8 @@ def weigh(gradients: jax.Array, factors: jax.Array) -> jax.Array:
     """
     if gradients.shape[1] <= BIAS:
         return jnp.sum(scaled(gradients, factors, factors > 0), 0)
-    return _dot(factors, gradients, ((0,), (0,)), 0)
+    # As fast as memory is, which parts of the gradients would take more of.
+    return full_dot(factors, gradients, ((0,), (0,)), 0)
 
 
 def weighted_sum(t: Tokens, factors: jax.Array, usable: jax.Array) -> jax.Array:
@@ -396,8 +408,7 @@ def _weighted_product(
     if x.dtype == g.dtype == jnp.bfloat16:
         # Two bfloat16 parts carry 16 bits of the scaled array, at twice the cost of one product;
         # one part alone would sum something measurably different from what was clipped.
-        high = parts[0].astype(jnp.bfloat16)
-        parts = [high, (parts[0] - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+        parts = list(halves(parts[0]))
     total = functools.reduce(jnp.add, [_sum_products(part, large) for part in parts])
     return total if scale_x else jnp.swapaxes(total, 1, 2)
 
@@ -411,9 +422,11 @@ def scaled(array: jax.Array, factors: jax.Array, usable: jax.Array | None = None
 
 def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum over examples and tokens of the products a_i^T b_i, `[B, ...]`."""
+    blocks = _token_blocks(a.shape[2])
     if a.shape[1] == 1:
-        return _dot(a[:, 0], b[:, 0], ((0, 1), (0, 1)), 0)[None]
-    return _dot(jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1), ((1, 2), (1, 2)), 1)
+        return _in_blocks(a[:, 0], b[:, 0], 1, blocks, ((0, 1), (0, 1)), 0)[None]
+    a, b = jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1)
+    return _in_blocks(a, b, 2, blocks, ((1, 2), (1, 2)), 1)
 
 
 def lookup_measure(t: Tokens) -> Measure:
@@ -425,7 +438,7 @@ def lookup_measure(t: Tokens) -> Measure:
     same = (t.rows == jnp.swapaxes(t.rows, 2, 3))[:, 0]
     mass = jnp.sqrt(jnp.sum(same * _outer(lengths[:, 0]), (1, 2)))
     repeats = jnp.max(jnp.sum(same, 2), 1)  # the most that one row is looked up
-    spread = jnp.where(repeats > 1, 2 * (repeats + 4) * _UNIT * mass, 0.0)
+    spread = jnp.where(repeats > 1, 2 * (roundings(repeats) + 4) * _UNIT * mass, 0.0)
     return Measure(square, jnp.zeros_like(square), spread, mass, _peak(squares, squares))
 
 
@@ -438,5 +451,5 @@ def combined(t: Tokens) -> jax.Array:
         return h
     if first.shape[1] <= _FEW:  # as a product with ones and zeros, which rounds no more
         ones = first[:, None] == jnp.arange(first.shape[1])[None, :, None]
-        return _dot(ones.astype(jnp.float32), h, ((2,), (1,)), 1)
+        return full_dot(ones, h, ((2,), (1,)), 1)
     return jax.vmap(lambda rows, h: jnp.zeros_like(h).at[rows].add(h))(first, h)
