@@ -140,7 +140,11 @@ def claims(rows: Sequence[Row], task: str) -> list[Row]:
         gap = _gap(at[tight][best[tight]], at[tight][rival])
         sign = 1 if (low > high) == (name == "C") else -1  # where it lies on the claim's side
         what = f"{name} = {low:g} minus {high:g}, the best at epsilon {loose:g}"
-        add(claim, tight, what, (0.0, 0.0) if low == high else (sign * gap[0] + 0.0, gap[1]))
+        points = (0.0, 0.0) if low == high else (sign * gap[0] + 0.0, gap[1])
+        # A best value that the result's seeds deny is no evidence for the other side.
+        word = verdict(*points)
+        sided = word if word == ("shown" if sign > 0 else "refuted") else "undecided"
+        add(claim, tight, what, points, lambda gap, half, sided=sided: sided)
     full = found_n(rows, task)
     for epsilon in (tight, loose):
         found, here = at[epsilon], best[epsilon]

@@ -103,6 +103,19 @@ def test_claims_are_judged_by_paired_differences():
     assert {r["verdict"] for r in found.values()} == {"refuted"}
 
 
+def test_a_best_value_that_the_results_deny_shows_nothing():
+    rows = [FACTS, *lines(GRID)]
+    for r in rows:  # at 0.5 the tuning half prefers B = 1000, the result does not
+        if (r.get("epsilon"), r.get("B")) == (0.5, 1000):
+            r["tuning_accuracy"] = 0.9
+        if (r.get("epsilon"), r.get("B")) == (8.0, 1000):
+            r["tuning_accuracy"] = 0.1
+    found = {r["claim"]: r for r in hard_report.claims(rows, "t")[:2]}
+    smaller = found["a tighter epsilon wants a smaller B"]
+    assert smaller["points"] > 5
+    assert smaller["verdict"] == "undecided"
+
+
 def test_an_optimum_at_an_end_is_called_one():
     found = hard_report.interior([FACTS, *lines(GRID)], "t", 8.0)
     assert (found["B*"], found["B* is"], found["C* is"]) == (1000, "full batch", "lowest")
