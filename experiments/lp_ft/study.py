@@ -147,7 +147,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.dp.bound = 0.1
         config.optimizer.name = "sgd"
         config.optimizer.learning_rate = 0.5
-        options = None
+        options = {}
     elif chosen in ("laptop", "tuned"):
         config.data.name = "mnist5k"
         config.model.weights = "vit_mini_digits"
@@ -174,7 +174,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.physical_batch = 448
         config.dp.method = "vmap"  # compiles sooner
     with config.unlocked():
-        config.model.options = dict(options or {})
+        config.model.options = dict(options)
     return config
 
 
