@@ -10,8 +10,8 @@ in the time of one and a half TF32 products, as the plain gradient has them.
 - *The parts.* `halves` rounds x to the nearest h of 8 bits and then l to that of x - h, which
   float32 holds exactly. With 2^e <= |x| < 2^(e+1), |x - h| <= 2^(e-8). If that is an equality, l is
   x - h; else x - h is below 2^(e-8), where numbers of 8 bits are 2^(e-16) apart. So |l| <= 2^-8 |x|
-  and |x - h - l| <= 2^-17 |x|. The product of two numbers is computed as h h' + h l' + l h'. What
-  lacks is l l' and what comes of the two remainders: at most 2^-16 + 2 * 2^-17 + 2^-34 times
+  and |x - h - l| <= 2^-17 |x|. The product of two numbers is computed as h h' + h l' + l h'. That
+  leaves out l l' and what comes of the two remainders: at most 2^-16 + 2 * 2^-17 + 2^-34 times
   |x||x'|, less than 513 u |x||x'|.
 - *The sum.* Products of bfloat16 numbers are exact in float32. Tensor cores add k >= 8 of them
   (4 of TF32) to a float32 number at a time; the addends are aligned to the largest and cut off,

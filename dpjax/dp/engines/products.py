@@ -1,16 +1,16 @@
 """Squared norms and weighted sums of per-example products G_i = x_i^T g_i.
 
 Canonical forms only: x `[n, B, T, d]`, g `[n, B, T, p]`, see `forms`. All results are
-float32, and products of float32 numbers are not rounded to less on accelerators.
+float32, and `arithmetic` says what products of float32 numbers are off by on each device.
 
 **Why a norm bounds what is summed.** Let u = 2^-24, the unit roundoff of float32. A sum of k
 products, in any order, fused or not, is off by at most r(k) u times the sum of their absolute
 values (to first order in u), and by `_TINY` for each product that underflows: r(k) = k in float32,
-and more where the device multiplies in parts (`arithmetic.roundings`). Long sums are made of
-blocks, b of them with r(256) + b in place of r(k). Where the gradient is formed for its norm and
-kept for the sum, measured and summed are one array and nothing more is needed. Elsewhere the norm
-is measured on one rounding path and the sum formed on another, and `Measure` carries what both may
-be off by:
+and more where the device multiplies in parts (`arithmetic.roundings`). Long sums are
+computed in b blocks of 256, with r(256) + b in place of r(k). Where the gradient is formed for its
+norm and kept for the sum, measured and summed are one array and nothing more is needed. Elsewhere
+the norm is measured on one rounding path and the sum formed on another, and `Measure` carries what
+both may be off by:
 
 - `error` bounds how far the computed square is from the exact square of G_i. For Gram matrices
   X = x x^T, Y = g g^T the square is sum_st X_st Y_st. X_st is off by r(d) u |x_s||x_t|, Y_st
