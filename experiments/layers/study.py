@@ -10,11 +10,13 @@ pretrained on ImageNet-21k, epsilon 2, delta 1e-5). The paper's layer lists were
 us: the sets here are our own.
 
 All sets have the same mechanism: N, q, T and sigma do not depend on the trained layers. Therefore
-repeat-and-select can charge the choice among them (arXiv 2110.03620). The choice made by this study
-is declared, not charged. The report also says what charging it would have cost, and conversely,
-which epsilon a run would have had if the search had met the budget. Beside the sets, the sizes
-"laptop", "votes" and "text" have `vote:1` and `vote:2`, which train the blocks that a noised vote
-of the examples picks: that choice is charged, within the same epsilon. A charged search is
+repeat-and-select can charge the choice among them (`dpjax.dp.repeat_and_select`). The choice made
+by this study is declared, not charged. The report also says what charging it would have cost, and
+conversely, which epsilon a run would have had if the search had met the budget. The sizes "votes"
+and "text" have runs of that epsilon too, from which the accuracy of charged searches follows.
+Beside the sets, the sizes "laptop", "votes" and "text" have `vote:1` and `vote:2`, which train the
+blocks that a noised vote of the examples picks: that choice is charged, within the same epsilon. A
+charged search is
 
     dpjax search --config=experiments/layers/study.py:charged \\
         --workdir=DIR --charge=10
@@ -76,7 +78,9 @@ _PUBLISHED = [
         "accuracy [%]": 77.9, "layers": "chosen by their search, not public to us",
     }
 ]  # fmt: skip
-_MEANS = (5.0, 10.0, 30.0)  # numbers of runs at which a charged search is priced
+_MEANS = (2.0, 5.0, 10.0)  # numbers of runs at which a charged search is priced
+# By the mean number of runs, the epsilon of a run in a search of epsilon 2; the report checks it.
+_SEARCHES = {"votes": {2.0: 1.752, 5.0: 1.493}, "text": {2.0: 1.755}}
 
 _ACC = "accuracy [%]"
 _METRICS: dict[str, Metric] = {
@@ -140,6 +144,11 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
     elif arg in (None, "laptop"):
         sets = (*sets, *_VOTES)
     yield from proposals.grid({**values, "finetune": sets, _RATE: rates})
+    named = [name for name in sets if name not in _VOTES]
+    for epsilon in _SEARCHES.get(arg or "", {}).values():
+        yield from proposals.grid(
+            {**values, "dp.epsilon": [epsilon], "finetune": named, _RATE: rates}
+        )
 
 
 def measure(run: build.Run, initial: Any, final: Any) -> Row:
@@ -161,7 +170,9 @@ def measure(run: build.Run, initial: Any, final: Any) -> Row:
 def report(workdir: Path) -> list[Path]:
     """Rebuilds all tables and figures from the files of the runs."""
     results = study.read(workdir)
-    started = [r for r in results if r.config]
+    every = [r for r in results if r.config]
+    started = [r for r in every if "dp.epsilon" not in r.overrides]
+    searched = [r for r in every if "dp.epsilon" in r.overrides and r.status == "finished"]
     grid = study.summarize(started, {"layers": "finetune", "learning rate": _RATE}, _METRICS)
     sets = _best_rates(grid, started)
     parts: list[str | Table | Figure] = [
@@ -181,6 +192,7 @@ def report(workdir: Path) -> list[Path]:
         Table("cost", "Repeat-and-select over a geometric number of runs: epsilon of the search at "
               "the noise that was used, and of one run if the search keeps the budget",
               _costs(started)),
+        *_searched(started, searched),
     ]  # fmt: skip
     return study.write(workdir, "Which layers to fine-tune", parts, results)
 
@@ -257,6 +269,74 @@ def _against_declared(results: Sequence[Result], sets: Sequence[Row]) -> list[Ro
             "vote minus best set [points]": gain, "vote minus best set [points] ±": half,
         })  # fmt: skip
     return rows
+
+
+def _searched(declared: Sequence[Result], results: Sequence[Result]) -> list[str | Table]:
+    """Accuracy of charged searches of the budget against the declared choice, see the caption.
+
+    Raises:
+        ValueError: a search costs more than the budget.
+    """
+    free = _points(declared)
+    rows = []
+    for one in sorted({study.field(r, "dp.epsilon") for r in results}, reverse=True):
+        mine = [r for r in results if study.field(r, "dp.epsilon") == one]
+        mean = next(m for s in _SEARCHES.values() for m, value in s.items() if value == one)
+        statement = mine[0].privacy or {}
+        budget, run = declared[0].privacy or {}, repeat_and_select.mechanisms(statement)
+        total = repeat_and_select.epsilon(run, statement["delta"], mean=mean)
+        if total > budget["epsilon_budget"]:
+            raise ValueError(f"a search of {mean:g} runs of epsilon={one} costs {total}.")
+        charged = _points(mine)
+        loss, half = study.interval(
+            [_expected(charged, seed, mean) - _expected(free, seed) for seed in _known(charged)]
+        )
+        rows.append({
+            "runs in the mean": mean, "epsilon of one run": one, "epsilon in all": total,
+            "accuracy [%]": np.mean([_expected(charged, s, mean) for s in _known(charged)]),
+            "declared choice [%]": np.mean([_expected(free, s) for s in _known(charged)]),
+            "charged minus declared [points]": loss, "charged minus declared [points] ±": half,
+        })  # fmt: skip
+    if not rows:
+        return []
+    caption = (
+        "Searches over sets and rates whose whole cost is the budget, against the best of all "
+        "points at the budget, which is not charged. Each seed chooses in turn; the accuracy is "
+        "that of the other seeds at the chosen point, in expectation over a search's draws"
+    )
+    return [Table("searched", caption, rows)]
+
+
+def _points(results: Sequence[Result]) -> list[dict[int, float]]:
+    """Accuracies in % by seed, of every named set and rate that has all seeds."""
+    found: dict[Any, dict[int, float]] = {}
+    for r in results:
+        if r.status == "finished" and r.config["finetune"] not in _VOTES:
+            by_seed = found.setdefault((r.config["finetune"], study.field(r, _RATE)), {})
+            by_seed[study.field(r, "private_seed")] = 100 * r.evaluation["accuracy"]
+    most = max(map(len, found.values()), default=0)
+    return [by_seed for by_seed in found.values() if len(by_seed) == most]
+
+
+def _known(points: Sequence[dict[int, float]]) -> list[int]:
+    return sorted(points[0])
+
+
+def _expected(points: Sequence[dict[int, float]], seed: int, mean: float = math.inf) -> float:
+    """Expected accuracy, by the other seeds, of the point that a seed's accuracies choose.
+
+    Args:
+        points: accuracies by seed.
+        seed: the one that chooses.
+        mean: of the geometric number of random points it chooses from; inf means all points.
+    """
+    ranked = sorted(points, key=lambda by_seed: by_seed[seed])
+    others = [float(np.mean([a for s, a in p.items() if s != seed])) for p in ranked]
+    if mean == math.inf:
+        return others[-1]
+    below = np.arange(len(ranked) + 1) / len(ranked)
+    no_better = below / mean / (1 - (1 - 1 / mean) * below)  # P[no run is above this rank]
+    return float(np.diff(no_better) @ others)
 
 
 def _seeds(results: Sequence[Result], row: Row) -> dict[int, float]:

@@ -127,6 +127,10 @@ def test_what_a_vote_picked_is_in_the_report_and_not_in_the_price(finished, tmp_
 def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
     base = fields.load(f"{FILE}:{size}")
     found = sweep.points(f"{FILE}:{size}", base)
+    searched = [point for point in found if "dp.epsilon" in point]
+    found = [point for point in found if "dp.epsilon" not in point]
+    assert {p["dp.epsilon"] for p in searched} == set(layers._SEARCHES.get(size, {}).values())
+    assert not any("vote" in point["finetune"] for point in searched)
     assert {name for point in found for name in point} - {"private_seed"} == {
         "finetune", "optimizer.learning_rate",
     }  # fmt: skip
@@ -145,3 +149,39 @@ def test_the_whole_search_would_have_kept_its_budget():
     one = repeat_and_select.epsilon_of_one([run], budget=2.0, delta=1e-4, mean=10.0)
     spent = repeat_and_select.epsilon([dp.calibrated(epsilon=one, **facts)], 1e-4, mean=10.0)
     assert 1.96 < spent <= 2.0
+
+
+def test_searches_that_are_charged_are_told_from_the_declared_choice(finished, monkeypatch):
+    base = study.read(finished)[0]
+    facts = {"num_examples": 2000, "batch_size": 256, "steps": 23, "delta": 1e-5}
+
+    def result(finetune, seed, accuracy, epsilon):
+        run = dp.calibrated(epsilon=epsilon, **facts)
+        phases = (dp.Phase("train", run),)
+        ledger = dp.Ledger(phases, epsilon=epsilon, delta=1e-5).charge(0, run.steps)
+        stated = dp.statement(
+            ledger, clipping="flat", seed_policy="os_entropy", released=[], not_charged=[]
+        )
+        settings = {**base.config, "finetune": finetune, "private_seed": seed}
+        settings["dp"] = {**base.config["dp"], "epsilon": epsilon}
+        return base._replace(
+            config=settings, evaluation={"accuracy": accuracy / 100}, privacy=stated
+        )
+
+    declared = [result("head", s, 60 + s, 2.0) for s in range(3)]
+    declared += [result("full", s, 70 + 2 * s, 2.0) for s in range(3)]
+    mine = [result("head", s, 58.0, 1.752) for s in range(3)]
+    mine += [result("full", s, 68.0, 1.752) for s in range(3)]
+    (table,) = layers._searched(declared, mine)
+    (row,) = table.rows
+    assert 1.97 < row["epsilon in all"] <= 2
+    # Two points, two runs in the mean: P[only the worse one is drawn] = sum of 2^-k 2^-k = 1/3.
+    assert row["accuracy [%]"] == pytest.approx(58 / 3 + 68 * 2 / 3)
+    assert row["declared choice [%]"] == pytest.approx(72)
+    losses = [58 / 3 + 68 * 2 / 3 - other for other in (73, 72, 71)]
+    assert row["charged minus declared [points]"] == pytest.approx(sum(losses) / 3)
+    monkeypatch.setitem(layers._SEARCHES, "votes", {3.0: 1.9})
+    dearer = [result("head", 0, 68.0, 1.9)]
+    with pytest.raises(ValueError, match="costs"):
+        layers._searched(declared, dearer)
+    assert layers._searched(declared, []) == []

@@ -1,13 +1,11 @@
 """Searches: which points, at what price, and what the statement says of both."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dpjax import dp
@@ -84,48 +82,12 @@ def test_axes_are_sorted_and_only_of_full_products():
             proposals.axes(broken)
 
 
-# --- The price ------------------------------------------------------------------------------------
+# --- Statements -----------------------------------------------------------------------------------
 
 
 def one_run(**changes):
     values = {"epsilon": 1.0, "delta": 1e-5, "num_examples": 1000, "batch_size": 100, "steps": 20}
     return dp.calibrated(**{**values, **changes})
-
-
-def test_the_cost_is_that_of_the_theorem():
-    """Theorem 2 of arXiv 2110.03620 by hand, for full batches: RDP order * steps / (2 sigma^2)."""
-    run = one_run(batch_size=1000)
-    mean, delta = 10.0, 1e-5
-    orders = np.concatenate([np.linspace(1.01, 10, 2000), np.linspace(10, 500, 5000)])
-    rdp = orders * run.steps / (2 * run.noise_multiplier**2)
-    other = np.min((1 - 1 / orders) * rdp + math.log(mean) / orders)
-    best = rdp + 2 * other + math.log(mean) / (orders - 1)
-    extra = np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
-    assert repeat_and_select.epsilon([run], delta, mean=mean) == pytest.approx(
-        np.min(best + extra), rel=2e-3
-    )
-
-
-def test_one_run_of_a_search_keeps_the_whole_within_its_budget():
-    spend = repeat_and_select.epsilon_of_one([one_run()], budget=3.0, delta=1e-5, mean=8.0)
-    assert 0.5 < spend < 2.5
-    spent = repeat_and_select.epsilon([one_run(epsilon=spend)], 1e-5, mean=8.0)
-    assert 0.98 * 3.0 < spent <= 3.0
-    dearer = repeat_and_select.epsilon([one_run(epsilon=spend)], 1e-5, mean=16.0)
-    assert dearer > spent
-    with pytest.raises(ValueError, match="mean=1 must be > 1"):
-        repeat_and_select.epsilon([one_run()], 1e-5, mean=1)
-
-
-def test_the_number_of_runs_is_geometric_and_the_points_uniform():
-    generator = np.random.default_rng(0)
-    drawn = [repeat_and_select.draw(4, 5.0, generator=generator) for _ in range(4000)]
-    lengths = np.array([len(points) for points in drawn])
-    assert lengths.min() == 1
-    assert lengths.mean() == pytest.approx(5.0, rel=0.1)
-    assert lengths.var() == pytest.approx(20.0, rel=0.2)  # Poisson: 5
-    counts = np.bincount(np.concatenate(drawn), minlength=4) / lengths.sum()
-    np.testing.assert_allclose(counts, 0.25, atol=0.02)
 
 
 def statement_of(run, epsilon):
@@ -163,6 +125,13 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
     other = statement_of(one_run(epsilon=spend, steps=19), spend)
     with pytest.raises(ValueError, match="cannot be charged"):
         repeat_and_select.charged(mine, [mine, other], {**facts, "mean": 8.0, "epsilon": 3.0})
+
+
+def test_secure_noise_may_differ_in_how_many_numbers_train():
+    facts = {"method": "random", "metric": "held-out accuracy", "points": 6, "mean": 2.0}
+    mine, other = (statement_of(one_run(secure_size=size), 1.0) for size in (10, 10**6))
+    paid = repeat_and_select.charged(mine, [mine, other], {**facts, "epsilon": 1.2})
+    assert 1.1 < paid["epsilon"] <= 1.2
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -257,7 +226,7 @@ def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
     assert statement["search"]["charged"] is True
     assert 0.97 * 2.0 < statement["epsilon"] <= 2.0  # of the config
     ran = read(tmp_path / "w/trials/000/004/privacy.json")
-    assert ran["epsilon"] == statement["epsilon_of_one_run"] < 1.2
+    assert 1.5 < ran["epsilon"] == statement["epsilon_of_one_run"] < 1.7
     assert ran["noise_multiplier"] == statement["noise_multiplier"]
     # How many runs there were, and their scores, are hidden; the best one's weights are not.
     for name in ("search_secret.json", "search.md", "search.csv", "trials/000/004.log"):
