@@ -308,7 +308,14 @@ def write(
 
     Returns:
         The files written.
+
+    Raises:
+        ValueError: two tables, or two figures, have one name.
     """
+    for kind in (Table, Figure):
+        names = [part.name for part in parts if isinstance(part, kind)]
+        if len(set(names)) < len(names):  # the second would overwrite the first
+            raise ValueError(f"names={names} must differ from one another.")
     lines: list[str] = [f"# {title}", ""]
     paths: list[Path] = []
     if results:

@@ -5,10 +5,11 @@
 
 Sizes: "smoke" (UCI digits, seconds, for the tests), "laptop" (MNIST digits, the shipped pretrained
 ViT, all parameters, three seeds, eight for the late switch), "text" (20 Newsgroups, a head on
-MiniLM features of 48 tokens, three epsilons, five seeds, ten for the late switch) and "paper"
-(CIFAR-10, ViT-B/16; pass --data_dir and --weights). DP-SGD is not normalized, as in the paper: for
-a small bound R, only eta R matters. Epsilon, epochs and batch size of "paper" are our own choice
-where the paper's values were not available.
+MiniLM features of 48 tokens, three epsilons, five seeds, ten for the late switch), "layers" (norms
+and head of MiniLM on 1,000 posts of 16 tokens, three seeds: flat and layerwise clipping) and
+"paper" (CIFAR-10, ViT-B/16; pass --data_dir and --weights). DP-SGD is not normalized, as in the
+paper: for a small bound R, only eta R matters. Epsilon, epochs and batch size of "paper" are our
+own choice where the paper's values were not available.
 
 The sweep has four parts: a grid over R and the learning rate; layerwise and global (keep or drop)
 clipping beside flat clipping, along eta R = const or (text) on the grid; a switch of R for the last
@@ -49,6 +50,8 @@ _TEXT = (
     (0.01, 0.1, 1.0, 3.0, 10.0, 100.0), (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
     (0.1, 3.0, 10.0), (3.0, 10.0, 30.0, 100.0, 300.0), 5, (10.0, 30.0), 10,
 )  # fmt: skip
+# Of the layers: R, eta R, seeds.
+_LAYERS = ((0.1, 3.0), (3.0, 10.0, 30.0), 3)
 _SMALL, _LARGE, _SWITCH = 0.1, 20.0, 0.95  # of the late switch
 _TEMPERATURE = 0.1  # share of the training examples
 
@@ -72,7 +75,7 @@ _RATE, _BOUND = "optimizer.learning_rate", "dp.bound"
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the base config; `arg` is a size, see `study.size`."""
-    chosen = study.size(arg, "text")
+    chosen = study.size(arg, "text", "layers")
     config = default()
     config.optimizer.name = "sgd"
     config.dp.normalized = False
@@ -98,6 +101,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.batch_size = 1024
         config.epochs = 8.0
         config.physical_batch = 1280
+    elif chosen == "layers":
+        config.data.name = "20newsgroups"
+        config.data.train_split, config.data.test_split = "train[:1000]", "test[500:1500]"
+        config.model.name = "text_encoder"
+        config.model.size = config.model.weights = "minilm_l6"
+        config.finetune = "film"
+        config.batch_size = 250
+        config.epochs = 2.0
     else:
         config.data.name = "digits"
         config.finetune = "head"
@@ -107,16 +118,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.physical_batch = 256
     with config.unlocked():
         if chosen != "paper":
-            options = {"laptop": _VIT, "text": {"max_length": 48}, "smoke": _TINY}
+            options = {
+                "laptop": _VIT, "text": {"max_length": 48}, "layers": {"max_length": 16},
+                "smoke": _TINY,
+            }  # fmt: skip
             config.model.options = dict(options[chosen])
     return config
 
 
 def sweep(arg: str | None = None) -> Iterator[Row]:
     """Yields the overrides of every run."""
-    chosen = study.size(arg, "text")
-    if chosen == "text":
-        yield from _text()
+    chosen = study.size(arg, "text", "layers")
+    if chosen in ("text", "layers"):
+        yield from _text() if chosen == "text" else _layers()
         return
     bounds, rates, product, seeds = _GRID[chosen]
     for seed in range(seeds):
@@ -151,6 +165,14 @@ def _text() -> Iterator[Row]:
         yield {**at, "dp.epsilon": 0.5}
 
 
+def _layers() -> Iterator[Row]:
+    bounds, products, seeds = _LAYERS
+    styles = ("flat", "per_layer")
+    for seed, style, bound, product in itertools.product(range(seeds), styles, bounds, products):
+        rate = float(f"{product / bound:.6g}")
+        yield {"private_seed": seed, "dp.clipping": style, _BOUND: bound, _RATE: rate}
+
+
 def _late(seed: int, product: float) -> tuple[Row, Row, Row]:
     """R constant, R switched, and R constant with a private temperature."""
     late = {"private_seed": seed, "dp.normalized": True, _RATE: product, _BOUND: _SMALL}
@@ -163,8 +185,8 @@ def _late(seed: int, product: float) -> tuple[Row, Row, Row]:
 
 
 def theory(arg: str | None = None) -> Row:
-    """Computes the table of kernels, and predicted beside measured training curves; not of text."""
-    return {} if arg == "text" else calibration_theory.compute(study.size(arg))
+    """Computes the table of kernels, and predicted beside measured training curves; no texts."""
+    return {} if arg in ("text", "layers") else calibration_theory.compute(study.size(arg))
 
 
 def _share(result: Result) -> float:

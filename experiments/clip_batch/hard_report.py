@@ -336,7 +336,7 @@ def _fairness(task: str, found: Sequence[Row]) -> list[Figure]:
     panels[1].legend(fontsize=7)
     figure.suptitle(task)
     caption = f"{task}: micro and macro accuracy, and small classes, by C at the best B of each"
-    return [Figure("fairness", caption, figure)]
+    return [Figure(f"fairness_{task.replace(' ', '_')}", caption, figure)]
 
 
 def _gradients(looked: Sequence[Row]) -> list[Row]:
@@ -398,8 +398,10 @@ def parts(rows: Sequence[Row], looked: Sequence[Row]) -> list[str | Table | Figu
     sizes = {task: _reference(rows, task)["class_sizes"] for task in tasks}
     for task in [t for t in tasks if min(sizes[t]) <= 50 and max(sizes[t]) >= 500]:
         by_size = small_classes(rows, task)
-        found += [f"## Small classes: {task}", Table("small_classes", "By the size of the class in "
-                  "the training data", by_size), *_fairness(task, by_size)]  # fmt: skip
+        name = f"small_classes_{task.replace(' ', '_')}"
+        found += [f"## Small classes: {task}",
+                  Table(name, "By the size of the class in the training data", by_size),
+                  *_fairness(task, by_size)]  # fmt: skip
     mixed = class_mix(rows)
     if mixed:
         found += [

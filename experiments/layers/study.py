@@ -61,7 +61,7 @@ _GRID: dict[str, tuple[tuple[str, ...], tuple[float, ...], int]] = {
          "full"),
         (2e-3, 6e-3, 1.8e-2), 3,
     ),
-    "votes": (_FEW, (4e-3, 1.2e-2), 3),
+    "votes": ((*_FEW, "blocks:first:1"), (1.3e-3, 4e-3, 1.2e-2, 3.6e-2), 3),
     "text": (_FEW, (1e-3, 4e-3), 3),
     "paper": (
         ("head", "film", "bias", *(f"blocks:{end}:{k}" for k in (1, 2, 4, 8)
@@ -143,11 +143,12 @@ def sweep(arg: str | None = None) -> Iterator[Row]:
         values = {}
     elif arg in (None, "laptop"):
         sets = (*sets, *_VOTES)
-    yield from proposals.grid({**values, "finetune": sets, _RATE: rates})
+    # Seeds vary fastest: runs that differ in values only compile nothing.
+    yield from proposals.grid({"finetune": sets, _RATE: rates, **values})
     named = [name for name in sets if name not in _VOTES]
     for epsilon in _SEARCHES.get(arg or "", {}).values():
         yield from proposals.grid(
-            {**values, "dp.epsilon": [epsilon], "finetune": named, _RATE: rates}
+            {"dp.epsilon": [epsilon], "finetune": named, _RATE: rates, **values}
         )
 
 

@@ -160,3 +160,10 @@ def test_report_is_rebuilt_by_the_command(tmp_path, monkeypatch, capsys):
     assert "not for release" in text
     assert next(csv.DictReader((work / "t.csv").read_text().splitlines()))["a"] == "1.5"
     assert (work / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_tables_of_one_name_would_overwrite_each_other(tmp_path):
+    twice = [study.Table("t", "First", [{"a": 1}]), study.Table("t", "Second", [{"a": 2}])]
+    with pytest.raises(ValueError, match="must differ from one another"):
+        study.write(tmp_path, "Title", twice, [])
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from tiny import tiny_config
 def get_config(arg=None):
     config = tiny_config(finetune="head", epochs=0.3)
     config.private_seed = 5 if arg == "fixed" else None
+    config.dp.sampler = "random_allocation"
     if arg == "own":
         config.data.train_split, config.data.test_split = "train[10%:]", "train[:10%]"
     if arg == "shared":
