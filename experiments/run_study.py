@@ -123,8 +123,8 @@ def _run_all(jobs: Sequence[cached_heads.Job], measure: Any, stop: Callable[[int
 
 # Fields that do not change the functions of a run: what is traced for one value serves them all.
 _VALUES = (
-    "seed", "private_seed", "dp.epsilon", "optimizer.learning_rate", "model.head_init",
-    "data.test_split",
+    "seed", "private_seed", "dp.epsilon", "optimizer.learning_rate", "lp.learning_rate",
+    "model.head_init", "data.test_split",
 )  # fmt: skip
 _built: dict[str, build.Run] = {}  # the last run, by its config without these values
 

@@ -73,15 +73,22 @@ class _Tuned(NamedTuple):
     """A study whose rate is tuned for every head, epsilon and share, on one seed of its own.
 
     Attributes:
+        epsilons: budgets.
         shares: of probing.
-        rates: of a head, tried at every share.
+        rates: of a head, tried at every share but 1.
+        probing_rates: of a head, tried at share 1.
+        probing: maps head and epsilon to the best rate of share 1, with which the head is probed
+            at the other shares; empty if probing has the rate of what follows.
         splits: held-out data for the choice of the rate, and for the results.
         seeds: of the results.
         chosen: maps head and epsilon to the rate of every share that the tuning seed preferred.
     """
 
+    epsilons: tuple[float, ...]
     shares: tuple[float, ...]
     rates: dict[str, tuple[float, ...]]
+    probing_rates: dict[str, tuple[float, ...]]
+    probing: dict[tuple[str, float], float]
     splits: tuple[str, str]
     seeds: int
     chosen: dict[tuple[str, float], tuple[float, ...]]
@@ -90,8 +97,9 @@ class _Tuned(NamedTuple):
 _TUNING_SEED = 100
 _TUNED = {
     "tuned": _Tuned(
-        (0.0, 0.25, 0.75),
+        (0.5, 2.0, 8.0), (0.0, 0.25, 0.75),
         {"random": (1.3e-3, 4e-3, 1.2e-2, 3.6e-2), "zero": (1.3e-3, 4e-3, 1.2e-2)},
+        {}, {},
         ("test[:1000]", "test[1000:4000]"), 5,
         {
             ("random", 0.5): (1.2e-2, 1.2e-2, 1.2e-2), ("zero", 0.5): (4e-3, 4e-3, 4e-3),
@@ -100,11 +108,26 @@ _TUNED = {
         },
     ),
     "text": _Tuned(
-        (0.0, 0.25, 0.75), {"random": (5e-4, 2e-3), "zero": (5e-4, 2e-3)},
-        ("test[:500]", "test[500:1500]"), 3, {},
+        (2.0, 8.0, 32.0), (0.0, 0.25, 0.5, 0.75, 1.0),
+        {"random": (3e-4, 1e-3, 3e-3, 9e-3), "zero": (3e-4, 1e-3, 3e-3, 9e-3)},
+        {"random": (9e-3, 2.7e-2, 8.1e-2, 0.24), "zero": (9e-3, 2.7e-2, 8.1e-2, 0.24)},
+        {
+            ("random", 2.0): 8.1e-2, ("zero", 2.0): 8.1e-2,
+            ("random", 8.0): 8.1e-2, ("zero", 8.0): 8.1e-2,
+            ("random", 32.0): 2.7e-2, ("zero", 32.0): 2.7e-2,
+        },
+        ("test[:500]", "test[500:1000]"), 3,
+        {
+            ("random", 2.0): (0.003, 0.003, 0.003, 0.003, 0.081),
+            ("random", 8.0): (0.003, 0.003, 0.001, 0.003, 0.081),
+            ("random", 32.0): (0.003, 0.003, 0.001, 0.001, 0.027),
+            ("zero", 2.0): (0.0003, 0.003, 0.003, 0.003, 0.081),
+            ("zero", 8.0): (0.001, 0.003, 0.003, 0.003, 0.081),
+            ("zero", 32.0): (0.0003, 0.003, 0.001, 0.0003, 0.027),
+        },
     ),
 }  # fmt: skip
-_HEADS, _EPSILONS = ("random", "zero"), (0.5, 2.0, 8.0)
+_HEADS = ("random", "zero")
 
 # CIFAR-10, accuracy in % (their code); ResNet-18 at B = 64 for 20 epochs.
 _PUBLISHED = {
@@ -202,20 +225,24 @@ def _tuned(grid: _Tuned) -> Iterator[Row]:
     """Yields all rates of the tuning seed, then the preferred ones of the seeds of the results."""
     for share in grid.shares:  # outermost: a run that differs in values only compiles nothing
         for head in _HEADS:
-            for epsilon in _EPSILONS:
-                for rate in grid.rates[head]:
-                    yield _point(head, epsilon, share, rate, _TUNING_SEED, grid.splits[0])
+            for epsilon in grid.epsilons:
+                for rate in (grid.probing_rates if share == 1 else grid.rates)[head]:
+                    yield _point(grid, head, epsilon, share, rate, _TUNING_SEED)
     for seed in range(grid.seeds):
         for number, share in enumerate(grid.shares):
             for (head, epsilon), rates in grid.chosen.items():
-                yield _point(head, epsilon, share, rates[number], seed, grid.splits[1])
+                yield _point(grid, head, epsilon, share, rates[number], seed)
 
 
-def _point(head: str, epsilon: float, share: float, rate: float, seed: int, split: str) -> Row:
-    return {
+def _point(grid: _Tuned, head: str, epsilon: float, share: float, rate: float, seed: int) -> Row:
+    point = {
         "seed": seed, "private_seed": seed, "dp.epsilon": epsilon, "model.head_init": head,
-        "lp.fraction": share, _RATE: rate, "data.test_split": split,
+        "lp.fraction": share, _RATE: rate,
+        "data.test_split": grid.splits[0 if seed == _TUNING_SEED else 1],
     }  # fmt: skip
+    if grid.probing and 0 < share < 1:
+        point["lp.learning_rate"] = grid.probing[head, epsilon]
+    return point
 
 
 def theory(arg: str | None = None) -> Row:
@@ -265,8 +292,8 @@ def report(workdir: Path) -> list[Path]:
         "## Accuracy by the share of linear probing, at a fixed total budget",
         Table("shares", "All runs of one epsilon have the same epochs, sigma and budget", rows),
         *_share_figure(rows),
-        Table("best_share", "Best share by mean accuracy, and its lead over share 0, seed by seed",
-              _best(accuracies)),
+        Table("best_share", "Best share by mean accuracy, and its lead over shares 0 and 1, seed "
+              "by seed", _best(accuracies)),
         Table("gains", "Gain of every share over share 0, and how much larger it is than at the "
               "largest epsilon, seed by seed", _gains(accuracies)),
         Table("zero_head", "Zero head without probing against a random head at its best share, "
@@ -339,15 +366,15 @@ def _paired(name: str, differences: dict[int, float]) -> Row:
 
 
 def _best(accuracies: _Accuracies) -> list[Row]:
-    """The best share of every setting, and the paired gain over share 0."""
+    """The best share of every setting, and the paired gains over shares 0 and 1."""
     rows = []
     for key, by_share in accuracies.items():
         best = _best_share(by_share)
-        gains = _minus(by_share[best], by_share.get(0.0, {}))
         row: Row = dict(zip(_FIELDS, key)) | {"best LP share": best}
-        rows.append(
-            row | _paired("gain over share 0 [points]", gains) | {"paired seeds": len(gains)}
-        )
+        for share in (0.0, 1.0):
+            gains = _minus(by_share[best], by_share.get(share, {}))
+            row |= _paired(f"gain over share {share:g} [points]", gains)
+        rows.append(row | {"seeds": len(by_share[best])})
     return rows
 
 

@@ -1,5 +1,7 @@
 """The study of linear probing then fine-tuning, run at its smallest size, and its report."""
 
+import math
+
 import pytest
 from finished_study import report_rebuilt, smoke, table
 
@@ -70,16 +72,24 @@ def test_a_tuned_size_tries_every_rate_once_and_repeats_the_preferred_ones(size)
     points = list(lp_ft.sweep(size))
     tuning = [p for p in points if p["seed"] == lp_ft._TUNING_SEED]
     results = [p for p in points if p["seed"] != lp_ft._TUNING_SEED]
-    cells = len(lp_ft._EPSILONS) * len(grid.shares)
-    assert len(tuning) == cells * sum(map(len, grid.rates.values()))
+    rates = {
+        (head, share): (grid.probing_rates if share == 1 else grid.rates)[head]
+        for head in grid.rates
+        for share in grid.shares
+    }
+    cells = len(grid.epsilons) * len(grid.shares)
+    assert len(tuning) == len(grid.epsilons) * sum(map(len, rates.values()))
     assert {p["data.test_split"] for p in tuning} == {grid.splits[0]}
     assert {p["data.test_split"] for p in results} <= {grid.splits[1]}
     for point in results:
-        assert point["optimizer.learning_rate"] in grid.rates[point["model.head_init"]]
-    assert len(results) in (
-        0,
-        cells * len(grid.rates) * grid.seeds,
-    )  # none before the tuning is noted
+        tried = rates[point["model.head_init"], point["lp.fraction"]]
+        assert point["optimizer.learning_rate"] in tried
+    assert len(results) == cells * len(grid.rates) * grid.seeds
+    for (head, epsilon), rate in grid.probing.items():  # as share 1 preferred it
+        assert grid.chosen[head, epsilon][-1] == rate
+        probed = [p for p in points if (p["model.head_init"], p["dp.epsilon"]) == (head, epsilon)
+                  and 0 < p["lp.fraction"] < 1]  # fmt: skip
+        assert {p["lp.learning_rate"] for p in probed} == {rate}
     assert lp_ft.theory(size) == {}
 
 
@@ -119,6 +129,12 @@ def test_the_rate_is_chosen_by_the_tuning_seed_and_shares_are_compared_by_the_ot
     assert tight["gain over share 0 [points]"] == pytest.approx(7)  # 6 and 8
     assert loose["gain over share 0 [points]"] == pytest.approx(-0.7)
     assert tight["minus that at the largest epsilon"] == pytest.approx(7.7)
+    (best,) = [
+        row for row in lp_ft._best(accuracies) if (row["epsilon"], row["head"]) == (0.5, "random")
+    ]
+    assert (best["best LP share"], best["seeds"]) == (0.7, 2)
+    assert best["gain over share 0 [points]"] == pytest.approx(7)
+    assert math.isnan(best["gain over share 1 [points]"])  # which nobody ran
     zero = lp_ft._zero_head(accuracies)
     assert zero[0]["best LP share, random head"] == 0.7
     assert zero[0]["zero head gains [points]"] == pytest.approx(2)
