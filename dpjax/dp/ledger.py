@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from scipy.special import log_ndtr, ndtr
 
-from dpjax.dp import accounting
+from dpjax.dp import accounting, sampling
 from dpjax.dp.mechanism import Mechanism, epsilon_of, shared_accountant
 from dpjax.dp.noise import GaussianState
 
@@ -356,6 +356,7 @@ def statement(
             {
                 **dataclasses.asdict(p.mechanism.sampler),
                 "sampler": p.mechanism.sampler.title,
+                "sampler_class": sampling.name_of(type(p.mechanism.sampler)),
                 "sampling_prob": p.mechanism.sampling_prob,
                 "num_examples": p.mechanism.num_examples,
                 "noise_multiplier": p.mechanism.noise_multiplier,

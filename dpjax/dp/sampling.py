@@ -24,7 +24,7 @@ from dpjax.dp.accounting.cache import fingerprint
 __all__ = [
     "PADDING", "SAMPLERS", "Factory", "FixedSize", "FullBatch", "Poisson", "RandomAllocation",
     "Sampler", "TruncatedPoisson", "check", "chunks", "draw", "draws_size", "generator", "make",
-    "whole_steps",
+    "name_of", "whole_steps",
 ]  # fmt: skip
 
 PADDING = -1
@@ -348,6 +348,11 @@ def draws_size(sampler: Sampler, batch_size: float) -> bool:
         return sampler.steps_per_epoch == whole_steps(sampler.num_examples, batch_size)
     expected = sampler.sampling_prob * sampler.num_examples
     return abs(expected - batch_size) <= 1e-6 * batch_size
+
+
+def name_of(kind: type[Any]) -> str:
+    """Returns the full name of a sampler's class, by which a statement tells it from others."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def whole_steps(num_examples: int, batch_size: float) -> int:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dpjax import build, files
 from dpjax.config import differences
-from dpjax.dp import repeat_and_select, to_markdown
+from dpjax.dp import repeat_and_select, sampling, to_markdown
 from dpjax.files import read_object
 from dpjax.metrics import PRIVATE, lookup
 from dpjax.runtime import OtherRun, Workdir, json_digest
@@ -217,6 +217,14 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
             f"private_seed={base.private_seed} must be None in a charged search: runs with the "
             "same noise are not independent."
         )
+    sized = sorted(
+        {name for row in job.found for name in row if name.startswith(("finetune", "model."))}
+    )
+    if base.dp.noise == "secure" and sized:
+        raise ValueError(
+            f"{sized[0]!r} must not vary between the points of a charged search with "
+            "dp.noise='secure', whose cost depends on how many numbers train."
+        )
     if base.batch_size == "auto" or base.audit.count:
         raise ValueError(
             f"batch_size={base.batch_size!r} must be a number and audit.count={base.audit.count} "
@@ -248,9 +256,11 @@ def _charge(job: Job, mean: float, base: ConfigDict) -> Job:
                 f"{base.data.test_split!r} must not overlap the training data, in a charged "
                 "search: the score would read private data without being charged."
             )
+        mechanisms = [phase.mechanism for phase in run.phases if phase.mechanism is not None]
+        for mechanism in mechanisms:
+            repeat_and_select.check_sampler(sampling.name_of(type(mechanism.sampler)))
         spend = repeat_and_select.epsilon_of_one(
-            [phase.mechanism for phase in run.phases if phase.mechanism is not None],
-            budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
+            mechanisms, budget=base.dp.epsilon, delta=base.dp.delta, mean=mean,
         )  # fmt: skip
         # From the system's entropy, and stored: a seed would let anyone recompute the number of
         # runs, and a second draw after a crash would not be the law that is accounted.

@@ -1,5 +1,6 @@
 """The price of releasing the best of a geometric number of runs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -151,10 +152,28 @@ def test_every_sampler_and_secure_noise_can_be_charged(changes):
     assert 1.1 * spent < repeat_and_select.epsilon([run], 1e-5, mean=3.0) < 1.5 * spent
 
 
-def test_another_sampler_is_refused_by_its_title():
-    phase = {"part": "train", "sampler": "blocks", "num_examples": 3, "sampling_prob": 0.5}
-    with pytest.raises(ValueError, match="'blocks', which cannot be charged"):
-        repeat_and_select.mechanisms({"phases": [phase]})
+def test_a_subclass_of_a_sampler_is_not_charged_as_its_parent():
+    """It has the title and the fields of Poisson, and an event of its own, which costs more."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Blocks(dp.Poisson):
+        def event(self, noise_multiplier, steps):
+            return accounting.full_batch(noise_multiplier, steps)
+
+    run = dp.Mechanism(
+        sampler=Blocks(num_examples=1000, sampling_prob=0.01), steps=10, noise_multiplier=5.0
+    )
+    ledger = dp.Ledger((dp.Phase("train", run),), epsilon=3.0, delta=1e-5).charge(0, run.steps)
+    stated = dp.statement(
+        ledger, clipping="flat", seed_policy="os_entropy", released=[], not_charged=[]
+    )
+    with pytest.raises(ValueError, match="Blocks cannot be charged"):
+        repeat_and_select.mechanisms(stated)
+
+
+def test_so_much_noise_that_epsilon_is_zero():
+    run = dp.Mechanism(sampler=dp.FullBatch(num_examples=9), steps=1, noise_multiplier=1e12)
+    assert repeat_and_select.epsilon([run], 1e-5, mean=3.0) < 1e-3  # the grid of scores
 
 
 def test_one_run_of_a_search_keeps_the_whole_within_its_budget():

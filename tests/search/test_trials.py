@@ -14,7 +14,11 @@ from dpjax.dp import repeat_and_select
 from dpjax.search import proposals, sweep, trials
 
 STUDY = """
+import dataclasses
+
 import numpy as np
+from dpjax import dp
+from dpjax.dp import accounting
 from tiny import tiny_config
 
 def get_config(arg=None):
@@ -29,7 +33,19 @@ def get_config(arg=None):
         config.finetune = "vote:1"
     if arg == "audited":
         config.audit.count = 9
+    if arg == "secure":
+        config.dp.noise, config.dp.method = "secure", "vmap"
+    if arg == "subclass":
+        config.dp.sampler = "study:blocks"
     return config
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks(dp.Poisson):  # looks like Poisson in a statement, and costs more
+    def event(self, noise_multiplier, steps):
+        return accounting.full_batch(noise_multiplier, steps)
+
+def blocks(*, num_examples, batch_size):
+    return Blocks(num_examples=num_examples, sampling_prob=batch_size / num_examples)
 
 def shared(split):  # whatever is asked for: part of the same data
     from dpjax import data
@@ -42,6 +58,8 @@ def sweep(arg):
             yield {"optimizer.learning_rate": rate, "dp.bound": bound}
             if arg == "uneven":
                 return
+            if arg == "secure":
+                yield {"finetune": "full"}
             if arg == "batches":
                 yield {"batch_size": 100}
 """
@@ -128,11 +146,14 @@ def test_statements_say_what_was_tried_and_whether_it_is_charged():
         repeat_and_select.charged(mine, [mine, other], {**facts, "mean": 8.0, "epsilon": 3.0})
 
 
-def test_secure_noise_may_differ_in_how_many_numbers_train():
+def test_secure_noise_of_another_size_is_another_mechanism():
     facts = {"method": "random", "metric": "held-out accuracy", "points": 6, "mean": 2.0}
     mine, other = (statement_of(one_run(secure_size=size), 1.0) for size in (10, 10**6))
-    paid = repeat_and_select.charged(mine, [mine, other], {**facts, "epsilon": 1.2})
+    paid = repeat_and_select.charged(mine, [mine, mine], {**facts, "epsilon": 1.2})
     assert 1.1 < paid["epsilon"] <= 1.2
+    # Priced by the largest run, the epsilon that is published would tell of runs that are not.
+    with pytest.raises(ValueError, match="cannot be charged"):
+        repeat_and_select.charged(mine, [mine, other], {**facts, "epsilon": 1.2})
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -152,6 +173,8 @@ def test_secure_noise_may_differ_in_how_many_numbers_train():
         (["--charge=5", "--method=optuna"], "independent"),
         (["--charge=5", "--config.private_seed=1"], "takes no overrides"),
         (["--charge=5", ":batches"], "'batch_size' must not vary"),
+        (["--charge=5", ":secure"], "'finetune' must not vary"),
+        (["--charge=5", ":subclass"], "study.Blocks cannot be charged"),
         (["--charge=5", ":voted"], "finetune='vote:1' must not be in a charged search"),
         (["--charge=5", ":fixed"], "private_seed=5 must be None"),
         (["--charge=5", ":own"], "test_split='train[:10%]' must not overlap the training data"),
