@@ -51,7 +51,7 @@ _TEXT = (
     (0.1, 3.0, 10.0), (3.0, 10.0, 30.0, 100.0, 300.0), 5, (10.0, 30.0), 10,
 )  # fmt: skip
 # Of the layers: R, eta R, seeds.
-_LAYERS = ((0.1, 3.0), (3.0, 10.0), 3)
+_LAYERS = ((0.1, 3.0), (1.0, 3.0), 3)
 _SMALL, _LARGE, _SWITCH = 0.1, 20.0, 0.95  # of the late switch
 _TEMPERATURE = 0.1  # share of the training examples
 

@@ -61,7 +61,7 @@ _GRID: dict[str, tuple[tuple[str, ...], tuple[float, ...], int]] = {
          "full"),
         (2e-3, 6e-3, 1.8e-2), 3,
     ),
-    "votes": ((*_FEW, "blocks:first:1"), (1.3e-3, 4e-3, 1.2e-2, 3.6e-2), 3),
+    "votes": ((*_FEW, "blocks:first:1"), (4e-3, 1.2e-2), 3),
     "text": (_FEW, (1e-3, 4e-3), 3),
     "paper": (
         ("head", "film", "bias", *(f"blocks:{end}:{k}" for k in (1, 2, 4, 8)
