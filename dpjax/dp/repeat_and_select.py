@@ -232,7 +232,7 @@ def check_sampler(kind: str) -> type[Any]:
 
 
 def _sampler(phase: dict[str, Any]) -> Sampler:
-    kind = check_sampler(phase["sampler_class"])
+    kind = check_sampler(phase.get("sampler_class") or f"{phase['sampler']!r}, of unknown class,")
     made: Sampler = kind(**{field.name: phase[field.name] for field in dataclasses.fields(kind)})
     return made
 

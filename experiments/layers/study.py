@@ -279,6 +279,8 @@ def _searched(declared: Sequence[Result], results: Sequence[Result]) -> list[str
         ValueError: a search costs more than the budget.
     """
     free = _points(declared)
+    if not free:
+        return []
     rows = []
     for one in sorted({study.field(r, "dp.epsilon") for r in results}, reverse=True):
         mine = [r for r in results if study.field(r, "dp.epsilon") == one]
@@ -289,13 +291,16 @@ def _searched(declared: Sequence[Result], results: Sequence[Result]) -> list[str
         if total > budget["epsilon_budget"]:
             raise ValueError(f"a search of {mean:g} runs of epsilon={one} costs {total}.")
         charged = _points(mine)
+        seeds = _seeds_of(charged, free)
+        if len(seeds) < 2:  # another seed than the one that chooses is needed
+            continue
         loss, half = study.interval(
-            [_expected(charged, seed, mean) - _expected(free, seed) for seed in _known(charged)]
+            [_expected(charged, seed, mean) - _expected(free, seed) for seed in seeds]
         )
         rows.append({
             "runs in the mean": mean, "epsilon of one run": one, "epsilon in all": total,
-            "accuracy [%]": np.mean([_expected(charged, s, mean) for s in _known(charged)]),
-            "declared choice [%]": np.mean([_expected(free, s) for s in _known(charged)]),
+            "accuracy [%]": np.mean([_expected(charged, s, mean) for s in seeds]),
+            "declared choice [%]": np.mean([_expected(free, s) for s in seeds]),
             "charged minus declared [points]": loss, "charged minus declared [points] ±": half,
         })  # fmt: skip
     if not rows:
@@ -315,12 +320,13 @@ def _points(results: Sequence[Result]) -> list[dict[int, float]]:
         if r.status == "finished" and r.config["finetune"] not in _VOTES:
             by_seed = found.setdefault((r.config["finetune"], study.field(r, _RATE)), {})
             by_seed[study.field(r, "private_seed")] = 100 * r.evaluation["accuracy"]
-    most = max(map(len, found.values()), default=0)
-    return [by_seed for by_seed in found.values() if len(by_seed) == most]
+    seeds = set().union(*found.values())
+    return [by_seed for by_seed in found.values() if set(by_seed) == seeds]
 
 
-def _known(points: Sequence[dict[int, float]]) -> list[int]:
-    return sorted(points[0])
+def _seeds_of(*points: Sequence[dict[int, float]]) -> list[int]:
+    """The seeds that all points have; none where there are no points."""
+    return sorted(set.intersection(*(set(own[0]) if own else set() for own in points)))
 
 
 def _expected(points: Sequence[dict[int, float]], seed: int, mean: float = math.inf) -> float:

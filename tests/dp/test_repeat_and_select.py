@@ -169,6 +169,9 @@ def test_a_subclass_of_a_sampler_is_not_charged_as_its_parent():
     )
     with pytest.raises(ValueError, match="Blocks cannot be charged"):
         repeat_and_select.mechanisms(stated)
+    del stated["phases"][0]["sampler_class"]  # as in statements of before
+    with pytest.raises(ValueError, match="of unknown class, cannot be charged"):
+        repeat_and_select.mechanisms(stated)
 
 
 def test_so_much_noise_that_epsilon_is_zero():

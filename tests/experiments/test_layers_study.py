@@ -180,8 +180,9 @@ def test_searches_that_are_charged_are_told_from_the_declared_choice(finished, m
     assert row["declared choice [%]"] == pytest.approx(72)
     losses = [58 / 3 + 68 * 2 / 3 - other for other in (73, 72, 71)]
     assert row["charged minus declared [points]"] == pytest.approx(sum(losses) / 3)
+    for some in (([], mine), (declared[:1], mine), (declared, [])):  # the rest is still to run
+        assert layers._searched(*some) == []
     monkeypatch.setitem(layers._SEARCHES, "votes", {3.0: 1.9})
     dearer = [result("head", 0, 68.0, 1.9)]
     with pytest.raises(ValueError, match="costs"):
         layers._searched(declared, dearer)
-    assert layers._searched(declared, []) == []
