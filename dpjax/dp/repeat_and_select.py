@@ -24,9 +24,9 @@ M is convex, M(r) = 0 for small r, and its slope is at most h(0) = mean. The lin
 of M at exp(x_0) < exp(x_1) < ..., zero before them and of slope `mean` behind them, is above M. It
 is a sum of w_j (r - exp(x_j))+ with w_j >= 0, which add up to `mean`, and whose means under Q' are
 at most w_j delta(x_j); outcomes that Q' does not have are paid by the slope. So the released run is
-(e, sum_j w_j delta(x_j))-private: a search costs little, because an outcome that betrays an example
-gains from it only as far as the scores above betray the opposite. The points are drawn in the same
-way on both data sets: a mixture of runs of one profile has this profile.
+(e, sum_j w_j delta(x_j))-private: a search costs little, because an outcome that reveals an example
+gains from it only as far as the better scores suggest the opposite. The points are drawn in the
+same way on both data sets: a mixture of runs of one profile has this profile.
 
 At delta = 1e-5, a run of full batches of epsilon 1 costs 1.17, 1.26 and 1.55 in a search of 2, 3
 and 10 runs on average, where arXiv 2110.03620 (theorem 2) has 1.70, 1.89 and 2.31. For one Gaussian
@@ -220,8 +220,8 @@ def check_sampler(kind: str) -> type[Any]:
     """Returns the class of a sampler that a charged search knows, by its full name.
 
     Raises:
-        ValueError: it is not one of dpjax's own, but for example a subclass with an event of its
-            own, which a statement cannot tell.
+        ValueError: it is not one of dpjax's own. A subclass may cost more than its parent, and a
+            privacy statement does not record its event.
     """
     own = {sampling.name_of(sampler): sampler for sampler in _SAMPLERS}
     if kind not in own:
@@ -233,8 +233,9 @@ def check_sampler(kind: str) -> type[Any]:
 
 def _sampler(phase: dict[str, Any]) -> Sampler:
     kind = check_sampler(phase.get("sampler_class") or f"{phase['sampler']!r}, of unknown class,")
-    made: Sampler = kind(**{field.name: phase[field.name] for field in dataclasses.fields(kind)})
-    return made
+    fields = {field.name: phase[field.name] for field in dataclasses.fields(kind)}
+    sampler: Sampler = kind(**fields)
+    return sampler
 
 
 def not_charged(statement: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

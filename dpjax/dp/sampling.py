@@ -351,7 +351,7 @@ def draws_size(sampler: Sampler, batch_size: float) -> bool:
 
 
 def name_of(kind: type[Any]) -> str:
-    """Returns the full name of a sampler's class, by which a statement tells it from others."""
+    """Returns the full name of a sampler's class, as privacy statements record it."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -57,7 +57,7 @@ def messages(count: int, seed: int) -> list[str]:
     who = ("Ann", "Bob", "Cyd", "Dan", "Eve", "Fay", "Gus", "Hal")
     what = ("lunch", "the call", "the review", "a walk", "the train", "a meeting", "the report")
     when = ("on Monday", "on Tuesday", "on Friday", "at noon", "at nine", "next week", "tonight")
-    verbs = ("moved", "cancelled", "forgot", "liked", "missed", "planned")
+    verbs = ("moved", "canceled", "forgot", "liked", "missed", "planned")
     return [
         f"{rng.choice(who)} {rng.choice(verbs)} {rng.choice(what)} {rng.choice(when)}"
         for _ in range(count)
