@@ -88,7 +88,7 @@ def epsilon(run: Sequence[Mechanism], delta: float, *, mean: float) -> float:
     if last == math.inf:
         return math.inf
     at = np.linspace(0.0, max(last, 1e-6), _POINTS)
-    # Secure noise is that close to a Gaussian in total variation.
+    # Total variation between secure noise and a Gaussian, over all numbers of a run.
     gap = secure.GAP * sum(m.steps * (m.secure_size or 0) for m in run)
     deltas = [
         accounting.delta(events, x, **known) + (1 + math.exp(min(x, 700.0))) * gap for x in at

@@ -278,29 +278,29 @@ def _searched(declared: Sequence[Result], results: Sequence[Result]) -> list[str
     Raises:
         ValueError: a search costs more than the budget.
     """
-    free = _points(declared)
-    if not free:
+    declared_points = _points(declared)
+    if not declared_points:
         return []
     rows = []
     for one in sorted({study.field(r, "dp.epsilon") for r in results}, reverse=True):
-        mine = [r for r in results if study.field(r, "dp.epsilon") == one]
+        runs = [r for r in results if study.field(r, "dp.epsilon") == one]
         mean = next(m for s in _SEARCHES.values() for m, value in s.items() if value == one)
-        statement = mine[0].privacy or {}
+        statement = runs[0].privacy or {}
         budget, run = declared[0].privacy or {}, repeat_and_select.mechanisms(statement)
         total = repeat_and_select.epsilon(run, statement["delta"], mean=mean)
         if total > budget["epsilon_budget"]:
             raise ValueError(f"a search of {mean:g} runs of epsilon={one} costs {total}.")
-        charged = _points(mine)
-        seeds = _seeds_of(charged, free)
+        charged = _points(runs)
+        seeds = _shared_seeds(charged, declared_points)
         if len(seeds) < 2:  # another seed than the one that chooses is needed
             continue
         loss, half = study.interval(
-            [_expected(charged, seed, mean) - _expected(free, seed) for seed in seeds]
+            [_expected(charged, s, mean) - _expected(declared_points, s) for s in seeds]
         )
         rows.append({
             "runs in the mean": mean, "epsilon of one run": one, "epsilon in all": total,
             "accuracy [%]": np.mean([_expected(charged, s, mean) for s in seeds]),
-            "declared choice [%]": np.mean([_expected(free, s) for s in seeds]),
+            "declared choice [%]": np.mean([_expected(declared_points, s) for s in seeds]),
             "charged minus declared [points]": loss, "charged minus declared [points] ±": half,
         })  # fmt: skip
     if not rows:
@@ -315,16 +315,16 @@ def _searched(declared: Sequence[Result], results: Sequence[Result]) -> list[str
 
 def _points(results: Sequence[Result]) -> list[dict[int, float]]:
     """Accuracies in % by seed, of every named set and rate that has all seeds."""
-    found: dict[Any, dict[int, float]] = {}
+    accuracies: dict[Any, dict[int, float]] = {}
     for r in results:
         if r.status == "finished" and r.config["finetune"] not in _VOTES:
-            by_seed = found.setdefault((r.config["finetune"], study.field(r, _RATE)), {})
+            by_seed = accuracies.setdefault((r.config["finetune"], study.field(r, _RATE)), {})
             by_seed[study.field(r, "private_seed")] = 100 * r.evaluation["accuracy"]
-    seeds = set().union(*found.values())
-    return [by_seed for by_seed in found.values() if set(by_seed) == seeds]
+    seeds = set().union(*accuracies.values())
+    return [by_seed for by_seed in accuracies.values() if set(by_seed) == seeds]
 
 
-def _seeds_of(*points: Sequence[dict[int, float]]) -> list[int]:
+def _shared_seeds(*points: Sequence[dict[int, float]]) -> list[int]:
     """The seeds that all points have; none where there are no points."""
     return sorted(set.intersection(*(set(own[0]) if own else set() for own in points)))
 
