@@ -21,7 +21,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from dpjax import dp, metrics
-from dpjax.models import Params
+from dpjax.models import Params, int8
 from dpjax.models.finetune import join
 from dpjax.runtime.gathering import at_use, gathers_in_branches, held
 from dpjax.runtime.sharding import Layout, batch_sharding, partition, replicated, sum_over_devices
@@ -221,7 +221,7 @@ def make_steps(
                 check_vma=False,
             )
 
-        late = max(jax.tree.leaves(axes), default=-1) >= 0
+        late = max(jax.tree.leaves(axes), default=-1) >= 0 or any(int8.marks(frozen))
         # An engine forms the gradient of a doubtful example alone, in a loop that other devices do
         # not enter. If that needs a sharded parameter, all are gathered before.
         if late and not gathers_in_branches(jax.make_jaxpr(sharded(axes))(*args).jaxpr):

@@ -7,6 +7,8 @@ a mistake costs nothing. Every name and option is checked before any data is ope
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,6 +22,7 @@ from dpjax.models import (
     TextSpec,
     check_examples_independent,
     finetune,
+    int8,
     locate,
     probe,
 )
@@ -84,13 +87,17 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
     phases = schedules.phases(config, tuning, sizes, len(train), params)
     vote = privacy.vote(config, len(train))
     params = model.frozen_as(config, params, lambda path: any(p.trainable(path) for p in phases))
+    net, merge = tuning.model, tuning.merge
+    if config.model.frozen_dtype == "int8":  # what uses parameters first makes floats of them
+        net = net._replace(features=_on_floats(net.features), apply=_on_floats(net.apply))
+        merge, apply, loss_fn = _on_floats(merge), _on_floats(apply), _on_floats(loss_fn)
     return Run(
         config=config,
         train=train,
         test=test,
-        model=tuning.model,
+        model=net,
         params=params,
-        merge=tuning.merge,
+        merge=merge,
         apply=apply,
         loss_fn=loss_fn,
         rule=rule,
@@ -102,6 +109,10 @@ def build(config: ConfigDict, *, datasets: tuple[Dataset, Dataset] | None = None
         ledger=privacy.ledger(config, phases, temperature, vote),
         layout=layout,
     )
+
+
+def _on_floats(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, *args: function(int8.whole(params), *args)
 
 
 def _check_independent(
@@ -139,9 +150,13 @@ def _check_values(config: ConfigDict) -> None:
         raise ValueError(f"keep_best={config.keep_best} must be >= 0.")
     if config.model.dtype not in _DTYPES:
         raise ValueError(f"model.dtype={config.model.dtype!r} must be one of {_DTYPES}.")
-    if config.model.frozen_dtype not in (None, "bfloat16"):
+    if config.model.frozen_dtype not in (None, "bfloat16", "int8"):
         raise ValueError(
-            f"model.frozen_dtype={config.model.frozen_dtype!r} must be None or 'bfloat16'."
+            f"model.frozen_dtype={config.model.frozen_dtype!r} must be None, 'bfloat16' or 'int8'."
+        )
+    if config.model.frozen_dtype == "int8" and config.task != "causal_lm":
+        raise ValueError(
+            "model.frozen_dtype='int8' is for task='causal_lm'; 'bfloat16' is for every model."
         )
     rate = config.optimizer.learning_rate
     if not 0 < rate < math.inf:

@@ -204,8 +204,12 @@ def frozen_as(config: ConfigDict, params: Params, trained: Callable[[str], bool]
             f"model.frozen_dtype={config.model.frozen_dtype!r}: finetune={config.finetune!r} "
             "trains every parameter; leave frozen_dtype at None."
         )
-    dtype = jnp.dtype(config.model.frozen_dtype)
-    return models.unflatten({k: x if trained(k) else x.astype(dtype) for k, x in flat.items()})
+    dtype = config.model.frozen_dtype
+    if dtype == "int8":
+        small = {k: x if trained(k) else models.int8.in_int8(k, x) for k, x in flat.items()}
+    else:
+        small = {k: x if trained(k) else x.astype(jnp.dtype(dtype)) for k, x in flat.items()}
+    return models.unflatten(small)
 
 
 def finetuning_set(text: str) -> finetune.FineTuningSet:

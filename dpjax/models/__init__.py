@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpjax.models import finetune
+from dpjax.models import finetune, int8
 from dpjax.models.bare import MODULE_INPUT, from_module, is_module
 from dpjax.models.generate import Generator, generate
 from dpjax.models.model import (
@@ -22,6 +22,7 @@ from dpjax.models.nets import (
     SIZES,
     TEXT_SIZES,
     WRN_16_4,
+    Cache,
     DecoderConfig,
     EfficientNetConfig,
     MBConvStage,
@@ -29,8 +30,10 @@ from dpjax.models.nets import (
     TextConfig,
     ViTConfig,
     WideResNetConfig,
+    decode,
     decoder,
     efficientnet_lite,
+    empty_cache,
     layout_config,
     output_logits,
     resnet8,
@@ -63,6 +66,7 @@ __all__ = [
     "TEXT_SIZES",
     "WEIGHTS",
     "WRN_16_4",
+    "Cache",
     "DecoderConfig",
     "EfficientNetConfig",
     "Generator",
@@ -78,14 +82,17 @@ __all__ = [
     "WideResNetConfig",
     "availability",
     "check_examples_independent",
+    "decode",
     "decoder",
     "dense_head",
     "efficientnet_lite",
+    "empty_cache",
     "finetune",
     "flatten",
     "from_linen",
     "from_module",
     "generate",
+    "int8",
     "is_module",
     "layout_config",
     "load_plain",

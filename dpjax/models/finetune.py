@@ -234,7 +234,7 @@ def join(trainable: Params, frozen: Params) -> Params:
 
 def count(params: Params) -> int:
     """Returns the number of scalar parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return sum(leaf.size for leaf in flatten(params).values())
 
 
 def _paths(model: Model) -> list[str]:

@@ -4,7 +4,8 @@ Differentiating a function keeps its constants from the forward pass to the back
 parameter that is gathered first would therefore be held whole, and all of them at once. Here an
 equation that reads one is checkpointed together with the gathering: of it, only the shard and the
 other operands are kept. What is computed from sharded parameters alone, such as a conversion, a
-transpose or a standardized kernel, is computed again at each use.
+transpose or a standardized kernel, is computed again at each use. So are the floats of a frozen
+matrix of 8-bit integers (`models.int8`), sharded or not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax import dp
+from dpjax.models import int8
 from dpjax.runtime.sharding import AXIS
 
 __all__ = ["at_use", "gathers_in_branches", "held"]
@@ -55,12 +57,15 @@ def at_use(function: Callable[..., Any], shards: PyTree, axes: PyTree) -> Callab
         `gathers_in_branches`.
     """
 
-    def later(shard: jax.Array, axis: int) -> Any:
-        return shard if axis < 0 else _Later((shard,), lambda s: _gathered(s[0], axis))
+    def later(shard: jax.Array, axis: int, in_int8: bool) -> Any:
+        if axis >= 0:
+            return _Later((shard,), lambda s: _gathered(s[0], axis))
+        return _Later((shard,), lambda s: s[0]) if in_int8 else shard
 
     def call(*args: Any) -> Any:
         closed, out = jax.make_jaxpr(function, return_shape=True)(_shapes(shards, axes), *args)
-        values = [later(*pair) for pair in zip(jax.tree.leaves(shards), jax.tree.leaves(axes))]
+        parts = zip(jax.tree.leaves(shards), jax.tree.leaves(axes), int8.marks(shards))
+        values = [later(*part) for part in parts]
         results = _evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(jax.tree.structure(out), [_now(value) for value in results])
 

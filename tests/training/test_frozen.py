@@ -68,7 +68,7 @@ def test_a_run_trains_and_its_weights_predict_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "text"), [
-    ({"model__frozen_dtype": "float16"}, "model.frozen_dtype='float16' must be None or"),
+    ({"model__frozen_dtype": "float16"}, "model.frozen_dtype='float16' must be None, 'bfloat16'"),
     ({"model__frozen_dtype": "bfloat16", "finetune": "full"}, "trains every parameter"),
 ])  # fmt: skip
 def test_what_cannot_be_frozen_in_it_is_refused(changes, text):
