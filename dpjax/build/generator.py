@@ -71,7 +71,6 @@ def save(
         raise ValueError(f"format={layout!r} must be dpjax or transformers for a language model.")
     trained = load(workdir)
     about = read_object(workdir / "model.json")
-    tokenizer = Path(_tokenizer(workdir, about)).read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "dpjax":
         models.save_weights(trained.params, folder / "weights.safetensors")
@@ -81,7 +80,7 @@ def save(
             shape["eos_token_id"] = trained.codec.end
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
-    (folder / "tokenizer.json").write_bytes(tokenizer)
+    trained.codec.library.save(str(folder / "tokenizer.json"))
     # The weights are whole, so those they started from, perhaps a path of this machine, are not
     # needed again.
     about["model"]["weights"], about["data"]["tokenizer"] = None, "tokenizer.json"

@@ -55,7 +55,7 @@ def tokenizer(path: str, spec: TextSpec) -> Tokenize:
 
 
 def _open(path: str, spec: TextSpec) -> Any:
-    """Opens a `tokenizer.json` whose vocabulary fits a model; raises what `tokenizer` does."""
+    """Opens a tokenizer whose vocabulary fits a model; raises what `tokenizer` does."""
     try:
         import tokenizers
     except ImportError as error:
@@ -63,7 +63,10 @@ def _open(path: str, spec: TextSpec) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no tokenizer file {path}.")
     try:
-        library = tokenizers.Tokenizer.from_file(path)
+        described = spec.causal and path.endswith(".gguf")
+        library = (_from_gguf if described else tokenizers.Tokenizer.from_file)(path)
+    except ImportError:
+        raise
     except Exception as error:  # the library raises bare exceptions
         raise ValueError(f"{path} is not a tokenizer: {error}.") from error
     if library.get_vocab_size() > spec.vocab_size:
@@ -71,6 +74,45 @@ def _open(path: str, spec: TextSpec) -> Any:
             f"{path} has {library.get_vocab_size()} tokens, but the model has "
             f"vocab_size={spec.vocab_size}."
         )
+    return library
+
+
+_SPECIAL = 3  # what a GGUF file calls a control token
+
+
+def _from_gguf(path: str) -> Any:
+    """The byte-level tokenizer that a `.gguf` file describes beside its weights."""
+    import tokenizers
+
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(f"{path} needs the gguf package: pip install gguf.") from error
+    fields = gguf.GGUFReader(path).fields
+
+    def field(name: str) -> Any:
+        if f"tokenizer.ggml.{name}" not in fields:
+            raise ValueError(f"it has no field tokenizer.ggml.{name}")
+        return fields[f"tokenizer.ggml.{name}"].contents()
+
+    pre = tokenizers.pre_tokenizers
+    whole = pre.ByteLevel(add_prefix_space=False)
+    splits = {"gpt-2": whole, "smollm": pre.Sequence([pre.Digits(individual_digits=True), whole])}
+    if field("model") != "gpt2" or field("pre") not in splits:
+        raise ValueError(
+            f"its kind is {field('model')!r}, {field('pre')!r}, of which byte-level ones "
+            f"({', '.join(splits)}) are read. Name the tokenizer.json of the model"
+        )
+    words, kinds = field("tokens"), field("token_type")
+    merges = [tuple(pair.split(" ")) for pair in field("merges")]
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges)
+    )
+    library.pre_tokenizer = splits[field("pre")]
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(
+        [w for w, kind in zip(words, kinds, strict=True) if kind == _SPECIAL]
+    )
     return library
 
 
@@ -125,12 +167,13 @@ def text_codec(path: str, spec: TextSpec, *, end: str | None = None) -> TextCode
     """Returns the tokenizer of a language model, from its `tokenizer.json`.
 
     Args:
-        path: the file.
+        path: the file, or a `.gguf` file of weights that describes a byte-level tokenizer of the
+            kind "smollm" or "gpt-2".
         spec: the expected input of the model.
         end: the token that ends a text; None takes the first of the usual ones that exists.
 
     Raises:
-        ImportError: the `tokenizers` library is not installed.
+        ImportError: the `tokenizers` library, or gguf for such a file, is not installed.
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a tokenizer, does not fit the model, or has no token `end`.
     """

@@ -94,7 +94,7 @@ WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
             "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
             url=_MPNET + "tokenizer.json",
         ),
-        # Needs the gguf package too. Its tokenizer.json is not in the package.
+        # Needs the gguf package too, and describes its tokenizer.
         "smollm2_135m_instruct": PublishedWeights(
             "SmolLM2-135M-Instruct.Q4_1.gguf",
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
