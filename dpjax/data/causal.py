@@ -1,7 +1,8 @@
 """Text for language models: records of files, cut or split into windows of the context's length.
 
-A record is one text file, or one line of a JSON-lines file with `text`, or with `prompt` and
-`response`, of which only the response is predicted. A window is int32 `[3, length]`: tokens, the
+A record is one text file, one line of a JSON-lines file with `text`, or with `prompt` and
+`response`, of which only the response is predicted, or one example of a prepared TFDS data set with
+such features. A window is int32 `[3, length]`: tokens, the
 token to predict after each (-1: none), and how many UTF-8 bytes of text that one adds.
 """
 
@@ -15,8 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from dpjax.data.dataset import Dataset, Source
+from dpjax.data.directory import (
+    data_dir_or_default,
+    find_directory,
+    find_feature,
+    open_directory,
+    split_pieces,
+)
+from dpjax.data.index import pieces_of, read_records, records_of
 from dpjax.files import json_lines, nearest, read_text
 
 __all__ = ["LONG_RECORDS", "Codec", "check_template", "load_causal", "windows"]
@@ -68,9 +78,11 @@ def load_causal(
 
     Args:
         name: a folder with a file `SPLIT.jsonl`, or with a folder `SPLIT` of `.txt` files, each one
-            record.
-        split: name of the split.
-        data_dir: where the folder is, if `name` is not an absolute path; None: here.
+            record; or a TFDS data set prepared in `data_dir`, of which `prompt` and `response` are
+            read, else `text`, else its only text.
+        split: name of the split; TFDS slicing syntax for such a data set.
+        data_dir: where the folder or data set is. None: the folder is here; either is in the
+            directory of data sets, see `load`.
         codec: the tokenizer. Its end token, if it has one, ends every record, and is predicted.
         length: tokens of a window.
         long_records: "cut" keeps a record's first window; "split" makes as many windows of it as
@@ -78,7 +90,8 @@ def load_causal(
             reach from one window into the next.
         template: how a prompt and its response become one text. Nothing before `{response}` is
             predicted.
-        unit: the field of a line that says whose record it is; None: each record is a unit.
+        unit: the field of a line, or the feature, that says whose record it is; None: each record
+            is a unit.
 
     Returns:
         The windows, held in memory, with one class; `units` says whose each of them is. A record
@@ -93,8 +106,7 @@ def load_causal(
     pieces: list[np.ndarray] = []
     units: list[str] = []
     seen: collections.Counter[bytes] = collections.Counter()
-    root = Path(data_dir or "").expanduser() / Path(name).expanduser()
-    for record in _records(root, split, unit):
+    for record in _records(name, data_dir, split, unit):
         parts = windows(record.prompt, record.response, codec, length, template)
         parts = parts if long_records == "split" else parts[:1]
         if not len(parts):
@@ -165,7 +177,12 @@ def windows(
     return out[np.any(out[:, 1] >= 0, axis=1)]
 
 
-def _records(root: Path, split: str, unit: str | None) -> Iterator[_Record]:
+def _records(
+    name: str, data_dir: str | os.PathLike[str] | None, split: str, unit: str | None
+) -> Iterator[_Record]:
+    home = data_dir_or_default(data_dir)
+    here = Path(data_dir or "").expanduser() / Path(name).expanduser()
+    root = here if here.is_dir() else home / Path(name).expanduser()
     lines, folder = root / f"{split}.jsonl", root / split
     if lines.is_file():
         yield from _lines(lines, unit)
@@ -174,14 +191,44 @@ def _records(root: Path, split: str, unit: str | None) -> Iterator[_Record]:
             raise ValueError(f"data.unit={unit!r}: the text files of {folder} do not say whose.")
         for path in sorted(folder.rglob("*.txt")):
             yield _Record("", read_text(path), None, str(path))
+    elif not any(root.glob("*.jsonl")) and (prepared := find_directory(name, home)) is not None:
+        yield from _prepared(open_directory(prepared), split, unit)
     else:
         have = sorted({p.stem for p in root.iterdir()}) if root.is_dir() else []
         near = nearest(split, have)
         hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(
-            f"data.name={str(root)!r} has neither {split}.jsonl nor a folder {split} of .txt files."
+            f"data.name={str(here)!r} has neither {split}.jsonl nor a folder {split} of .txt files."
             + hint
         )
+
+
+def _prepared(builder: Any, split: str, unit: str | None) -> Iterator[_Record]:
+    features = builder.info.features
+    if unit is not None and (unit not in features or features[unit].shape != ()):
+        raise ValueError(
+            f"data.unit={unit!r} must be a feature of {builder.info.name!r}, which has "
+            f"{', '.join(features)}."
+        )
+    asked = ("prompt", "response")
+    if all(key in features and isinstance(features[key], tfds.features.Text) for key in asked):
+        keys = ["prompt", "response"]
+    else:
+        text = "text" if "text" in features else None
+        keys = [find_feature(builder, tfds.features.Text, text, "text")]
+    pieces = split_pieces(builder, split)
+    sources = {piece.split: records_of(builder, piece.split) for piece in pieces}
+    for piece in pieces:
+        where = f"{builder.info.name!r} split {piece.split!r}"
+        for part in pieces_of(piece.stop - piece.start):
+            rows = piece.start + part
+            for row, fields in zip(rows, read_records(sources[piece.split], rows, where)):
+                texts = [bytes(fields[key]).decode("utf-8", "replace") for key in keys]
+                value = None if unit is None else fields[unit]
+                owner = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                place = f"record {row} of {where}"
+                named = None if unit is None else _owner({unit: str(owner)}, unit, place)
+                yield _Record("" if len(texts) == 1 else texts[0], texts[-1], named, place)
 
 
 def _lines(path: Path, unit: str | None) -> Iterator[_Record]:

@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from causal import byte_tokenizer, corpus
 
 from dpjax import data, models
+from dpjax.data.prepare.builders import records_builder
+from dpjax.data.prepare.write import prepare_builder
 
 SPEC = models.TextSpec(8, 257, causal=True)
 
@@ -166,3 +169,42 @@ def test_the_end_of_text_is_that_of_the_tokenizer(tmp_path):
         models.text_codec(path, SPEC, end="</x>")
     with pytest.raises(ValueError, match="257 tokens, but the model has vocab_size=100"):
         models.text_codec(path, models.TextSpec(8, 100, causal=True))
+
+
+def stored(folder, name, features, rows):
+    """Writes a TFDS data set with a split "train"."""
+    kinds = {key: tfds.features.Text() if kind is str else tfds.features.Scalar(np.int64)
+             for key, kind in features.items()}  # fmt: skip
+    records = [(number, dict(zip(features, row))) for number, row in enumerate(rows)]
+    prepare_builder(records_builder(name, "made up", kinds, lambda: {"train": records}), folder)
+
+
+def test_a_tfds_data_set_is_read_like_lines(tmp_path, codec):
+    texts = [f"text {number}" for number in range(5)]
+    stored(tmp_path, "notes", {"text": str, "writer": np.int64, "title": str},
+           [(text, number // 2, "no") for number, text in enumerate(texts)])  # fmt: skip
+    written(tmp_path, *({"text": text, "writer": n // 2} for n, text in enumerate(texts)))
+    for unit in (None, "writer"):
+        lines = load(tmp_path, codec, unit=unit)
+        found = load("notes", codec, unit=unit, data_dir=tmp_path)
+        some = load("notes", codec, unit=unit, data_dir=tmp_path, split="train[3:]+train[:1]")
+        order = np.argsort([w.tobytes() for w in lines.source.read(np.arange(5))])
+        again = np.argsort([w.tobytes() for w in found.source.read(np.arange(5))])
+        for field in ("units", "source"):
+            one, other = (x.units if field == "units" else x.source.keys for x in (lines, found))
+            np.testing.assert_array_equal(np.asarray(one)[order], np.asarray(other)[again])
+        assert len(some) == 3
+    with pytest.raises(ValueError, match=r"data\.unit='author' must be a feature of 'notes'"):
+        load("notes", codec, unit="author", data_dir=tmp_path)
+
+
+def test_prompt_and_response_of_a_tfds_data_set_are_told_apart(tmp_path, codec, monkeypatch):
+    stored(tmp_path, "dialogues", {"prompt": str, "response": str}, [("ask", "say")])
+    monkeypatch.setenv("DPJAX_DATA_DIR", str(tmp_path))
+    (window,) = load("dialogues", codec).source.read(np.arange(1))
+    written(tmp_path, {"prompt": "ask", "response": "say"})
+    (expected,) = load(tmp_path, codec).source.read(np.arange(1))
+    np.testing.assert_array_equal(window, expected)
+    stored(tmp_path, "pairs", {"one": str, "two": str}, [("a", "b")])
+    with pytest.raises(ValueError, match="text=None must name one Text feature of 'pairs'"):
+        load("pairs", codec)
