@@ -16,7 +16,7 @@ import optax
 
 from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 
-__all__ = ["Rows", "clipped_head_sum", "head_sum", "rows"]
+__all__ = ["Rows", "clipped_head_sum", "head_sum", "losses", "rows"]
 
 PyTree = Any
 
@@ -69,7 +69,7 @@ def clipped_head_sum(
         Those of `clipped_sum`; padding and non-finite examples contribute exactly zero.
     """
     name, head = _only(params)
-    losses, residual = _losses(head, batch)
+    loss, residual = losses(head, batch)
     # Squares of small numbers underflow to 0, which could make a norm too small and its factor too
     # large. Adding the most that can be lost turns both norms into upper bounds.
     residual_norms = jnp.sqrt(jnp.sum(jnp.square(residual), 1) + residual.shape[1] * _TINY)
@@ -83,12 +83,12 @@ def clipped_head_sum(
         for group in range(rule.num_groups(params))
     ]
     stacked = jnp.stack(by_group, axis=1)
-    use = mask & jnp.isfinite(losses) & jnp.all(jnp.isfinite(stacked), axis=1)
+    use = mask & jnp.isfinite(loss) & jnp.all(jnp.isfinite(stacked), axis=1)
     factors = jnp.where(use[:, None], jax.vmap(rule.factors)(stacked), 0.0)
     weighted = {leaf: residual * factors[:, group][:, None] for leaf, group in groups.items()}
     value = _sum(batch, weighted, use)
     facts = PerExample(
-        loss=jnp.where(mask, losses, 0.0),
+        loss=jnp.where(mask, loss, 0.0),
         norms=jnp.where(mask[:, None], stacked, 0.0),
         factors=factors,
         real=mask,
@@ -99,9 +99,9 @@ def clipped_head_sum(
 def head_sum(params: PyTree, batch: Rows, mask: jax.Array) -> tuple[PyTree, PerExample]:
     """Returns the ordinary gradient of the summed cross-entropy: neither clipped nor private."""
     name, head = _only(params)
-    losses, residual = _losses(head, batch)
+    loss, residual = losses(head, batch)
     ones = jnp.ones((mask.shape[0], 1))
-    facts = PerExample(jnp.where(mask, losses, 0.0), 0 * ones, ones, mask)
+    facts = PerExample(jnp.where(mask, loss, 0.0), 0 * ones, ones, mask)
     use = mask & jnp.isfinite(batch.squares)
     return {name: _sum(batch, {"bias": residual, "kernel": residual}, use)}, facts
 
@@ -113,13 +113,13 @@ def _only(params: PyTree) -> tuple[str, Any]:
     return heads[0]
 
 
-def _losses(head: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
+def losses(head: Any, batch: Rows) -> tuple[jax.Array, jax.Array]:
     """Cross-entropies `[n]` and their derivatives with respect to the logits `[n, classes]`."""
     logits = batch.inputs @ head["kernel"]
     logits = logits + jnp.broadcast_to(head["bias"], logits.shape)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     hot = jax.nn.one_hot(batch.labels, logits.shape[1], dtype=jnp.float32)
-    return losses, jax.nn.softmax(logits) - hot
+    return entropies, jax.nn.softmax(logits) - hot
 
 
 def _sum(batch: Rows, weighted: dict[str, jax.Array], use: jax.Array) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 from dpjax.heads.cache import compute_features
 from dpjax.heads.features import FeatureSet, average, concatenate, normalize
 from dpjax.heads.train import (
+    ClippedHeadSum,
     Heads,
     Optimizer,
     Point,
@@ -13,6 +14,7 @@ from dpjax.heads.train import (
 )
 
 __all__ = [
+    "ClippedHeadSum",
     "FeatureSet",
     "Heads",
     "Optimizer",

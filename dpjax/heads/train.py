@@ -26,6 +26,7 @@ from dpjax.models import Params
 from dpjax.step import Hyper, TrainState, apply_updates, draws, fact_sums
 
 __all__ = [
+    "ClippedHeadSum",
     "Heads",
     "Optimizer",
     "Point",
@@ -39,6 +40,17 @@ _CAPACITY_UNIT = 64  # batches are padded to a multiple of this
 _EVAL_ROWS = 8192
 
 Optimizer = Callable[[Hyper], optax.GradientTransformation]
+
+ClippedHeadSum = Callable[
+    [TrainState, dp.ClipRule, linear_head.Rows, jax.Array], tuple[dp.ClippedSum, dp.PerExample]
+]
+"""`(state, rule, rows, mask) -> (sum, facts)` of a batch, see `linear_head.clipped_head_sum`."""
+
+
+def _clipped_sum(
+    state: TrainState, rule: dp.ClipRule, rows: linear_head.Rows, mask: jax.Array
+) -> tuple[dp.ClippedSum, dp.PerExample]:
+    return linear_head.clipped_head_sum(state.trainable, rule, rows, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +127,7 @@ def train_heads(
     steps: int,
     batch_size: int,
     optimizer: Optimizer,
+    clipped_sum: ClippedHeadSum = _clipped_sum,
     head: Params | None = None,
     ema_decay: float = 0.9,
     at_once: int = 8,
@@ -127,6 +140,9 @@ def train_heads(
         steps: T of every run.
         batch_size: expected batch size B; the number of examples for full batches.
         optimizer: as `build.optimizer.optimizer` makes it, for these steps and this batch size.
+        clipped_sum: how private gradients are clipped and summed. One of your own may read the
+            state of the optimizer, which knows only what was released; its sensitivity is your
+            claim. Like `optimizer`, it compiles once for each function.
         head: where every run starts, `initial_head` by default.
         ema_decay: of the average of the iterates, see `step.moving_average`.
         at_once: points trained together; memory grows with it, results do not depend on it.
@@ -161,13 +177,18 @@ def train_heads(
             lambda *x: jnp.stack(x), *[_hyper(points[i], batch_size, ema_decay) for i in padded]
         )
         chosen = batches[points[group[0]].private_seed] if batches else None
-        made = jax.device_get(_run(head, rows, chosen, hypers, optimizer=optimizer, steps=steps))
+        made = jax.device_get(
+            _run(
+                head, rows, chosen, hypers,
+                optimizer=optimizer, clipped_sum=clipped_sum, steps=steps,
+            )
+        )  # fmt: skip
         for place, index in enumerate(group):
             done[index] = jax.tree.map(lambda x, at=place: x[at], made)
     return Heads(*jax.tree.map(lambda *x: np.stack(x), *[done[i] for i in range(len(points))]))
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
+@functools.partial(jax.jit, static_argnames=("optimizer", "clipped_sum", "steps"))
 def _run(
     head: Params,
     rows: linear_head.Rows,
@@ -175,6 +196,7 @@ def _run(
     hypers: Hyper,
     *,
     optimizer: Optimizer,
+    clipped_sum: ClippedHeadSum,
     steps: int,
 ) -> tuple[Params, Params | None, dict[str, jax.Array]]:
     """All steps of several points on the same batches: (last iterates, averages, facts)."""
@@ -191,7 +213,7 @@ def _run(
             if hyper.rule is None:
                 grads, facts = linear_head.head_sum(state.trainable, here, mask)
             else:
-                grads, facts = linear_head.clipped_head_sum(state.trainable, hyper.rule, here, mask)
+                grads, facts = clipped_sum(state, hyper.rule, here, mask)
             after = apply_updates(transform, grads, state, hyper.ema_decay)
             return after, _summary(facts, hyper.rule)
 

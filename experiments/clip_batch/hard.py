@@ -40,7 +40,7 @@ from dpjax import config as configs
 from dpjax.heads import FeatureSet
 from dpjax.runtime import compilation
 from experiments.allocation.heads import projected
-from experiments.clip_batch import diagnostics, rules
+from experiments.clip_batch import diagnostics, rules, scaled
 from experiments.clip_batch.clip_diagnosis import BOUNDS as LOOKED_BOUNDS
 from experiments.clip_batch.clip_diagnosis import LEVELS
 
@@ -91,12 +91,14 @@ class Line(NamedTuple):
         optimizer: its name.
         bounds: C; one that plays no part is 1.
         epsilons: budgets.
+        stability: of scale-then-privatize, see `scaled`; None does not scale.
     """
 
     rule: str
     optimizer: str
     bounds: tuple[float, ...]
     epsilons: tuple[float, ...] = EPSILONS
+    stability: float | None = None
 
 
 _MINILM = {
@@ -133,12 +135,17 @@ TASKS = {
     "20newsgroups mix": Task(_NEWS, (128, 512), classes=EASY + HARD),
 }
 _FEW = (0.1, 1.0, 3.0, 10.0)
+_SMALL = (1e-3, 1e-2, 0.1, 1.0)  # larger ones, once scaled, feed noise back into their own scale
 _FEW_BUDGETS = (0.25, 1.0, 8.0)
 LINES = {
     "flat": Line("flat", "adam", BOUNDS),
     "automatic": Line("automatic", "adam", (1.0,)),
     "tanh": Line("tanh", "adam", _FEW, _FEW_BUDGETS),
     "corrected": Line("flat", "adam_corrected", _FEW, _FEW_BUDGETS),
+    **{
+        f"scaled {e:g}": Line("not normalized", "adam", _SMALL, _FEW_BUDGETS, e)
+        for e in (1e-2, 1e-3, 1e-4)
+    },
 }
 
 
@@ -204,9 +211,14 @@ class _Trainer:
             for seed in seeds
             for (epsilon, bound), rate in jobs
         ]
+        ways: Row = {"optimizer": _optimizer(self._line.optimizer, self.steps)}
+        if self._line.stability is not None:
+            stability = self._line.stability
+            ways = {"optimizer": scaled.optimizer(stability),
+                    "clipped_sum": scaled.clipped_sum(stability)}  # fmt: skip
         return heads.train_heads(
-            self._train, points, steps=self.steps, batch_size=self._size,
-            optimizer=_optimizer(self._line.optimizer, self.steps), at_once=self._at_once,
+            self._train, points, steps=self.steps, batch_size=self._size, at_once=self._at_once,
+            **ways,
         )  # fmt: skip
 
     def rows(

@@ -33,6 +33,7 @@ def tanh(bound: float) -> dp.ClipRule:
 
 RULES: dict[str, Callable[[float], dp.ClipRule]] = {
     "flat": lambda bound: dp.flat(bound, normalized=True),
+    "not normalized": dp.flat,
     "automatic": lambda bound: dp.automatic(bound, normalized=True),
     "tanh": tanh,
 }

@@ -2,11 +2,16 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpjax import dp, heads
-from experiments.clip_batch import hard, hard_report, rules
+from dpjax.dp import linear_head
+from dpjax.step import Hyper, TrainState
+from experiments.clip_batch import hard, hard_report, rules, scaled
 
 
 def made_up(examples, seed):
@@ -192,3 +197,62 @@ def test_a_run_writes_blocks_once_and_the_report_is_rebuilt(tmp_path, monkeypatc
     assert [r["epsilon"] for r in looked] == [2.0, 8.0]
     assert all(len(r["norms"]) == 2 for r in looked)
     assert hard.main([f"--workdir={tmp_path}", "--tasks=nothing"]) == 2
+
+
+def scaled_state(stability, steps=2):
+    """A head and its optimizer's state after some noised gradients, with unequal moments."""
+    head = {"head": {"kernel": jnp.ones((6, 3)) / 9, "bias": jnp.arange(3.0)}}
+    hyper = Hyper(
+        jnp.float32(0.1), jnp.float32(0.5), dp.flat(1.0), jax.random.key(0), jax.random.key(1),
+        jnp.float32(4.0),
+    )  # fmt: skip
+    transform = scaled.optimizer(stability)(hyper)
+    state = TrainState(jnp.zeros((), jnp.int32), head, transform.init(head))
+    rows = linear_head.rows(SETS[0].values[:8], SETS[0].labels[:8])
+    for _ in range(steps):
+        total, _ = scaled.clipped_sum(stability)(state, hyper.rule, rows, jnp.ones(8, bool))
+        updates, opt = transform.update(total, state.opt)
+        state = state._replace(trainable=optax.apply_updates(state.trainable, updates), opt=opt)
+    return state, transform
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_scaled_gradients_are_clipped_as_after_a_change_of_variables(steps):
+    stability, bound = 1e-2, 0.05
+    state, _ = scaled_state(stability, steps)
+    scales = scaled.scales(state.opt[1], stability)
+    batch = {"x": jnp.asarray(SETS[0].values[:12]), "y": jnp.asarray(SETS[0].labels[:12])}
+
+    def loss(moved, example):
+        head = jax.tree.map(lambda w, s, u: w + s * u, state.trainable, scales, moved)["head"]
+        return hard._loss(head, example)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    mask = jnp.arange(12) != 5
+    rule = dp.flat(bound)
+    expected, facts = dp.clipped_sum(loss, rule, method="vmap")(zeros, batch, mask)
+    rows = linear_head.rows(batch["x"], batch["y"])
+    total, found = scaled.clipped_sum(stability)(state, rule, rows, mask)
+    clipped = np.asarray(facts.factors)[np.asarray(mask)]
+    assert 0 < np.mean(clipped < 1) <= 1
+    assert bool(steps) == (np.ptp(scales["head"]["kernel"]) > 0.01)
+    assert total.sensitivity == expected.sensitivity == np.float32(bound)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        (total.value, found.norms, found.factors, found.loss),
+        (expected.value, facts.norms, facts.factors, facts.loss),
+    )
+
+
+def test_scaling_by_almost_nothing_is_adam():
+    points = [heads.Point(0.1, 3, dp.flat(0.5), dp.calibrated(
+        epsilon=4.0, delta=1e-5, num_examples=120, batch_size=120, epochs=6))]  # fmt: skip
+    common = {"steps": 6, "batch_size": 120}
+    plain = heads.train_heads(
+        SETS[0], points, optimizer=hard._optimizer("adam", 6), **common
+    ).params["head"]["kernel"]  # fmt: skip
+    for stability, alike in ((1e6, True), (1e-3, False)):
+        ways = {"optimizer": scaled.optimizer(stability),
+                "clipped_sum": scaled.clipped_sum(stability)}  # fmt: skip
+        kernel = heads.train_heads(SETS[0], points, **ways, **common).params["head"]["kernel"]
+        assert np.allclose(kernel, plain, atol=1e-4) == alike
