@@ -171,7 +171,7 @@ def make_steps(
 
         loss: Callable[..., jax.Array] = functools.partial(whole_loss, frozen)
         if axes is not None:
-            loss = at_use(whole_loss, frozen, axes[1])
+            loss = at_use(whole_loss, frozen, axes[1], int8.marks(frozen))
             trainable = held(trainable, axes[0])
         engine: Callable[..., tuple[Any, dp.PerExample]]
         if private:

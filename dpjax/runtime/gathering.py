@@ -4,8 +4,9 @@ Differentiating a function keeps its constants from the forward pass to the back
 parameter that is gathered first would therefore be held whole, and all of them at once. Here an
 equation that reads one is checkpointed together with the gathering: of it, only the shard and the
 other operands are kept. What is computed from sharded parameters alone, such as a conversion, a
-transpose or a standardized kernel, is computed again at each use. So are the floats of a frozen
-matrix of 8-bit integers (`models.int8`), sharded or not.
+transpose or a standardized kernel, is computed again at each use. So is what is
+computed from other parameters that the caller marks, such as the floats of a frozen matrix of 8-bit
+integers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax import dp
-from dpjax.models import int8
 from dpjax.runtime.sharding import AXIS
 
 __all__ = ["at_use", "gathers_in_branches", "held"]
@@ -43,13 +43,17 @@ class _Later(NamedTuple):
     make: Callable[[tuple[jax.Array, ...]], jax.Array]
 
 
-def at_use(function: Callable[..., Any], shards: PyTree, axes: PyTree) -> Callable[..., Any]:
+def at_use(
+    function: Callable[..., Any], shards: PyTree, axes: PyTree, marks: Sequence[bool] | None = None
+) -> Callable[..., Any]:
     """Closes a function over parameters of which every device holds a shard.
 
     Args:
         function: `(parameters, *args) -> result`, arrays and trees of such.
         shards: this device's part of the parameters, inside of `shard_map`.
         axes: the axis along which each is sharded, -1 for a parameter that is here whole.
+        marks: for each array, whether what is computed from it alone is computed at each use, even
+            if it is here whole; None marks none.
 
     Returns:
         `(*args) -> result`. Its collectives run in the same order on every device, unless a
@@ -57,15 +61,15 @@ def at_use(function: Callable[..., Any], shards: PyTree, axes: PyTree) -> Callab
         `gathers_in_branches`.
     """
 
-    def later(shard: jax.Array, axis: int, in_int8: bool) -> Any:
+    def later(shard: jax.Array, axis: int, marked: bool) -> Any:
         if axis >= 0:
             return _Later((shard,), lambda s: _gathered(s[0], axis))
-        return _Later((shard,), lambda s: s[0]) if in_int8 else shard
+        return _Later((shard,), lambda s: s[0]) if marked else shard
 
     def call(*args: Any) -> Any:
         closed, out = jax.make_jaxpr(function, return_shape=True)(_shapes(shards, axes), *args)
-        parts = zip(jax.tree.leaves(shards), jax.tree.leaves(axes), int8.marks(shards))
-        values = [later(*part) for part in parts]
+        leaves, sides = jax.tree.leaves(shards), jax.tree.leaves(axes)
+        values = list(map(later, leaves, sides, marks or [False] * len(leaves)))
         results = _evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(jax.tree.structure(out), [_now(value) for value in results])
 

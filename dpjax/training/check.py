@@ -15,7 +15,7 @@ import numpy as np
 
 from dpjax import dp, files
 from dpjax.build import Run
-from dpjax.models import Params, TextSpec, finetune
+from dpjax.models import Params, TextSpec, finetune, int8
 from dpjax.runtime import code_digest, compilation, sharding
 from dpjax.runtime.gathering import at_use, held
 
@@ -82,7 +82,10 @@ def _gathering(
     axes = layout.axes_at_use(trains), layout.axes_at_use(frozen)
 
     def local(trains: Params, frozen: Params, batch: Any, mask: jax.Array) -> Any:
-        late = at_use(lambda frozen, params, one: loss(params, frozen, one), frozen, axes[1])
+        def flipped(frozen: Params, params: Params, one: Any) -> jax.Array:
+            return loss(params, frozen, one)
+
+        late = at_use(flipped, frozen, axes[1], int8.marks(frozen))
         return dp.bookkeeping.microbatch_sum(late, rule, held(trains, axes[0]), batch, mask)
 
     here = sharding.partition(-1)

@@ -100,7 +100,9 @@ def test_the_floats_are_never_all_in_memory():
     mesh = sharding.make_mesh(jax.local_devices()[:1])
 
     def total(frozen, trains, batch, late):
-        bound = at_use(loss, frozen, axes) if late else lambda *a: loss(frozen, *a)
+        bound = (
+            at_use(loss, frozen, axes, int8.marks(frozen)) if late else lambda *a: loss(frozen, *a)
+        )
         engine = dp.clipped_sum(bound, dp.flat(1.0))
         return engine(trains, batch, jnp.ones(len(batch), bool))[0].value
 
