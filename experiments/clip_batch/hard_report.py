@@ -24,7 +24,7 @@ from experiments.clip_batch import figures, hard
 from experiments.study import Figure, Row, Table
 
 __all__ = ["Cells", "cells", "claims", "class_mix", "interior", "main", "one_bound", "parts",
-           "rate_slopes", "small_classes"]  # fmt: skip
+           "rate_slopes", "scaling", "small_classes"]  # fmt: skip
 
 _GROUPS = ((1, 9), (10, 49), (50, 199), (200, 10**9))  # sizes of classes in the training data
 Key = tuple[int, float]  # B, C
@@ -163,11 +163,51 @@ def claims(rows: Sequence[Row], task: str) -> list[Row]:
                 _gap(found[here], theirs))  # fmt: skip
             add("AUTO-S is within a point of a tiny C", epsilon,
                 f"AUTO-S minus C = {least:g}", _gap(theirs, found[small]), alike)  # fmt: skip
-        for line, text in (("tanh", "tanh clipping"), ("corrected", "Adam with corrected moments")):
-            other = cells(rows, task, line, epsilon)
-            if any(key[0] == here[0] for key in other):
+        others = {line: _at(rows, task, line, epsilon, here[0])
+                  for line in ("tanh", "corrected", "scaled")}  # fmt: skip
+        for line, text in (("tanh", "tanh clipping"), ("corrected", "Adam with corrected moments"),
+                           ("scaled", "scale-then-privatize")):  # fmt: skip
+            if others[line]:
                 add(f"{text} beats flat clipping and Adam", epsilon, f"{line} minus flat",
-                    _gap(other[_best(other, B=here[0])], found[here]))  # fmt: skip
+                    _gap(others[line], found[here]))  # fmt: skip
+        if others["scaled"] and others["corrected"]:
+            add("scale-then-privatize beats Adam with corrected moments", epsilon,
+                "scaled minus corrected", _gap(others["scaled"], others["corrected"]))  # fmt: skip
+    return made
+
+
+def _at(rows: Sequence[Row], task: str, line: str, epsilon: float, size: int) -> list[Row]:
+    """The final runs of a line at one B and the best C; of several stabilities, the best one."""
+    names = sorted({r["line"] for r in rows if r.get("line", "").split()[:1] == [line]})
+    found = [cells(rows, task, name, epsilon) for name in names]
+    runs = [one[_best(one, B=size)] for one in found if any(key[0] == size for key in one)]
+    return max(runs, key=lambda runs: _mean(runs, "tuning_accuracy"), default=[])
+
+
+def scaling(rows: Sequence[Row], task: str) -> list[Row]:
+    """Scale-then-privatize by its stability and C, at the B of the best cell of flat clipping.
+
+    Returns:
+        A row per budget, stability and C: accuracy, and what it has more than flat clipping.
+    """
+    names = sorted({r["line"] for r in rows if r.get("line", "").startswith("scaled ")
+                    and r["task"] == task}, key=lambda name: -float(name.split()[1]))  # fmt: skip
+    made = []
+    for epsilon in sorted({r["epsilon"] for r in rows if r.get("line") in names}):
+        plain = cells(rows, task, "flat", epsilon)
+        best = _best(plain)
+        for name in names:
+            found = cells(rows, task, name, epsilon)
+            for size, bound in sorted(found):
+                if size == best[0]:
+                    runs = found[size, bound]
+                    gain, half = _gap(runs, plain[best])
+                    made.append({
+                        "task": task, "epsilon": epsilon, "B": size,
+                        "stability": float(name.split()[1]), "C": bound,
+                        "rate": runs[0]["rate"], "accuracy [%]": _mean(runs),
+                        "gain over flat [points]": gain, "gain over flat [points] ±": half,
+                    })  # fmt: skip
     return made
 
 
@@ -385,6 +425,7 @@ def parts(rows: Sequence[Row], looked: Sequence[Row]) -> list[str | Table | Figu
               [row for t in tasks for row in claims(rows, t)]),
         Table("rates", "Does the best rate grow with sqrt(B)? Exponent, over the budgets",
               [row for t in tasks for row in rate_slopes(rows, t)]),
+        *_scaled(rows, tasks),
         "## One C for all",
         Table("one_bound", "What the C of least mean loss costs each task", one_bound(rows, tasks)),
         "## Optima",
@@ -415,6 +456,17 @@ def parts(rows: Sequence[Row], looked: Sequence[Row]) -> list[str | Table | Figu
                   Table("nonprivate_gradients", "Norms and the bound of least error, NOT private",
                         _gradients(looked))]  # fmt: skip
     return found
+
+
+def _scaled(rows: Sequence[Row], tasks: Sequence[str]) -> list[str | Table | Figure]:
+    found = [row for task in tasks for row in scaling(rows, task)]
+    if not found:
+        return []
+    return [
+        "## Scale-then-privatize",
+        "A large stability scales nothing, a small one scales by the noise that the moments hold.",
+        Table("scaled", "At the best B of flat clipping", found),
+    ]
 
 
 def _reference(rows: Sequence[Row], task: str) -> Row:

@@ -256,3 +256,21 @@ def test_scaling_by_almost_nothing_is_adam():
                 "clipped_sum": scaled.clipped_sum(stability)}  # fmt: skip
         kernel = heads.train_heads(SETS[0], points, **ways, **common).params["head"]["kernel"]
         assert np.allclose(kernel, plain, atol=1e-4) == alike
+
+
+def test_of_several_stabilities_the_one_that_tunes_best_is_compared():
+    found = [FACTS, *lines(GRID)]
+    for line, best in (("scaled 0.1", 59), ("scaled 0.001", 65), ("corrected", 70)):
+        accuracies = {(0.5, 100, c): (best - c, best + 1, best) for c in (0.1, 3.0)}
+        found += lines(accuracies | {(8.0, 100, 0.1): (80, 81, 82)}, line=line)
+    claims = {(r["claim"], r["epsilon"]): r for r in hard_report.claims(found, "t")}
+    gain = claims["scale-then-privatize beats flat clipping and Adam", 0.5]
+    # C = 0.1 at the stability 0.001, against (60, 63, 61).
+    assert gain["points"] == pytest.approx((4.9 + 3 + 4) / 3)
+    against = claims["scale-then-privatize beats Adam with corrected moments", 0.5]
+    assert (against["points"], against["verdict"]) == (pytest.approx(-5), "refuted")
+    table = hard_report.scaling(found, "t")
+    assert [(r["epsilon"], r["stability"], r["C"]) for r in table][:4] == [
+        (0.5, 0.1, 0.1), (0.5, 0.1, 3.0), (0.5, 0.001, 0.1), (0.5, 0.001, 3.0)
+    ]  # fmt: skip
+    assert hard_report.scaling([FACTS, *lines(GRID)], "t") == []
