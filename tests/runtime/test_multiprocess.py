@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import two_processes
 import yaml
+from causal import causal_config
 from tiny import tiny_config
 
 from dpjax import build, models
@@ -94,6 +95,17 @@ def recipe(tmp_path_factory):
     return path / "w", text
 
 
+def language_config(folder, **changes):
+    """Four steps of LoRA on a decoder whose frozen matrices have 8 bits."""
+    config = causal_config(
+        folder, finetune="lora:2:attn/|mlp/", epochs=1.0, model__frozen_dtype="int8",
+        model__remat=True, **changes,
+    )  # fmt: skip
+    with config.unlocked():
+        config.model.options.update({"width": 64, "mlp": 64})
+    return config
+
+
 @pytest.fixture(scope="module")
 def two(run, tmp_path_factory):
     """The directory in which `two_processes.py` took over from eight devices and one; reports."""
@@ -105,6 +117,7 @@ def two(run, tmp_path_factory):
                 Workdir(path / "resumed"),
                 stop=lambda now, step=step: now == step,
             )
+    (path / "language.json").write_text(language_config(path, sharding="fsdp").to_json())
     script, where = two_processes.__file__, f"localhost:{free_port()}"
     said([start(sys.executable, script, where, str(k), str(path)) for k in range(2)])
     return path, [json.loads((path / f"result_{k}.json").read_text()) for k in range(2)]
@@ -129,6 +142,16 @@ def test_every_topology_uses_the_examples_that_were_drawn(recipe, eight, run):
 def test_other_devices_and_layouts_give_them_too(run, eight, devices, text, tmp_path):
     loop.train(on(run, devices, text), Workdir(tmp_path / "w"))
     assert_close(tmp_path / "w", eight)
+
+
+def test_a_language_model_too(two, tmp_path):
+    """Two processes that share out its parameters, eight devices and one."""
+    run = build.build(language_config(tmp_path))
+    for devices in (8, 1):
+        loop.train(on(run, devices), Workdir(tmp_path / f"{devices}"))
+        got = models.read_tensors(two[0] / "language" / "weights.safetensors")
+        for name, value in models.read_tensors(tmp_path / f"{devices}/weights.safetensors").items():
+            np.testing.assert_allclose(got[name], value, err_msg=name, rtol=1e-4, atol=1e-5)
 
 
 def test_one_host_speaks_and_writes(recipe):

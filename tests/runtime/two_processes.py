@@ -16,6 +16,7 @@ from tiny import tiny_config
 
 from dpjax import build
 from dpjax.commands import cli
+from dpjax.config import default
 from dpjax.runtime import Workdir, compilation, hosts
 from dpjax.training import loop
 
@@ -61,6 +62,14 @@ def mistake_of_one(process, directory):
     return {"code": code, "said": said.getvalue()}
 
 
+def language_model(directory):
+    """Trains the config that the test put there."""
+    config = default()
+    with config.unlocked():
+        config.update(json.loads((directory / "language.json").read_text()))
+    loop.train(build.build(config), Workdir(directory / "language"))
+
+
 def main(address, process, directory):
     compilation.keep_on_disk()
     hosts.start(address, 2, process)
@@ -97,6 +106,7 @@ def main(address, process, directory):
     except loop.Preempted as error:
         result["preempted"] = str(error)
     result["rows"] = rows
+    language_model(directory)
     (directory / f"result_{process}.json").write_text(json.dumps(result))
 
 
