@@ -2,7 +2,7 @@
 
     python -m experiments.bench.scaling          # the weak-scaling table, about 3 min on 2 cores
     python -m experiments.bench.scaling --memory # bytes of a device, LoRA and all parameters, 8 min
-    python -m experiments.bench.scaling --plan   # ViT-L on data of ImageNet-21k's size, 2 min
+    python -m experiments.bench.scaling --plan   # ViT-L, and language models of 1B and 8B, 5 min
 
 The table trains a small ViT for twelve steps on 1, 2, 4 and 8 host devices, with the same number of
 examples per device and step, and times the last six. Host devices share the cores of this machine:
@@ -12,14 +12,16 @@ into parts.
 The memory table reads arguments and temporaries of one of 8 devices, while it accumulates a chunk,
 off the compiled program of a ViT of eight blocks, about 6.4 MB of parameters.
 
-The plan analyzes the compiled step of ViT-L (operations and bytes per example from programs of one
-and two blocks, book-keeping engine, float32), calibrates the noise, and divides by the vendors'
-peak numbers in `_MACHINES`. It gives a lower bound on the time, not a measurement.
+The plan analyzes the compiled step of ViT-L on data of ImageNet-21k's size, and of LoRA on decoders
+(operations and bytes per example from programs of one and two blocks, book-keeping engine,
+float32), calibrates the noise, and divides by the vendors' peak numbers in `_MACHINES`. It gives a
+lower bound on the time, not a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import re
@@ -184,14 +186,54 @@ class _Machine(NamedTuple):
     link: float  # bytes/s that a chip can send to the others
 
 
-_MACHINES = (
-    _Machine("TPU v5e-256", 256, 197e12, 16e9, 200e9),
-    _Machine("64 H100 (8 x 8)", 64, 989e12, 80e9, 50e9),
-)
-_EXAMPLES, _CLASSES, _BATCH, _EPOCHS = 14_197_122, 21_841, 32_768, 8
+_MACHINES = {
+    "images": (
+        _Machine("TPU v5e-256", 256, 197e12, 16e9, 200e9),
+        _Machine("64 H100 (8 x 8)", 64, 989e12, 80e9, 50e9),
+    ),
+    "text": (
+        _Machine("8 H100", 8, 989e12, 80e9, 450e9),
+        _Machine("TPU v5e-64", 64, 197e12, 16e9, 200e9),
+    ),
+}
+_CLASSES = 21_841
 _VIT_L = models.ViTConfig(
     width=1024, depth=24, heads=16, mlp=4096, patch=16, image_size=224, channels=3
 )
+_LLAMA_1B = dataclasses.replace(models.DECODERS["llama3_2_1b"], max_length=512)
+_LLAMA_8B = dataclasses.replace(
+    _LLAMA_1B, width=4096, depth=32, mlp=14336, rope_factor=8.0, tied=False
+)
+
+
+class _Paper(NamedTuple):
+    """A large run that is planned and not run.
+
+    Attributes:
+        name: of the model and what trains.
+        machines: key of `_MACHINES`.
+        shape: of the model.
+        setting: N, B, epochs and delta.
+        frozen_bytes: of a frozen parameter.
+        reads: bytes of an example.
+    """
+
+    name: str
+    machines: str
+    shape: models.ViTConfig | models.DecoderConfig
+    setting: tuple[int, int, int, float]
+    frozen_bytes: int
+    reads: int
+
+
+_PAPERS = (
+    _Paper("ViT-L/16, all parameters", "images", _VIT_L, (14_197_122, 32_768, 8, 1e-8), 4,
+           224 * 224 * 3),
+    _Paper("Llama 3.2 1B, LoRA of rank 16, base in bfloat16, 512 tokens", "text", _LLAMA_1B,
+           (100_000, 2_048, 3, 1e-6), 2, 3 * 4 * 512),
+    _Paper("Llama 3.1 8B, LoRA of rank 16, base in int8, 512 tokens", "text", _LLAMA_8B,
+           (100_000, 2_048, 3, 1e-6), 1, 3 * 4 * 512),
+)  # fmt: skip
 
 
 class _Cost(NamedTuple):
@@ -201,23 +243,41 @@ class _Cost(NamedTuple):
     bytes: float
 
 
-def _cost(depth: int, method: str) -> _Cost:
-    """Differences of compiled programs of two batch sizes: what does not grow cancels."""
-    net = models.vision_transformer(models.ViTConfig(**{**vars(_VIT_L), "depth": depth}), _CLASSES)
-    params = jax.eval_shape(net.init, jax.random.key(0))
+def _task(shape: models.ViTConfig | models.DecoderConfig) -> tuple[Any, Any, Any]:
+    """The tuning of a plan, its loss `(params, example)`, and an example."""
+    if isinstance(shape, models.DecoderConfig):
+        tuning = finetune.lora(rank=16, targets="attn/|mlp/")(models.decoder(shape, remat=True))
+        _, loss = build.next_token.functions(tuning.model)
+        tokens = jax.ShapeDtypeStruct((3, shape.max_length), jnp.int32)
+        return tuning, loss, {"input": tokens}
+    tuning = finetune.full()(models.vision_transformer(shape, _CLASSES))
 
     def loss(params: Any, example: Any) -> jax.Array:
-        return -jax.nn.log_softmax(net.apply(params, example["x"]))[example["y"]]
+        return -jax.nn.log_softmax(tuning.model.apply(params, example["x"]))[example["y"]]
 
-    def compiled(batch: int) -> _Cost:
-        examples = {
-            "x": jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32),
-            "y": jax.ShapeDtypeStruct((batch,), jnp.int32),
-        }
-        function = jax.jit(dp.clipped_sum(loss, dp.flat(1.0), method=method))
-        program = function.lower(
-            params, examples, jax.ShapeDtypeStruct((batch,), jnp.bool_)
-        ).compile()
+    image = jax.ShapeDtypeStruct((224, 224, 3), jnp.float32)
+    return tuning, loss, {"x": image, "y": jax.ShapeDtypeStruct((), jnp.int32)}
+
+
+def _split(tuning: Any) -> tuple[Any, Any]:
+    whole = jax.eval_shape(tuning.model.init, jax.random.key(0))
+    return finetune.split(whole, tuning.trainable)
+
+
+def _cost(shape: models.ViTConfig | models.DecoderConfig, depth: int) -> _Cost:
+    """Differences of compiled programs of two batch sizes: what does not grow cancels."""
+    tuning, loss, example = _task(dataclasses.replace(shape, depth=depth))
+    trains, frozen = _split(tuning)
+
+    def total(trains: Any, frozen: Any, batch: Any, mask: Any) -> Any:
+        whole = lambda params, example: loss(finetune.join(params, frozen), example)  # noqa: E731
+        return dp.clipped_sum(whole, dp.flat(1.0))(trains, batch, mask)[0].value
+
+    def compiled(size: int) -> _Cost:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), example)
+        mask = jax.ShapeDtypeStruct((size,), jnp.bool_)
+        # Programs of the host would drop the barriers of checkpointed blocks.
+        program = jax.jit(total).lower(trains, frozen, batch, mask).compile(_BARRIERS)
         operations: Any = program.cost_analysis()
         memory: Any = program.memory_analysis()
         return _Cost(operations["flops"], memory.temp_size_in_bytes)
@@ -226,41 +286,49 @@ def _cost(depth: int, method: str) -> _Cost:
     return _Cost(*((b - a) / 2 for a, b in zip(small, large)))
 
 
-def _plan() -> list[str]:
-    one, two = _cost(1, "bookkeeping"), _cost(2, "bookkeeping")
-    example = _Cost(*(a + (_VIT_L.depth - 1) * (b - a) for a, b in zip(one, two)))
-    net = models.vision_transformer(_VIT_L, _CLASSES)
-    count = finetune.count(jax.eval_shape(net.init, jax.random.key(0)))
+def _plan(paper: _Paper) -> list[str]:
+    shape = paper.shape
+    one, two = _cost(shape, 1), _cost(shape, 2)
+    example = _Cost(*(a + (shape.depth - 1) * (b - a) for a, b in zip(one, two)))
+    trains, frozen = _split(_task(shape)[0])
+    count, stays = finetune.count(trains), finetune.count(frozen)
+    examples, batch, epochs, delta = paper.setting
     mechanism = dp.calibrated(
-        epsilon=8.0, delta=1e-8, num_examples=_EXAMPLES, batch_size=_BATCH, epochs=_EPOCHS
+        epsilon=8.0, delta=delta, num_examples=examples, batch_size=batch, epochs=epochs
     )
     lines = [
-        f"parameters {count / 1e6:.0f} M; one example's clipped gradient {example.flops / 1e9:.0f} "
-        f"GFLOP and {example.bytes / 1e6:.0f} MB of temporaries (float32, from compiled programs)",
-        f"N = {_EXAMPLES:,}, B = {_BATCH:,}, {_EPOCHS} epochs: T = {mechanism.steps:,} steps, "
+        f"{paper.name}: {count / 1e6:.0f} M parameters train, {stays / 1e6:,.0f} M are frozen; one "
+        f"example's clipped gradient takes {example.flops / 1e9:,.0f} GFLOP and "
+        f"{example.bytes / 1e6:.0f} MB of temporaries (float32, from compiled programs)",
+        f"N = {examples:,}, B = {batch:,}, {epochs} epochs: T = {mechanism.steps:,} steps, "
         f"q = {mechanism.sampling_prob:.5f}, sigma = {mechanism.noise_multiplier:.3f} for "
-        f"epsilon 8, delta 1e-8",
-        f"pixels: {_BATCH * 224 * 224 * 3 / 1e9:.1f} GB (uint8) a step, over all hosts",
+        f"epsilon 8, delta {delta:g}; {batch * paper.reads / 1e9:.2g} GB of input a step, over all "
+        "hosts",
         "",
         "| machine | per chip and step | state, replicated | state, fsdp | left for examples | "
-        "rows at once | sum sent | compute >= | sum >= | run >= |",
+        "rows at once | sum sent | compute >= | collectives >= | run >= |",
         "|" + 10 * "---|",
     ]
-    for machine in _MACHINES:
-        rows = _BATCH / machine.chips
+    for machine in _MACHINES[paper.machines]:
+        rows = batch / machine.chips
         # Parameters, two moments; the sum and its traveling copy are there in both layouts.
-        state, sums = 3 * 4 * count, 2 * 4 * count
+        held = paper.frozen_bytes * stays
+        state, sums = 3 * 4 * count + held, 2 * 4 * count
         spread = state / machine.chips
         left = machine.memory - sums - spread
+        at_once = max(1.0, left / example.bytes)
         sent = _sent("all-reduce", 4 * count, machine.chips)
+        # Frozen parameters are gathered in the forward and in the backward pass of a chunk.
+        chunks = math.ceil(rows / at_once)
+        gathered = 2 * chunks * _sent("all-gather", held, machine.chips) if held else 0
         compute = rows * example.flops / machine.flops
-        reduce = sent / machine.link
-        hours = mechanism.steps * (compute + reduce) / 3600
+        moved = (sent + gathered) / machine.link
+        hours = mechanism.steps * (compute + moved) / 3600
         lines.append(
             f"| {machine.name} | {rows:.0f} examples | {(state + sums) / 1e9:.1f} GB | "
             f"{(spread + sums) / 1e9:.1f} GB | {left / 1e9:.1f} GB | "
             f"{max(0.0, left / example.bytes):.0f} | {sent / 1e9:.1f} GB | {compute:.2f} s | "
-            f"{1e3 * reduce:.0f} ms | {hours:.1f} h |"
+            f"{1e3 * moved:.0f} ms | {60 * hours:.1f} min |"
         )
     return lines
 
@@ -274,7 +342,8 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     compilation.keep_on_disk()
     if given.plan:
-        print("\n".join(_plan()))
+        for paper in _PAPERS:
+            print("\n".join([*_plan(paper), ""]), flush=True)
         return 0
     if given.memory:
         print("| trains | microbatch | layout | arguments | temporaries |\n|" + 5 * "---|")
