@@ -178,10 +178,14 @@ def _of(copies: int | None, field: str) -> Metric:
     return mean
 
 
+def _exposure(copies: int) -> str:
+    return f"exposure, {copies} {'copy' if copies == 1 else 'copies'} [bits]"
+
+
 _METRICS: dict[str, Metric] = {
     "held-out perplexity": lambda r: r.evaluation["perplexity"],
     "bits per byte": lambda r: r.evaluation["bits_per_byte"],
-    **{f"exposure, {n} copies [bits]": _of(n, "exposure") for n in corpus.COPIES},
+    **{_exposure(n): _of(n, "exposure") for n in corpus.COPIES},
     "extracted [%]": lambda r: 100 * _of(None, "extracted")(r),
 }
 
@@ -218,7 +222,7 @@ def _figure(rows: Sequence[Row], limit: float) -> list[Figure]:
         return []
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.3), layout="constrained")
     for row in rows:
-        names = [f"exposure, {n} copies [bits]" for n in corpus.COPIES]
+        names = [_exposure(n) for n in corpus.COPIES]
         left.errorbar(
             corpus.COPIES, [row[name] for name in names],
             np.nan_to_num([row[f"{name} ±"] for name in names]), fmt="o-", capsize=3,
@@ -235,11 +239,13 @@ def _figure(rows: Sequence[Row], limit: float) -> list[Figure]:
     left.set_xticks(corpus.COPIES, [str(n) for n in corpus.COPIES], minor=False)
     left.xaxis.minorticks_off()
     left.grid(alpha=0.3)
-    left.legend(fontsize=8, loc="center left")
+    left.legend(fontsize=8, loc="center right")
     names = [row["training"] for row in rows]
     values = [row["bits per byte"] for row in rows]
     spread = np.nan_to_num([row["bits per byte ±"] for row in rows])
-    right.barh(names, values, xerr=spread, color=[f"C{i}" for i in range(len(rows))], capsize=3)
+    colors = [f"C{i}" for i in range(len(rows))]
+    bars = right.barh(names, values, xerr=spread, color=colors, capsize=3)
+    right.bar_label(bars, fmt="%.2f", label_type="center", color="white")
     right.invert_yaxis()
     right.set(xlabel="bits per byte of held-out text", title="What it knows of the language")
     right.grid(alpha=0.3, axis="x")
