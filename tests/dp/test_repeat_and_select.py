@@ -136,7 +136,7 @@ def test_a_search_of_two_or_three_runs_costs_little():
     "changes",
     [
         {"sampler": "random_allocation"},
-        {"sampler": "fixed_size"},
+        pytest.param({"sampler": "fixed_size"}, marks=pytest.mark.slow),
         {"sampler": "truncated_poisson", "max_batch_size": 120},
         {"secure_size": 1000},
     ],
