@@ -257,7 +257,7 @@ def write(report: dict[str, Any], workdir: Path) -> None:
     axes.hist(inside, edges, alpha=0.6, color="C3", label=f"in ({inside.size})")
     axes.set(
         xlabel="score", ylabel="canaries" if report["runs"] == 1 else "runs",
-        title=f"{report['canaries']} canaries (not private): epsilon at least "
+        title=f"{report['canaries']} canaries (not private)\nepsilon at least "
         f"{report['bound']:.3g}, claimed {report['claimed_epsilon']:.4g}",
     )  # fmt: skip
     axes.legend()
