@@ -64,15 +64,14 @@ def arrays_of(node: Any) -> Iterator[Any]:
     Those are the constants of closed jaxprs, of which jit, scan, cond, ... hold more, arrays that
     stand in an equation as literals, and arrays among the parameters of an equation.
     """
-    if isinstance(node, jax.extend.core.ClosedJaxpr):
-        yield from node.consts
-        yield from arrays_of(node.jaxpr)
-    elif isinstance(node, jax.extend.core.Jaxpr):
-        for equation in node.eqns:
+    if isinstance(node, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)):
+        yield from getattr(node, "consts", ())
+        inner: Any = getattr(node, "jaxpr", node)  # from jax 0.12 on it is the same object
+        for equation in inner.eqns:
             yield from _literals(equation.invars)
             for _, parameter in sorted(equation.params.items()):
                 yield from arrays_of(parameter)
-        yield from _literals(node.outvars)
+        yield from _literals(inner.outvars)
     elif isinstance(node, (np.ndarray, jax.Array)):
         yield node
     elif isinstance(node, Mapping):
