@@ -76,7 +76,7 @@ def default() -> ConfigDict:
                 "keep_head": False,  # take the head of the weights too: the classes are the same
                 "dtype": "float32",  # of activations; parameters, sums and noise are float32
                 # Of parameters that no phase trains: bfloat16 takes half the memory, int8 (of
-                # language models) a quarter. None: float32
+                # language models) 28 %. None: float32
                 "frozen_dtype": placeholder(str),
                 # Compute a block's activations again in the backward pass, instead of keeping them.
                 "remat": False,

@@ -170,7 +170,7 @@ def plan(
         plateau_tolerance: fraction above the lowest total noise that still counts as plateau.
         sampling_noise: in clip bounds per square root of an epoch, >= 0; 0 judges sigma sqrt(T)
             alone.
-        tol: relative tolerance of each sigma, upwards.
+        tol: relative tolerance of each sigma, upward.
 
     Returns:
         The plan; rows by rising batch size. A candidate with E N / B < 1/2, less than one step,
@@ -378,7 +378,7 @@ def _suggest(epsilon: float, row: Row) -> tuple[Suggestion, ...]:
             "For DP-Adam at a constant rate with normalized clipping; the paper's grid is 1e-5 to "
             f"1e-2, and the best rate often scales with sqrt(B): here sqrt({row.batch_size}/1024) "
             f"= {scale:.2g} times the middle of it.",
-            f"Epochs: T={row.steps} steps; the fewer, the more each has to move: search upwards.",
+            f"Epochs: T={row.steps} steps; the fewer, the more each has to move: search upward.",
             "Parameter set: a head alone, from zero, took rates 10 to 100 times higher in our own "
             "trials; full fine-tuning wants the lower end.",
             "Every run on private data counts: charge the search (about 1.2 times the epsilon of "

@@ -199,7 +199,7 @@ def _records(
         hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(
             f"data.name={str(here)!r} has neither {split}.jsonl nor a folder {split} of .txt files."
-            + hint
+            f"{hint} Nor is it a TFDS data set that is prepared in {str(home)!r}."
         )
 
 

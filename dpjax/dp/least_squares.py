@@ -14,7 +14,7 @@ entries of A and z_B R Y on each entry of B, the pair (A / (z_A R^2), B / (z_B R
 mechanism of unit noise, and the same examples attain its sensitivity sqrt(1/z_A^2 + 1/z_B^2). The
 release is therefore exactly one Gaussian event with noise multiplier z, where
 1/z^2 = 1/z_A^2 + 1/z_B^2: one step of a `Mechanism` with `FullBatch`.
-`covariance_share` is the fraction of 1/z^2 that A uses. Symmetrizing the noisy A afterwards is
+`covariance_share` is the fraction of 1/z^2 that A uses. Symmetrizing the noisy A afterward is
 post-processing, and halves the variance off the diagonal.
 
 Source: Mehta, Krichene, Thakurta, Kurakin, Cutkosky 2022, arXiv 2211.13403 (DP least squares on

@@ -1,4 +1,4 @@
-"""Frozen matrices of 8-bit integers: a quarter of the memory of float32.
+"""Frozen matrices of 8-bit integers: with their scales, 9 bits a number.
 
 A block of 32 numbers shares a scale, the largest magnitude over 127, as in the GGUF format Q8_0,
 whose files are kept exactly. A step turns a matrix into floats where it uses it, and again in the

@@ -380,7 +380,7 @@ def parts(rows: Sequence[Row]) -> list[str | Table | Figure]:
         *noise_figure(found),
         "## Rules for the batch size",
         "Regret: accuracy lost against the best batch size of the same task, sampler and epsilon, "
-        "which is known only afterwards. The best of noisy means is a lucky one, so the columns "
+        "which is known only afterward. The best of noisy means is a lucky one, so the columns "
         "`curves`, and those of one sampler, compare on a cubic in log B through them.",
         Table("rules", "Regret of rules, as fractions of the test set", rules_table(groups)),
         Table("choices", "The planner's choice in every setting", choices(groups)),

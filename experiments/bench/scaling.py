@@ -318,7 +318,7 @@ def _plan(paper: _Paper) -> list[str]:
         left = machine.memory - sums - spread
         at_once = max(1.0, left / example.bytes)
         sent = _sent("all-reduce", 4 * count, machine.chips)
-        # Frozen parameters are gathered in the forward and in the backward pass of a chunk.
+        # Frozen parameters are gathered in the forward and, at least once, in the backward pass.
         chunks = math.ceil(rows / at_once)
         gathered = 2 * chunks * _sent("all-gather", held, machine.chips) if held else 0
         compute = rows * example.flops / machine.flops

@@ -414,7 +414,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hard", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--tasks", default=",".join(name for name in TASKS if name != "digits"))
-    parser.add_argument("--lines", default=",".join(LINES))
+    usual = [name for name, line in LINES.items() if line.stability is None]
+    parser.add_argument("--lines", default=",".join(usual))
     flags = parser.parse_args(argv)
     compilation.keep_on_disk()
     try:

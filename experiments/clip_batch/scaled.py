@@ -18,7 +18,7 @@ For a linear head, whose gradient x r^T is a product, the squared norm of the sc
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,30 +28,16 @@ from dpjax import dp, heads
 from dpjax.dp import linear_head
 from dpjax.step import Hyper, TrainState
 
-__all__ = ["Moments", "clipped_sum", "optimizer", "scales"]
+__all__ = ["clipped_sum", "optimizer", "scales"]
 
-_B1, _B2, _EPSILON = 0.9, 0.999, 1e-8  # of Adam, as optax has them
+_B2 = 0.999  # decay of Adam's second moments
 _TINY = 2.0**-126
 
 
-class Moments(NamedTuple):
-    """State of Adam.
-
-    Attributes:
-        count: int32 scalar, steps so far.
-        first: moving average of the noised gradients, a tree like the parameters.
-        second: that of their squares.
-    """
-
-    count: jax.Array
-    first: Any
-    second: Any
-
-
-def scales(moments: Moments, stability: float) -> Any:
+def scales(moments: optax.ScaleByAdamState, stability: float) -> Any:
     """Returns s of the next step, in (0, 1], a tree like the parameters; 1 before the first."""
     age = jnp.maximum(1 - _B2**moments.count, 1e-6)
-    return jax.tree.map(lambda v: 1 / (1 + jnp.sqrt(v / age) / stability), moments.second)
+    return jax.tree.map(lambda v: 1 / (1 + jnp.sqrt(v / age) / stability), moments.nu)
 
 
 @functools.cache  # one factory, one compilation
@@ -61,28 +47,17 @@ def optimizer(stability: float) -> heads.Optimizer:
     Args:
         stability: e > 0, in units of a gradient's coordinate.
     """
+    adam = optax.scale_by_adam(b2=_B2)
 
-    def init(params: Any) -> Moments:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return Moments(jnp.zeros((), jnp.int32), zeros, zeros)
-
-    def update(noised: Any, moments: Moments, params: Any = None) -> tuple[Any, Moments]:
-        del params
+    def update(noised: Any, moments: Any, params: Any = None) -> tuple[Any, Any]:
         grads = jax.tree.map(jnp.divide, noised, scales(moments, stability))
-        count = moments.count + 1
-        first = optax.tree.update_moment(grads, moments.first, _B1, 1)
-        second = optax.tree.update_moment(grads, moments.second, _B2, 2)
-        steps = jax.tree.map(
-            lambda m, v: m / (1 - _B1**count) / (jnp.sqrt(v / (1 - _B2**count)) + _EPSILON),
-            first, second,
-        )  # fmt: skip
-        return steps, Moments(count, first, second)
+        return adam.update(grads, moments, params)
 
     def factory(hyper: Hyper) -> optax.GradientTransformation:
         if hyper.noise_key is None:
             raise TypeError("a private optimizer needs hyper.noise_key.")
         noise = dp.gaussian(hyper.noise_multiplier, hyper.batch_size, key=hyper.noise_key)
-        scaled_adam = optax.GradientTransformation(init, update)
+        scaled_adam = optax.GradientTransformation(adam.init, update)
         return optax.chain(noise, scaled_adam, optax.scale_by_learning_rate(hyper.learning_rate))
 
     return factory
