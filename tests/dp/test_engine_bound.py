@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dpjax import dp
-from dpjax.dp.engines import bookkeeping, forms
+from dpjax.dp.engines import bookkeeping, forms, products
 
 BOUND = 1.0
 # What float32 may add: the reserve of the rule covers a contribution's own rounding; a sum of a
@@ -627,8 +627,8 @@ def test_ordinary_examples_are_never_handed_on():
         x = numbers.standard_normal((32, 1, T, d)).astype(np.float32)
         g = numbers.standard_normal((32, 1, T, p)).astype(np.float32)
         for measure in (
-            bookkeeping.products.gram_measure,
-            lambda t: bookkeeping.products.outer_measure(t)[0],
+            lambda t: products.gram_measure(products.gram(t)),
+            lambda t: products.outer_measure(products.outer(t)[0]),
         ):
             found = measure(forms.Tokens(x, g, d=d))
             root = np.sqrt(found.square)

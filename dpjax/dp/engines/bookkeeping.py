@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,9 +34,10 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
-from dpjax.dp.engines import products, reference
+from dpjax.dp.engines import forms, products, reference
 from dpjax.dp.engines.held import Held, here
 from dpjax.dp.engines.parts import (
+    Factors,
     Part,
     Record,
     Totals,
@@ -99,7 +101,9 @@ def microbatch_sum(
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
     doubts = reference.count_of_doubts(loss)
-    record = reference.once(record, doubts)  # one recording for the norms and for the sums
+    # One recording for the norms and for the sums. Direct gradients go with it, so that nothing
+    # else reads the cotangents, of which XLA would make a copy.
+    record, direct = reference.once((record, direct), doubts)
     constants = _constants(planned.traced, held)
     # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
     parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
@@ -113,7 +117,8 @@ def microbatch_sum(
         formed_part(planned.traced, mixed, record, constants, held, groups, doubts)
         for mixed in planned.mixed
     ]
-    kept = reference.once([part.kept for part in parts], doubts)
+    formed = [part.kept for part in parts[len(direct) :]]
+    kept = [part.kept for part in parts[: len(direct)]] + reference.once(formed, doubts)
 
     most = _cancellation(max((group.form.T for group in planned.groups), default=1))
     squares = _kept_squares(parts, kept, num_groups, mask.shape[0])
@@ -136,23 +141,25 @@ def microbatch_sum(
     spreads = planned.traced.spreads
     doubtful = mask & ~clip.usable & (spreads | jnp.isfinite(loss))
     repairs = not spreads and bool(planned.groups or planned.mixed)
-    totals = {i: jnp.zeros(leaf.shape, jnp.float32) for i, leaf in enumerate(leaves)}
+    totals = {i: jnp.zeros(leaf.size, jnp.float32) for i, leaf in enumerate(leaves)}
     if start is not None:
-        totals = dict(enumerate(jax.tree.leaves(start)))
+        totals = {i: total.reshape(-1) for i, total in enumerate(jax.tree.leaves(start))}
     count = jnp.sum(~clip.usable)
     if repairs:
         totals, facts, count = _set_apart(
             rule, parts, squares, record, totals, facts, clip.usable, doubtful, doubts
         )
+    # A gradient in memory was measured as it is summed, of whatever example.
+    trusted, all_of_them = _columns(clip.factors), _columns(facts.factors)
     touched = frozenset[int]().union(*(part.clears for part in parts))
-    arrays = {i: record.arrays[i] for i in touched}
-    arrays, kept = _cleared(arrays, kept, clip.usable, jnp.any(facts.factors > 0, 1), count)
-    record = dataclasses.replace(record, arrays=record.arrays | arrays)
+    record, kept = _cleared(
+        record, touched, kept, clip.usable, jnp.any(facts.factors > 0, 1), count
+    )
     for part, own in zip(parts, kept):
-        # A gradient in memory was measured as it is summed, of whatever example.
-        factors = facts.factors if part.exact is None else clip.factors
+        factors = all_of_them if part.exact is None else trusted
         totals = part.add(totals, record, own, factors, clip.usable)
-    total = jax.tree.unflatten(treedef, [totals[i] for i in range(len(leaves))])
+    sums = [totals[i].reshape(leaf.shape) for i, leaf in enumerate(leaves)]
+    total = jax.tree.unflatten(treedef, sums)
     if not spreads:
         return total, facts
     return reference.one_by_one(loss_fn, rule, held.whole(), batch, doubtful, total, facts)
@@ -182,13 +189,23 @@ def _backward(
 
     (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
     keys = sorted(places)
-    arrays = dict(enumerate([*inputs, *(cotangents[key] for key in keys)]))
+    pairs = {key: (places[key], len(inputs) + i) for i, key in enumerate(keys)}
+    arrays = [*inputs, *(cotangents[key] for key in keys)]
+    shapes = [array.shape[1:] for array in arrays]
+    rows = [1] * len(arrays)
+    for site in traced.sites:
+        for i, last in zip(pairs[site.key], forms.last_axes(site)):
+            if last and arrays[i].shape[1:] == shapes[i]:
+                rows[i] = math.prod(shapes[i][:-last])
+                arrays[i] = arrays[i].reshape(-1, math.prod(shapes[i][-last:]))
     record = Record(
-        arrays,
+        dict(enumerate(arrays)),
         {place: cotangents[place].reshape(-1).astype(jnp.float32) for place in traced.scalars},
-        tuple((key, (places[key], len(inputs) + i)) for i, key in enumerate(keys)),
+        tuple(pairs.items()),
+        tuple(shapes),
+        tuple(rows),
     )
-    return loss.astype(jnp.float32), record, {i: g.astype(jnp.float32) for i, g in direct.items()}
+    return loss.astype(jnp.float32), record, {i: products.flat(g) for i, g in direct.items()}
 
 
 def _constants(traced: Traced, held: Held) -> dict[Key, dict[int, jax.Array]]:
@@ -235,25 +252,25 @@ def _cancellation(tokens: int) -> float:
 
 def _kept_squares(parts: list[Part], kept: list[Vectors], num_groups: int, size: int) -> jax.Array:
     """The squared norms `[n, groups]` of all gradients that are in memory."""
-    by_size: dict[int, list[tuple[int, jax.Array]]] = {}
+    groups: dict[int, int] = {}
+    by_group: dict[int, list[jax.Array]] = {}
     for part, own in zip(parts, kept):
         for group, g in zip(part.members, own):
-            key = g.shape[1] if g.shape[1] <= products.BIAS else -1 - len(by_size)
-            by_size.setdefault(key, []).append((group, capped(g, part.limit)))
-    squares = jnp.zeros((size, num_groups), jnp.float32)
-    for alike in by_size.values():
-        # Small ones are copied side by side, so that one program measures all.
-        stacked = jnp.concatenate([g for _, g in alike])
-        found = products.kept_measure(stacked).square.reshape(len(alike), size)
-        squares += _sum_by_group(found, [group for group, _ in alike], num_groups)
-    return squares
+            # Small ones are copied side by side, so that one program measures all of a group.
+            key = group if g.shape[1] <= products.BIAS else num_groups + len(by_group)
+            by_group.setdefault(key, []).append(capped(g, part.limit))
+            groups[key] = group
+    squares = [products.kept_measure(jnp.concatenate(own, 1)).square for own in by_group.values()]
+    if not squares:
+        return jnp.zeros((size, num_groups), jnp.float32)
+    return _sum_by_group(jnp.stack(squares), list(groups.values()), num_groups).T
 
 
 def _sum_by_group(rows: jax.Array, groups: list[int], num_groups: int) -> jax.Array:
-    """Sums `[gradients, n]` to `[n, groups]` of the clipping rule."""
+    """Sums `[gradients, ...]` to `[groups, ...]` of the clipping rule."""
     if num_groups == 1:
-        return jnp.sum(rows, 0)[:, None]
-    return jax.ops.segment_sum(rows, jnp.array(groups, jnp.int32), num_groups).T
+        return jnp.sum(rows, 0, keepdims=True)
+    return jax.ops.segment_sum(rows, jnp.array(groups, jnp.int32), num_groups)
 
 
 def _clip(
@@ -290,13 +307,11 @@ def _clip(
         groups = [group for _, own in measures for group in own]
         each = jax.tree.map(lambda *rows: jnp.concatenate(rows), *[m for m, _ in measures])
         # Parts are orthogonal, so spread and mass add up in squares. The peak is that of all.
-        found = products.Measure(
-            square=squares + _sum_by_group(each.square, groups, num_groups),
-            error=_sum_by_group(each.error, groups, num_groups),
-            spread=jnp.sqrt(_sum_by_group(jnp.square(each.spread), groups, num_groups)),
-            mass=jnp.sqrt(_sum_by_group(jnp.square(each.mass), groups, num_groups)),
-            peak=jnp.broadcast_to(jnp.max(each.peak, 0)[:, None], squares.shape),
-        )
+        terms = [each.square, each.error, jnp.square(each.spread), jnp.square(each.mass)]
+        sums = _sum_by_group(jnp.stack(terms, 1), groups, num_groups)  # [groups, 4, n]
+        square, error, spread, mass = jnp.transpose(sums, (1, 2, 0))
+        peak = jnp.broadcast_to(jnp.max(each.peak, 0)[:, None], squares.shape)
+        found = products.Measure(squares + square, error, jnp.sqrt(spread), jnp.sqrt(mass), peak)
     square, error, spread, mass, peak = found
     norms = jnp.sqrt(square)
     bounded = jnp.sqrt(square + error) + spread
@@ -347,7 +362,7 @@ def _set_apart(
         The totals, the facts, and how many examples are not usable: known once this is done, so
         that what reads the number may write over the record.
     """
-    order = _order(usable)
+    order, num_groups = _order(usable), squares.shape[1]
     formed = [(p.exact, p.place, p.members) for p in parts if p.exact and p.place]
 
     def turn(
@@ -355,21 +370,20 @@ def _set_apart(
     ) -> tuple[Totals, PerExample, jax.Array]:
         row = order[i]
         totals, facts, count = state
-        own: Any = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), record)
+        own = record.take(row, 1)
         vectors = reference.once([exact(own) for exact, _, _ in formed], doubts)
+        lengths = [products.kept_measure(v).square for mine in vectors for v in mine]
+        groups = [group for _, _, members in formed for group in members]
         square = squares[row]
-        for (_, _, members), mine in zip(formed, vectors, strict=True):
-            for group, vector in zip(members, mine, strict=True):
-                square = square.at[group].add(products.kept_measure(vector).square[0])
+        if lengths:
+            square += _sum_by_group(jnp.stack(lengths), groups, num_groups)[:, 0]
         norms = jnp.sqrt(square)
         use = doubtful[row] & jnp.all(jnp.isfinite(norms))
         # Once, or XLA computes them again in the program of every weight, which it has to compile.
         factors = reference.once(jnp.where(use, rule.factors(norms), 0.0), doubts)
+        columns = _columns(factors[None])
         for (_, place, members), mine in zip(formed, vectors, strict=True):
-            weighed = [
-                jnp.where(factors[group] > 0, vector[0], 0.0) * factors[group]
-                for group, vector in zip(members, mine, strict=True)
-            ]
+            weighed = [products.scaled(v, *columns[g])[0] for g, v in zip(members, mine, strict=True)]
             totals = place(totals, own, tuple(weighed))
         norms = jnp.where(doubtful[row], norms, facts.norms[row])
         facts = facts._replace(
@@ -380,18 +394,28 @@ def _set_apart(
     return jax.lax.fori_loop(0, jnp.sum(~usable), turn, (totals, facts, jnp.int32(0)))
 
 
+def _columns(factors: jax.Array) -> Factors:
+    return [(column, column > 0) for column in jnp.unstack(factors, axis=1)]
+
+
 def _order(usable: jax.Array) -> jax.Array:
     """The rows, those first that are not usable; unsigned, so that none counts from the end."""
     return jnp.argsort(usable).astype(jnp.uint32)
 
 
 def _cleared(
-    arrays: PyTree, kept: PyTree, usable: jax.Array, used: jax.Array, count: jax.Array
-) -> tuple[PyTree, PyTree]:
+    record: Record,
+    touched: frozenset[int],
+    kept: list[Vectors],
+    usable: jax.Array,
+    used: jax.Array,
+    count: jax.Array,
+) -> tuple[Record, list[Vectors]]:
     """Writes zeros for examples that must not reach a product: 0 * NaN is NaN.
 
     Args:
-        arrays: of the record, `[n, ...]`; cleared where not usable.
+        record: of all examples.
+        touched: arrays of the record that are cleared where not usable.
         kept: gradients `[n, entries]`; cleared where not used either. Small ones are left: there,
             the sum itself leaves such examples out.
         usable: `[n]` bool.
@@ -400,23 +424,28 @@ def _cleared(
     """
     large, treedef = jax.tree.flatten(kept)
     places = [i for i, g in enumerate(large) if g.shape[1] > products.BIAS]
-    if not jax.tree.leaves(arrays) and not places:
-        return arrays, kept
+    if not touched and not places:
+        return record, kept
     order = _order(usable)
-
-    def cleared(x: jax.Array, row: jax.Array, keep: Any = False) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(x, row, 1)
-        zeros = jnp.where(keep, own, jnp.zeros_like(own))
-        return jax.lax.dynamic_update_slice_in_dim(x, zeros, row, 0)
 
     def clear(i: jax.Array, state: Any) -> Any:
         row = order[i]
-        arrays, kept = state
-        arrays = jax.tree.map(lambda x: cleared(x, row), arrays)
-        return arrays, [cleared(g, row, used[row]) for g in kept]
+        arrays, kept = dict(state[0]), []
+        starts = {rows: row * rows for rows in {record.rows[i] for i in touched}}
+        for i, array in arrays.items():
+            rows = record.rows[i]
+            zeros = jnp.zeros((rows, *array.shape[1:]), array.dtype)
+            arrays[i] = jax.lax.dynamic_update_slice_in_dim(array, zeros, starts[rows], 0)
+        for g in state[1]:
+            own = jax.lax.dynamic_slice_in_dim(g, row, 1)
+            own = jnp.where(used[row], own, jnp.zeros_like(own))
+            kept.append(jax.lax.dynamic_update_slice_in_dim(g, own, row, 0))
+        return arrays, kept
 
     # In place: a copy of all recorded arrays would take about 4% of a step.
-    arrays, own = jax.lax.fori_loop(0, count, clear, (arrays, [large[i] for i in places]))
+    start = {i: record.arrays[i] for i in touched}, [large[i] for i in places]
+    arrays, own = jax.lax.fori_loop(0, count, clear, start)
     for i, g in zip(places, own, strict=True):
         large[i] = g
-    return arrays, jax.tree.unflatten(treedef, large)
+    record = dataclasses.replace(record, arrays=record.arrays | arrays)
+    return record, jax.tree.unflatten(treedef, large)

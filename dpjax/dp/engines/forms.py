@@ -43,9 +43,11 @@ __all__ = [
     "form_of",
     "has_patches",
     "is_table",
+    "last_axes",
     "part_of",
     "restore",
     "sums_as_convolution",
+    "tiles",
     "tokens",
 ]
 
@@ -76,6 +78,11 @@ class Tokens(NamedTuple):
     rows: Any = None
     h: Any = None
     d: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of products and of lookups."""
+        return sum(int(part.shape[2]) for part in (self.x, self.rows) if part is not None)
 
     @property
     def p(self) -> int:
@@ -277,7 +284,7 @@ def _patches(site: Site, x: jax.Array) -> jax.Array:
     padding = [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"])]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
     m, channels = x.shape[0], x.shape[-1]
-    if kernel == tuple(p["window_strides"]) and set(p["rhs_dilation"]) <= {1}:
+    if tiles(site):
         # Patches that tile x, as a ViT's do, are x in another order: no copy for each position.
         x = x[(slice(None), *(slice(o * k) for o, k in zip(out, kernel)))]
         x = x.reshape(m, *itertools.chain(*zip(out, kernel)), channels)
@@ -307,9 +314,33 @@ def _conv_restore(site: Site, w: jax.Array) -> jax.Array:
     return w.transpose(*range(stacked), *(stacked + i for i in inverse))
 
 
+def last_axes(site: Site) -> tuple[int, int]:
+    """How many last axes of the input and of the output are the features of a dense layer.
+
+    Recorded as `[n * tokens, features]`, the arrays are those that XLA multiplies in the model, and
+    no copy is made. 0 for other sites, and where the features are not last.
+    """
+    if site.kind != "dot":
+        return 0, 0
+    axes, ndim = _dot_axes(site), site.input.ndim
+    if axes.x_batch or site.operand == 0:
+        return 0, 0
+    count = len(axes.x_contract)
+    features_last = axes.x_contract == tuple(range(ndim - count, ndim))
+    return count if features_last else 0, len(axes.w_free)
+
+
 def has_patches(site: Site) -> bool:
     """Whether the canonical x is larger than the input: a kernel of more than one position."""
     return site.kind == "conv" and math.prod(_kernel(site)) > 1
+
+
+def tiles(site: Site) -> bool:
+    """Whether the patches of a convolution lie side by side: x is no larger in canonical form."""
+    p = site.params
+    if site.kind != "conv" or not set(p["rhs_dilation"]) <= {1}:
+        return False
+    return _kernel(site) == tuple(p["window_strides"])
 
 
 def sums_as_convolution(sites: tuple[Site, ...]) -> bool:

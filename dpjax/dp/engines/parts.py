@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpjax.dp.engines import forms, products, reference
 from dpjax.dp.engines.forms import Tokens
@@ -26,6 +27,7 @@ from dpjax.dp.engines.taps import function_of_leaves
 from dpjax.dp.engines.tracing import Traced
 
 __all__ = [
+    "Factors",
     "Part",
     "Record",
     "Totals",
@@ -38,7 +40,8 @@ __all__ = [
 ]
 
 Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
-Totals = dict[int, jax.Array]  # by leaf, sums over examples
+Totals = dict[int, jax.Array]  # by leaf, sums over examples, flat
+Factors = list[tuple[jax.Array, jax.Array]]  # by group, `[n]` factors and which are above 0
 
 # Numbers in a temporary of one chunk of examples: what a CPU's cache holds, or enough to fill an
 # accelerator.
@@ -49,34 +52,62 @@ _COPIED = 4  # of the examples of a batch, one in so many is copied at a time to
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("arrays", "scalars"), meta_fields=("places",)
+    jax.tree_util.register_dataclass, data_fields=("arrays", "scalars"), meta_fields=("places", "shapes", "rows")
 )
 @dataclasses.dataclass(frozen=True)
 class Record:
     """What one backward pass leaves behind.
 
     Attributes:
-        arrays: inputs of equations and cotangents of their outputs, `[n, ...]` each. An input that
-            several equations share is there once.
+        arrays: inputs of equations and cotangents of their outputs, `[n, ...]` each, or those of a
+            dense layer as `[n * tokens, features]`; see `forms.last_axes`. Those of equal sizes
+            then share kernels. An input that several equations share is there once.
         scalars: by place, the cotangent of a scalar `[n]`.
         places: for each equation, its input and its cotangent among the arrays.
+        shapes: of each array, `[...]` without the axis of examples.
+        rows: how many rows of each array belong to an example.
     """
 
     arrays: dict[int, jax.Array]
     scalars: dict[Key, jax.Array]
     places: tuple[tuple[Key, tuple[int, int]], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
 
-    def of(self, weights: tuple[Weight, ...], scalars: list[Key]) -> Record:
+    def of(self, weights: tuple[Weight, ...], own_scalars: list[Key]) -> Record:
         """The part that belongs to some weights."""
         keys = {site.key for sites in weights for site in sites}
         places = tuple(item for item in self.places if item[0] in keys)
         arrays = {i: self.arrays[i] for _, pair in places for i in pair}
-        return Record(arrays, {k: self.scalars[k] for k in scalars}, places)
+        scalars = {k: self.scalars[k] for k in own_scalars}
+        return dataclasses.replace(self, arrays=arrays, scalars=scalars, places=places)
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        i, array = next(iter(self.arrays.items()))
+        return array.shape[0] // self.rows[i]
+
+    def take(self, first: jax.Array, count: int) -> Record:
+        """The part of a few examples."""
+
+        starts = {rows: first * rows for rows in {1, *self.rows}}
+
+        def part(array: jax.Array, rows: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(array, starts[rows], count * rows)
+
+        arrays = {i: part(array, self.rows[i]) for i, array in self.arrays.items()}
+        scalars = {k: part(scalar, 1) for k, scalar in self.scalars.items()}
+        return dataclasses.replace(self, arrays=arrays, scalars=scalars)
 
     def pairs(self, sites: Weight) -> list[tuple[jax.Array, jax.Array]]:
         """The input and the cotangent of each site, as far as they belong to it."""
         places = dict(self.places)
-        return [forms.part_of(site, *(self.arrays[i] for i in places[site.key])) for site in sites]
+
+        def array(i: int) -> jax.Array:
+            return self.arrays[i].reshape(-1, *self.shapes[i])
+
+        return [forms.part_of(site, *map(array, places[site.key])) for site in sites]
 
     def tokens(self, sites: Weight) -> Tokens:
         """The canonical arrays of one weight."""
@@ -93,8 +124,8 @@ class Part(NamedTuple):
         measures: of those that are not kept; empty if they were measured together with others.
         within: `[n]` bool, whether no number on the way leaves the range of the weight's dtype;
             None if that is float32's own.
-        add: `(totals, record, kept, factors [n, groups], usable [n])` to the totals with the
-            weighted sums added. Factors are zero where not usable.
+        add: `(totals, record, kept, factors, usable [n])` to the totals with the weighted sums
+            added. Factors are zero where not usable.
         limit: the largest number of the weight's dtype.
         exact: of gradients that are not kept, the record of ONE example to them, `[1, entries]`
             each, in which numbers beyond the range of the weight's dtype are infinite.
@@ -106,7 +137,7 @@ class Part(NamedTuple):
     kept: Vectors
     measures: tuple[products.Measure, ...]
     within: jax.Array | None
-    add: Callable[[Totals, Record, Vectors, jax.Array, jax.Array], Totals]
+    add: Callable[[Totals, Record, Vectors, Factors, jax.Array], Totals]
     limit: float = math.inf
     exact: Callable[[Record], Vectors] | None = None
     place: Callable[[Totals, Record, Vectors], Totals] | None = None
@@ -114,12 +145,12 @@ class Part(NamedTuple):
 
 
 def kept_part(leaf: int, gradients: jax.Array, groups: tuple[int, ...]) -> Part:
-    """A leaf with per-example gradients `[n, ...]` in memory: measured and summed as they are."""
+    """A leaf with per-example gradients `[n, entries]` in memory, measured and summed as such."""
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
-        return totals | {leaf: totals[leaf] + vectors[0].reshape(totals[leaf].shape)}
+        return totals | {leaf: totals[leaf] + vectors[0]}
 
-    return _of_kept((groups[leaf],), (products.flat(gradients),), None, place)
+    return _of_kept((groups[leaf],), (gradients,), None, place)
 
 
 def _of_kept(
@@ -132,9 +163,9 @@ def _of_kept(
     """A part whose gradients are in memory; `limit` is the largest number of the weight's dtype."""
 
     def add(
-        totals: Totals, record: Record, kept: Vectors, factors: jax.Array, usable: jax.Array
+        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        weighed = [products.weigh(g, factors[:, i]) for i, g in zip(members, kept, strict=True)]
+        weighed = [products.weigh(g, *factors[i]) for i, g in zip(members, kept, strict=True)]
         return place(totals, record, tuple(weighed))
 
     return Part(members, kept, (), within, add, limit)
@@ -199,9 +230,9 @@ def closed_part(
         if group.norm == "lookup":
             found = products.lookup_measure(t)
         elif group.norm == "gram":
-            found = products.gram_measure(t)
+            found = products.gram_measure(products.gram(t))
         else:
-            found = products.outer_measure(t)[0]
+            found = products.outer_measure(products.outer(t)[0])
         found = finish(found, record)
         return (found,), found.mass < largest if narrow else None
 
@@ -209,7 +240,8 @@ def closed_part(
         vectors = (products.flat(materialized(record)),)
         if not narrow:
             return vectors, None
-        found = finish(products.outer_measure(record.tokens(sites))[0], record)
+        formed = products.outer(record.tokens(sites))[0]
+        found = finish(products.outer_measure(formed), record)
         return vectors, found.mass < largest
 
     def exact(record: Record) -> Vectors:
@@ -227,33 +259,35 @@ def closed_part(
         rows, h = t.rows.reshape(-1), h.reshape(-1, form.p)
         if table:
             own = totals[leaf]
-            return totals | {leaf: own.reshape(form.d, form.p).at[rows].add(h).reshape(own.shape)}
+            return totals | {leaf: own.reshape(form.d, form.p).at[rows].add(h).reshape(-1)}
         gradient = jnp.zeros((form.d, form.p), jnp.float32).at[rows].add(h)
-        return totals | {leaf: totals[leaf] + back(gradient[None])}
+        return totals | {leaf: totals[leaf] + back(gradient[None]).reshape(-1)}
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         if group.norm == "lookup" and not terms:
             return look_up(totals, record.tokens(sites), vectors[0])
-        return totals | {leaf: totals[leaf] + back(vectors[0].reshape(shape))}
+        return totals | {leaf: totals[leaf] + back(vectors[0].reshape(shape)).reshape(-1)}
 
     def add(
-        totals: Totals, record: Record, kept: Vectors, factors: jax.Array, usable: jax.Array
+        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        factor = factors[:, rule_group]
+        factor = factors[rule_group][0]
         if forms.sums_as_convolution(sites):
             for site, (x, g) in zip(sites, record.pairs(sites)):
                 # Back through its own view: another use may order the leaf's axes otherwise.
                 value = forms.conv_sum(site, x, products.scaled(g, factor, usable))
-                totals = totals | {leaf: totals[leaf] + site.view_of_leaf.pull(value)}
+                value = site.view_of_leaf.pull(value).reshape(-1)
+                totals = totals | {leaf: totals[leaf] + value}
         elif group.norm == "lookup":
             t = record.tokens(sites)
             totals = look_up(totals, t, products.scaled(t.h, factor, usable))
         else:
             value = back(products.weighted_sum(record.tokens(sites), factor, usable))
-            totals = totals | {leaf: totals[leaf] + value}
+            totals = totals | {leaf: totals[leaf] + value.reshape(-1)}
         for at, constant in terms.items():
             weights = products.scaled(record.scalars[at], factor, usable)
-            totals = totals | {leaf: totals[leaf] + back(jnp.sum(weights) * constant)}
+            value = back(jnp.sum(weights) * constant).reshape(-1)
+            totals = totals | {leaf: totals[leaf] + value}
         return totals
 
     # Of a product, the smaller array is scaled, and cleared by that.
@@ -280,7 +314,7 @@ def closed_part(
 def measured_together(
     groups: Sequence[Group], record: Record, constants: dict[Key, dict[int, jax.Array]]
 ) -> list[tuple[list[int], products.Measure]]:
-    """Measures groups of equal sizes by one program, which is compiled once for all of them.
+    """Measures weights with equal numbers of tokens by one program, which is compiled once for all.
 
     A model of many equal blocks then takes little more time to compile than one of few. What was
     recorded of a few examples at a time is copied side by side.
@@ -295,42 +329,59 @@ def measured_together(
     """
     alike: dict[Any, list[int]] = {}
     others = {leaf for own in constants.values() for leaf in own}
-    for i, group in enumerate(groups):
-        plain = all(s.kind != "embed" and not forms.has_patches(s) for s in group.sites)
-        plain = plain and group.norm in ("gram", "outer again")
+    order = sorted(range(len(groups)), key=lambda i: (-groups[i].form.T, i))
+    for i in order:
+        group = groups[i]
+        plain = all(s.kind != "embed" for s in group.sites)
+        plain &= not any(forms.has_patches(s) and not forms.tiles(s) for s in group.sites)
+        plain &= group.norm in ("gram", "outer again")
         if plain and others.isdisjoint(group.sites[0].leaves):
-            kinds = tuple({s.input.dtype, s.output.dtype} for s in group.sites)
-            B, T, d, p = group.form[:4]
-            key = group.norm, B, T, min(d, p), max(d, p), str(kinds)
-            alike.setdefault(key, []).append(i)
+            B, T = group.form[:2]
+            # Blocks of a ViT have one token more than there are patches: those get one of zeros.
+            near = [t for norm, b, t in alike if (norm, b) == (group.norm, B) and 1 < T >= 0.9 * t]
+            alike.setdefault((group.norm, B, min(near, default=T)), []).append(i)
     return [
-        (members, _measured_alike([groups[i].sites for i in members], key[0], record))
+        (members, _measured_alike([groups[i].sites for i in members], *key, record))
         for key, members in alike.items()
         if len(members) > 1
     ]
 
 
-def _measured_alike(weights: list[Weight], norm: str, record: Record) -> products.Measure:
-    """The measures `[weights, n]` of weights of equal canonical sizes."""
+def _measured_alike(
+    weights: list[Weight], norm: str, B: int, T: int, record: Record
+) -> products.Measure:
+    """The measures `[weights, n]` of weights of at most T tokens."""
+
+    def found(x: jax.Array, g: jax.Array) -> products.Gram | products.Outer:
+        t = Tokens(x, g, d=x.shape[3])
+        return products.gram(t) if norm == "gram" else products.outer(t)[0]
 
     def measure(record: Record) -> jax.Array:
-        pairs = []
-        for sites in weights:
+        by_sizes: dict[Any, list[tuple[int, jax.Array, jax.Array]]] = {}
+        for i, sites in enumerate(weights):
             t = record.tokens(sites)
             # The norm of x^T g is that of g^T x.
-            pairs.append((t.x, t.g) if t.d <= t.p else (t.g, t.x))
-        x, g = (jnp.stack(arrays) for arrays in zip(*pairs))
+            pair = (t.x, t.g) if t.d <= t.p else (t.g, t.x)
+            longer = [(0, 0), (0, 0), (0, T - t.tokens), (0, 0)]
+            x, g = (jnp.pad(a, longer) if t.tokens < T else a for a in pair)
+            key = (x.shape[3], x.dtype, g.shape[3], g.dtype)
+            by_sizes.setdefault(key, []).append((i, x, g))
+        stacked = []
+        for alike in by_sizes.values():
+            x, g = (jnp.stack(arrays) for arrays in list(zip(*alike))[1:])
+            stacked.append(jax.vmap(found)(x, g))
+        joint = jax.tree.map(lambda *rows: jnp.concatenate(rows), *stacked)
+        one = products.gram_measure if norm == "gram" else products.outer_measure
+        measures = jnp.stack(jax.vmap(one)(joint))  # [5, weights, n]
+        order = np.argsort([i for alike in by_sizes.values() for i, *_ in alike])
+        return jnp.transpose(measures[:, order])
 
-        def one(x: jax.Array, g: jax.Array) -> products.Measure:
-            t = Tokens(x, g, d=x.shape[3])
-            return products.gram_measure(t) if norm == "gram" else products.outer_measure(t)[0]
-
-        return jnp.transpose(jnp.stack(jax.vmap(one)(x, g)))
-
-    B, T, d, p = forms.form_of(weights[0])[:4]
-    each = B * T * (d + p) + B * (2 * T * T if norm == "gram" else d * p)
-    found = _chunked(measure, record.of(tuple(weights), []), len(weights) * each, share=_COPIED)
-    return products.Measure(*jnp.transpose(found))
+    each = 0
+    for sites in weights:
+        d, p = forms.form_of(sites)[2:4]
+        each += B * T * (d + p) + B * (2 * T * T if norm == "gram" else d * p)
+    found_all = _chunked(measure, record.of(tuple(weights), []), each, share=_COPIED)
+    return products.Measure(*jnp.transpose(found_all))
 
 
 def formed_part(
@@ -359,8 +410,8 @@ def formed_part(
         within = jnp.ones((), bool)
         for sites, pull, limit in zip(mixed.weights, pulls, limits):
             if limit < products.LARGEST:
-                found, gradient = products.outer_measure(record.tokens(sites))
-                within &= found.mass < limit / 4
+                formed, gradient = products.outer(record.tokens(sites))
+                within &= products.outer_measure(formed).mass < limit / 4
             else:
                 unscaled, scale = _unscaled(sites)
                 gradient = scale * products.materialize(record.tokens(unscaled))
@@ -379,7 +430,7 @@ def formed_part(
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         totals = dict(totals)
         for leaf, vector in zip(mixed.leaves, vectors, strict=True):
-            totals[leaf] += vector.reshape(totals[leaf].shape)
+            totals[leaf] += vector
         return totals
 
     own, size = record.of(mixed.weights, list(terms)), _temporary_of(mixed)
@@ -394,27 +445,32 @@ def formed_part(
     measures, within = _chunked(measure, own, size)
 
     def add(
-        totals: Totals, record: Record, kept: Vectors, factors: jax.Array, usable: jax.Array
+        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        def chunk(totals: Totals, part: Any) -> tuple[Totals, None]:
-            record, factors, squares = part
+        own = record.of(mixed.weights, list(terms))
+        chunk = _chunk(own, size)
+
+        def part(array: jax.Array, first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(array, first, chunk)
+
+        def turn(i: jax.Array, totals: Totals) -> Totals:
+            first = i * chunk
             weighed = []
-            vectors = reference.once(gradients(record)[0], doubts)
-            for i, (member, g) in enumerate(zip(members, vectors, strict=True)):
+            vectors = reference.once(gradients(own.take(first, chunk))[0], doubts)
+            for member, measured, g in zip(members, measures, vectors, strict=True):
+                square = part(measured.square, first)
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
                 again = products.kept_measure(g).square
-                shrink = jnp.where(again > squares[i], jnp.sqrt(squares[i] / again), 1.0)
+                shrink = jnp.where(again > square, jnp.sqrt(square / again), 1.0)
                 finite = jnp.isfinite(again)
                 g = jnp.where(finite[:, None], g, 0.0)
-                factor = jnp.where(finite, factors[:, member] * shrink, 0.0)
-                weighed.append(products.weigh(g, factor))
-            return place(totals, record, tuple(weighed)), None
+                factor = jnp.where(finite, part(factors[member][0], first) * shrink, 0.0)
+                weighed.append(products.weigh(g, factor, factor > 0))
+            return place(totals, record, tuple(weighed))
 
-        squares = tuple(measured.square for measured in measures)
-        own = {leaf: totals[leaf] for leaf in mixed.leaves}
-        parts = (record.of(mixed.weights, list(terms)), factors, squares)
-        return totals | jax.lax.scan(chunk, own, _cut(parts, size)[0])[0]
+        start = {leaf: totals[leaf] for leaf in mixed.leaves}
+        return totals | jax.lax.fori_loop(0, own.size // chunk, turn, start)
 
     return Part(members, (), measures, within, add, min(limits), exact, place)
 
@@ -465,23 +521,22 @@ def _temporary_of(mixed: Mixed) -> int:
     return patches if mixed.kept and patches else max(patches, mixed.numbers)
 
 
-def _cut(arrays: Any, size: int, share: int = 1) -> tuple[Any, int]:
-    """Cuts arrays `[n, ...]` into `[chunks, n / chunks, ...]` by the `size` of each example.
+def _chunk(record: Record, size: int, share: int = 1) -> int:
+    """How many examples are measured at a time, such that temporaries of `size` each are small.
 
     No chunk has more than one of `share` parts of the examples.
     """
-    n = jax.tree.leaves(arrays)[0].shape[0]
-    budget = _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
+    n, budget = record.size, _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
     fits = (c for c in range(2, n // share + 1) if n % c == 0 and c * size <= budget)
-    chunk = max(fits, default=1)
-    return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), arrays), n // chunk
+    return max(fits, default=1)
 
 
-def _chunked(function: Callable[[Any], Any], arrays: Any, size: int, share: int = 1) -> Any:
+def _chunked(function: Callable[[Record], Any], record: Record, size: int, share: int = 1) -> Any:
     """Applies `function` to a few examples at a time if its temporaries, `size` each, are large."""
-    cut, chunks = _cut(arrays, size, share)
-    if chunks == 1:
-        return function(arrays)
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), jax.lax.map(function, cut)
-    )
+    chunk, n = _chunk(record, size, share), record.size
+    if chunk == n:
+        return function(record)
+    # XLA reads a slice where it is; of arrays reshaped to `[chunks, chunk, ...]` it copies some.
+    firsts = jnp.arange(0, n, chunk, dtype=jnp.uint32)
+    results = jax.lax.map(lambda first: function(record.take(first, chunk)), firsts)
+    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)

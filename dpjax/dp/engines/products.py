@@ -42,7 +42,7 @@ are added to every count.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +58,12 @@ __all__ = [
     "cheapest",
     "combined",
     "flat",
+    "gram",
     "gram_measure",
     "kept_measure",
     "lookup_measure",
     "materialize",
+    "outer",
     "outer_measure",
     "scaled",
     "scales_x",
@@ -178,29 +180,57 @@ def kept_measure(gradients: jax.Array) -> Measure:
     return Measure(_total(jnp.square(gradients)), zero, zero, zero, zero)
 
 
-def gram_measure(t: Tokens) -> Measure:
-    """Of x_i^T g_i, from the Gram matrices x x^T and g g^T; summed by `weighted_sum`."""
-    x_square, g_square = token_squares(t)
-    tokens, d, p = x_square.shape[2], t.d, t.p
-    if tokens == 1:  # no sum over tokens: squares add up without cancellation
-        xx, gg = x_square[:, :, 0], g_square[:, :, 0]
+class Gram(NamedTuple):
+    """What the norm of x_i^T g_i follows from, and what that is off by.
+
+    Attributes:
+        x: Gram matrices `[n, B, T, T]` of the inputs; of one token the squares `[n, B]`.
+        g: those of the cotangents.
+        d: rows of the gradient.
+        p: columns of the gradient.
+        x_chain: units roundoff that a number of `x` may be off by.
+        g_chain: the same of `g`.
+        rounding: what rounding adds to the sum over examples, in parts of the mass.
+    """
+
+    x: jax.Array
+    g: jax.Array
+    d: Any
+    p: Any
+    x_chain: Any
+    g_chain: Any
+    rounding: Any
+
+
+def gram(t: Tokens) -> Gram:
+    """The Gram matrices x x^T and g g^T."""
+    if t.tokens == 1:
+        x_square, g_square = token_squares(t)
+        # One rounding in float32 is within the reserve of the rule; what else `dot` loses is not.
+        rounding = _split(t) + (roundings(1, t.x, t.g) - 1) * _UNIT
+        return Gram(x_square[:, :, 0], g_square[:, :, 0], t.d, t.p, 0, 0, rounding)
+    (xx, x_chain), (gg, g_chain) = _input_gram(t), _gram(_cotangents(t))
+    return Gram(xx, gg, t.d, t.p, x_chain, g_chain, _rounding(t, times=1))
+
+
+def gram_measure(found: Gram) -> Measure:
+    """Of x_i^T g_i, from Gram matrices; summed by `weighted_sum`."""
+    xx, gg, d, p = found[:4]
+    if xx.ndim == 2:  # one token, no sum over tokens: squares add up without cancellation
         square = jnp.sum(xx * gg, 1)
         error = _TINY * jnp.sum(d * gg + p * xx + 1, 1)
         mass = jnp.sqrt(square + error)
-        # One rounding in float32 is within the reserve of the rule; what else `dot` loses is not.
-        spread = (_split(t) + (roundings(1, t.x, t.g) - 1) * _UNIT) * mass
-        return Measure(square, error, spread, mass, _peak(xx, gg))
-    (xx, x_chain), (gg, g_chain) = _input_gram(t), _gram(_cotangents(t))
+        return Measure(square, error, found.rounding * mass, mass, _peak(xx, gg))
     x_square, g_square = _diagonals(xx), _diagonals(gg)
     products = xx * gg
     rounding = (
-        _outer(_off(x_square, d, x_chain)) * jnp.abs(gg)
-        + jnp.abs(xx) * _outer(_off(g_square, p, g_chain))
+        _outer(_off(x_square, d, found.x_chain)) * jnp.abs(gg)
+        + jnp.abs(xx) * _outer(_off(g_square, p, found.g_chain))
         + _UNIT * _REDUCTION * jnp.abs(products)
     )
-    square = jnp.maximum(_total(products), 0.0)
-    error = jnp.sum(rounding + 4 * _TINY, (1, 2, 3))
-    return _unkept(square, error, x_square, g_square, t, times=1)
+    square, error = _total(jnp.stack([products, rounding + 4 * _TINY]), 2)
+    square = jnp.maximum(square, 0.0)
+    return _unkept(square, error, Outer(square, x_square, g_square, d, p, found.rounding))
 
 
 def _input_gram(t: Tokens) -> tuple[jax.Array, int]:
@@ -231,34 +261,56 @@ def token_squares(t: Tokens) -> tuple[jax.Array, jax.Array]:
     return (inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, 2)), g
 
 
-def outer_measure(t: Tokens) -> tuple[Measure, jax.Array]:
-    """Of x_i^T g_i, materialized here but summed by another product; also the gradients."""
+class Outer(NamedTuple):
+    """What a gradient x_i^T g_i that was formed is measured by.
+
+    Attributes:
+        square: its squared norm `[n]`.
+        x_square: squared norms of the inputs' tokens, `[n, B, T]`.
+        g_square: those of the cotangents.
+        d: rows of the gradient.
+        p: columns of the gradient.
+        rounding: what rounding adds to the sum over examples, in parts of the mass.
+    """
+
+    square: jax.Array
+    x_square: jax.Array
+    g_square: jax.Array
+    d: Any
+    p: Any
+    rounding: Any
+
+
+def outer(t: Tokens) -> tuple[Outer, jax.Array]:
+    """Forms the gradients x_i^T g_i `[n, B, d, p]`, and what measures them."""
     gradients = materialize(t)
-    square = _total(jnp.square(gradients))
-    zero = jnp.zeros_like(square)
     # The gradient that is measured and the one that is summed are both rounded.
-    found = _unkept(square, zero, *token_squares(t), t, times=2)
-    return found, gradients
+    rounding = _rounding(t, times=2)
+    square = _total(jnp.square(gradients))
+    return Outer(square, *token_squares(t), t.d, t.p, rounding), gradients
 
 
-def _unkept(
-    square: jax.Array,
-    error: jax.Array,
-    x_square: jax.Array,
-    g_square: jax.Array,
-    t: Tokens,
-    *,
-    times: int,
-) -> Measure:
-    """The measure of a sum over tokens, from the tokens' squared norms `[n, B, T]`."""
-    lengths = _length(x_square, t.d) * _length(g_square, t.p)
-    mass = jnp.sqrt(jnp.sum(jnp.square(jnp.sum(lengths, 2)), 1))
-    chain = x_square.shape[2]
+def outer_measure(found: Outer) -> Measure:
+    """Of x_i^T g_i, formed here but summed by another product."""
+    return _unkept(found.square, jnp.zeros_like(found.square), found)
+
+
+def _rounding(t: Tokens, *, times: int) -> float:
+    """What rounding adds to a sum over tokens, in parts of the mass."""
+    chain = t.tokens
     if t.x is not None:  # lookups are added up one by one, in float32
-        tokens = t.x.shape[2]
-        chain += _chain(tokens, _token_blocks(tokens), t.x, t.g) - tokens
-    spread = (times * (chain + 4) * _UNIT + _split(t)) * mass
-    return Measure(square, error, spread, mass, _peak(x_square, g_square))
+        own = t.x.shape[2]
+        chain += _chain(own, _token_blocks(own), t.x, t.g) - own
+    return times * (chain + 4) * _UNIT + _split(t)
+
+
+def _unkept(square: jax.Array, error: jax.Array, found: Outer) -> Measure:
+    """The measure of a sum over tokens, from the tokens' squared norms."""
+    _, x_square, g_square, d, p, rounding = found
+    lengths = _length(x_square, d) * _length(g_square, p)
+    masses, x_total, g_total = jnp.sum(jnp.stack([lengths, x_square, g_square]), 3)
+    mass = jnp.sqrt(jnp.sum(jnp.square(masses), 1))
+    return Measure(square, error, rounding * mass, mass, _peak(x_total, g_total))
 
 
 def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.Array) -> Measure:
@@ -302,11 +354,13 @@ def flat(gradients: jax.Array) -> jax.Array:
     return gradients.astype(jnp.float32).reshape(gradients.shape[0], -1)
 
 
-def _total(array: jax.Array) -> jax.Array:
-    """The sum of each example's numbers, in a tree; XLA needs one long axis for that."""
-    flat = array if array.ndim == 2 else array.reshape(array.shape[0], -1)
+def _total(array: jax.Array, keep: int = 1) -> jax.Array:
+    """Sums all axes but the first ones, in a tree; XLA needs one long axis for that."""
+    if array.ndim == keep + 1:
+        return jnp.sum(array, keep)
     # The barrier is for compilers that would fold the reshape into the sum.
-    return jnp.sum(flat if array.ndim == 2 else jax.lax.optimization_barrier(flat), 1)
+    flat = jax.lax.optimization_barrier(array.reshape(*array.shape[:keep], -1))
+    return jnp.sum(flat, keep)
 
 
 def _squares(array: jax.Array) -> jax.Array:
@@ -364,13 +418,13 @@ def materialize(t: Tokens) -> jax.Array:
     return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
 
 
-def weigh(gradients: jax.Array, factors: jax.Array) -> jax.Array:
+def weigh(gradients: jax.Array, factors: jax.Array, used: jax.Array) -> jax.Array:
     """Sum over examples of factor * gradient, `[n]` and `[n, entries]`.
 
-    Of at most `BIAS` entries, an example with factor 0 may hold anything.
+    Of at most `BIAS` entries, an example that is not used may hold anything; its factor is 0.
     """
     if gradients.shape[1] <= BIAS:
-        return jnp.sum(scaled(gradients, factors, factors > 0), 0)
+        return jnp.sum(scaled(gradients, factors, used), 0)
     # As fast as memory is, which parts of the gradients would take more of.
     return full_dot(factors, gradients, ((0,), (0,)), 0)
 
