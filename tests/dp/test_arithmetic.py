@@ -149,7 +149,10 @@ def test_the_backend_decides(backend, monkeypatch):
 
     def norms_and_sums(x, g):
         t = Tokens(x, g, d=64)
-        found = products.gram_measure(products.gram(t)), products.outer_measure(products.outer(t)[0])
+        found = (
+            products.gram_measure(products.gram(t)),
+            products.outer_measure(products.outer(t)[0]),
+        )
         found += (products.with_constant(found[0], t, jnp.ones(4), jnp.ones((2, 64, 70))),)
         return found, products.weighted_sum(t, jnp.ones(4), jnp.ones(4, bool))
 
@@ -158,7 +161,9 @@ def test_the_backend_decides(backend, monkeypatch):
     parts = [line for line in text if "DEFAULT" in line and "bf16>, tensor" in line]
     assert (len(full), len(parts)) == ((5, 0) if backend == "cpu" else (0, 15))
     # What is in memory is summed as it is.
-    (line,) = lowered(lambda x: products.weigh(x, jnp.ones(4), jnp.ones(4, bool)), jnp.zeros((4, 10_000)))
+    (line,) = lowered(
+        lambda x: products.weigh(x, jnp.ones(4), jnp.ones(4, bool)), jnp.zeros((4, 10_000))
+    )
     assert "HIGHEST" in line
     assert t.d == 64
 

@@ -82,7 +82,8 @@ def test_no_product_is_rounded_to_less_than_float32(dtypes):
     def everything(x, g):
         gradients = site_products.flat(site_products.materialize(tokens_of(x, g)))
         return (
-            site_products.gram_measure(site_products.gram(tokens_of(x, g))), site_products.weigh(gradients, factors, factors > 0),
+            site_products.gram_measure(site_products.gram(tokens_of(x, g))),
+            site_products.weigh(gradients, factors, factors > 0),
             site_products.weighted_sum(tokens_of(x, g), factors, factors > 0),
         )  # fmt: skip
 

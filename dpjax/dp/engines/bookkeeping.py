@@ -48,7 +48,7 @@ from dpjax.dp.engines.parts import (
     kept_part,
     measured_together,
 )
-from dpjax.dp.engines.plans import LeafPlan, make_plan, plan
+from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
 from dpjax.dp.engines.sites import Key
 from dpjax.dp.engines.taps import evaluate, function_of_leaves
 from dpjax.dp.engines.tracing import Traced
@@ -71,7 +71,9 @@ def microbatch_sum(
     params: PyTree,
     batch: PyTree,
     mask: jax.Array,
+    *,
     start: PyTree | None = None,
+    planned: Plan | None = None,
 ) -> tuple[PyTree, PerExample]:
     """Sums the clipped per-example gradients of one microbatch.
 
@@ -82,6 +84,7 @@ def microbatch_sum(
         batch: pytree of `[n, ...]`.
         mask: `[n]` bool, False for padding.
         start: sum of earlier microbatches, which this one's is added to in place; None for none.
+        planned: the plan of the loss, if it has been made.
 
     Returns:
         The sum, float32 in the shape of `params`, and the facts of each example.
@@ -96,7 +99,7 @@ def microbatch_sum(
     params = held.shapes
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    planned = make_plan(loss_fn, params, example)
+    planned = planned or make_plan(loss_fn, params, example)
     loss, record, direct = _backward(planned.traced, held, batch)
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
@@ -170,15 +173,19 @@ def _backward(
 ) -> tuple[jax.Array, Record, dict[int, jax.Array]]:
     """One backward pass: losses, what is recorded, and gradients of direct leaves."""
 
-    places: dict[Key, int] = {}
+    depths = {site.key: len(site.lengths) for site in traced.sites}
+    places: dict[Key, tuple[int, int]] = {}
 
     def tapped(params: PyTree, example: PyTree, taps: Any, direct: dict[int, Any]) -> Any:
         args = [direct.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(params))]
         value, inputs = evaluate(traced, [*args, *jax.tree.leaves(example)], taps)
-        unique = {id(x): x for x in inputs.values()}
-        order = {x: i for i, x in enumerate(unique)}
-        places.update({key: order[id(x)] for key, x in inputs.items()})
-        return value, list(unique.values())
+        # Those that several equations share once; by depth, which is where their examples' axis is.
+        unique: dict[int, dict[int, jax.Array]] = {depth: {} for depth in depths.values()}
+        for key, x in inputs.items():
+            unique[depths[key]].setdefault(id(x), x)
+        for key, x in inputs.items():
+            places[key] = depths[key], list(unique[depths[key]]).index(id(x))
+        return value, {depth: list(own.values()) for depth, own in unique.items()}
 
     direct_leaves = {i: held.leaf(i) for i in traced.direct}
 
@@ -187,23 +194,32 @@ def _backward(
         loss = functools.partial(held.at_use(tapped), example)
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct_leaves)
 
-    (loss, inputs), (cotangents, direct) = jax.vmap(one)(batch)
-    keys = sorted(places)
-    pairs = {key: (places[key], len(inputs) + i) for i, key in enumerate(keys)}
-    arrays = [*inputs, *(cotangents[key] for key in keys)]
-    shapes = [array.shape[1:] for array in arrays]
-    rows = [1] * len(arrays)
+    axes = {key: depths.get(key, 0) for key in traced.taps}
+    by_depth = {depth: depth for depth in depths.values()}
+    (loss, inputs), (cotangents, direct) = jax.vmap(one, out_axes=((0, by_depth), (axes, 0)))(batch)
+    arrays: list[jax.Array] = []
+    layout: list[tuple[tuple[int, ...], int, int]] = []  # shape, axis and rows, see `Record`
+    order: dict[Any, int] = {}
+    pairs: dict[Key, tuple[int, int]] = {}
     for site in traced.sites:
-        for i, last in zip(pairs[site.key], forms.last_axes(site)):
-            if last and arrays[i].shape[1:] == shapes[i]:
-                rows[i] = math.prod(shapes[i][:-last])
-                arrays[i] = arrays[i].reshape(-1, math.prod(shapes[i][-last:]))
+        depth, place = places[site.key]
+        both = ("input", depth, place), ("cotangent", site.key)
+        found = inputs[depth][place], cotangents[site.key]
+        for name, x, last in zip(both, found, forms.last_axes(site)):
+            if name not in order:
+                order[name] = len(arrays)
+                shape = (*x.shape[:depth], *x.shape[depth + 1 :])
+                split = len(shape) - last if last else depth
+                layout.append((shape, depth, math.prod(shape[depth:split])))
+                if last:
+                    x = x.reshape(*shape[:depth], -1, math.prod(shape[split:]))
+                arrays.append(x)
+        pairs[site.key] = order[both[0]], order[both[1]]
     record = Record(
         dict(enumerate(arrays)),
         {place: cotangents[place].reshape(-1).astype(jnp.float32) for place in traced.scalars},
         tuple(pairs.items()),
-        tuple(shapes),
-        tuple(rows),
+        *zip(*layout) if layout else ((), (), ()),
     )
     return loss.astype(jnp.float32), record, {i: products.flat(g) for i, g in direct.items()}
 
@@ -383,7 +399,9 @@ def _set_apart(
         factors = reference.once(jnp.where(use, rule.factors(norms), 0.0), doubts)
         columns = _columns(factors[None])
         for (_, place, members), mine in zip(formed, vectors, strict=True):
-            weighed = [products.scaled(v, *columns[g])[0] for g, v in zip(members, mine, strict=True)]
+            weighed = [
+                products.scaled(v, *columns[g])[0] for g, v in zip(members, mine, strict=True)
+            ]
             totals = place(totals, own, tuple(weighed))
         norms = jnp.where(doubtful[row], norms, facts.norms[row])
         facts = facts._replace(
@@ -430,12 +448,8 @@ def _cleared(
 
     def clear(i: jax.Array, state: Any) -> Any:
         row = order[i]
-        arrays, kept = dict(state[0]), []
-        starts = {rows: row * rows for rows in {record.rows[i] for i in touched}}
-        for i, array in arrays.items():
-            rows = record.rows[i]
-            zeros = jnp.zeros((rows, *array.shape[1:]), array.dtype)
-            arrays[i] = jax.lax.dynamic_update_slice_in_dim(array, zeros, starts[rows], 0)
+        arrays = dataclasses.replace(record, arrays=state[0]).without(row)
+        kept = []
         for g in state[1]:
             own = jax.lax.dynamic_slice_in_dim(g, row, 1)
             own = jnp.where(used[row], own, jnp.zeros_like(own))

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from dpjax.dp import secure
 from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
-from dpjax.dp.engines import bookkeeping, reference
+from dpjax.dp.engines import bookkeeping, memory, reference
 from dpjax.dp.engines.held import Held
+from dpjax.dp.engines.plans import make_plan
 from dpjax.dp.meshes import closes_over_explicit, mesh_of, on_mesh
 
 __all__ = ["METHODS", "clipped_sum", "cut"]
@@ -45,7 +46,8 @@ def clipped_sum(
         method: "vmap", or "bookkeeping", which "auto" stands for: it applies to every loss, and
             differentiates per example the leaves that it finds no product for.
         microbatch_size: examples whose per-example state is in memory at once; must divide the
-            batch. None takes the batch whole.
+            batch. None takes the batch whole, or in the parts that the book-keeping engine needs to
+            stay near the memory of an ordinary gradient; see `memory`.
         secure_noise: noise multiplier of the secure noise that will be added, see `dp.secure`. The
             sum is then exact, in integers, which the vmap engine forms.
 
@@ -93,7 +95,8 @@ def clipped_sum(
     def summed(held: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
         params = held.shapes if isinstance(held, Held) else held
         size = mask.shape[0]
-        sensitivity, unit, options = rule.sensitivity(), None, {}
+        sensitivity, unit = rule.sensitivity(), None
+        options: dict[str, Any] = {}
         if secure_noise is not None:
             entries = sum(leaf.size for leaf in jax.tree.leaves(params))
             grid = secure.grid(sensitivity, secure_noise, entries)
@@ -108,17 +111,20 @@ def clipped_sum(
         micro = microbatch_size or size
         if size % micro:
             raise ValueError(f"microbatch_size={micro} must divide the batch size {size}.")
-        engine: Any = reference if method == "vmap" else bookkeeping
-
+        engine: Any = reference
+        if method != "vmap":
+            example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+            planned = make_plan(loss_fn, params, example)
+            engine, options = bookkeeping, {"planned": planned}
+            if microbatch_size is None:
+                micro = memory.microbatch(memory.sizes_of(planned, params), size)
         if micro == size:
             total, facts = engine.microbatch_sum(loss_fn, rule, held, batch, mask, **options)
             return made(total), facts
 
         def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
-            if engine is bookkeeping:
-                return bookkeeping.microbatch_sum(loss_fn, rule, held, *chunk, start=total)
-            part, facts = engine.microbatch_sum(loss_fn, rule, held, *chunk, **options)
-            return jax.tree.map(jnp.add, total, part), facts
+            batch, mask = chunk
+            return engine.microbatch_sum(loss_fn, rule, held, batch, mask, start=total, **options)
 
         total, facts = jax.lax.scan(one, zeros, cut((batch, mask), micro))
         return made(total), _uncut(facts)

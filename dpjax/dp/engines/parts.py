@@ -45,33 +45,38 @@ Factors = list[tuple[jax.Array, jax.Array]]  # by group, `[n]` factors and which
 
 # Numbers in a temporary of one chunk of examples: what a CPU's cache holds, or enough to fill an
 # accelerator.
-_CHUNK = {"cpu": 2**20}
+_CHUNK = {"cpu": 2**18}
 _LARGE_CHUNK = 2**27
 
 _COPIED = 4  # of the examples of a batch, one in so many is copied at a time to be measured
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("arrays", "scalars"), meta_fields=("places", "shapes", "rows")
+    jax.tree_util.register_dataclass,
+    data_fields=("arrays", "scalars"),
+    meta_fields=("places", "shapes", "axes", "rows"),
 )
 @dataclasses.dataclass(frozen=True)
 class Record:
     """What one backward pass leaves behind.
 
     Attributes:
-        arrays: inputs of equations and cotangents of their outputs, `[n, ...]` each, or those of a
-            dense layer as `[n * tokens, features]`; see `forms.last_axes`. Those of equal sizes
-            then share kernels. An input that several equations share is there once.
+        arrays: inputs of equations and cotangents of their outputs, `[scans..., n, ...]` each, or
+            those of a dense layer as `[scans..., n * tokens, features]`, see `forms.last_axes`: as
+            the model computes them, so that XLA makes no copy. An input that several equations
+            share is there once.
         scalars: by place, the cotangent of a scalar `[n]`.
         places: for each equation, its input and its cotangent among the arrays.
-        shapes: of each array, `[...]` without the axis of examples.
-        rows: how many rows of each array belong to an example.
+        shapes: of each array, without the axis of examples.
+        axes: of each array, the axis of examples.
+        rows: how many rows along that axis belong to an example.
     """
 
     arrays: dict[int, jax.Array]
     scalars: dict[Key, jax.Array]
     places: tuple[tuple[Key, tuple[int, int]], ...]
     shapes: tuple[tuple[int, ...], ...]
+    axes: tuple[int, ...]
     rows: tuple[int, ...]
 
     def of(self, weights: tuple[Weight, ...], own_scalars: list[Key]) -> Record:
@@ -86,26 +91,38 @@ class Record:
     def size(self) -> int:
         """The number of examples."""
         i, array = next(iter(self.arrays.items()))
-        return array.shape[0] // self.rows[i]
+        return int(array.shape[self.axes[i]]) // self.rows[i]
 
     def take(self, first: jax.Array, count: int) -> Record:
         """The part of a few examples."""
 
         starts = {rows: first * rows for rows in {1, *self.rows}}
 
-        def part(array: jax.Array, rows: int) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(array, starts[rows], count * rows)
+        def part(array: jax.Array, rows: int = 1, axis: int = 0) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(array, starts[rows], count * rows, axis)
 
-        arrays = {i: part(array, self.rows[i]) for i, array in self.arrays.items()}
-        scalars = {k: part(scalar, 1) for k, scalar in self.scalars.items()}
+        arrays = {i: part(x, self.rows[i], self.axes[i]) for i, x in self.arrays.items()}
+        scalars = {k: part(scalar) for k, scalar in self.scalars.items()}
         return dataclasses.replace(self, arrays=arrays, scalars=scalars)
+
+    def without(self, row: jax.Array) -> dict[int, jax.Array]:
+        """The arrays, with zeros for one example."""
+        starts = {rows: row * rows for rows in set(self.rows)}
+
+        def cleared(array: jax.Array, rows: int, axis: int) -> jax.Array:
+            shape = (*array.shape[:axis], rows, *array.shape[axis + 1 :])
+            zeros = jnp.zeros(shape, array.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(array, zeros, starts[rows], axis)
+
+        return {i: cleared(x, self.rows[i], self.axes[i]) for i, x in self.arrays.items()}
 
     def pairs(self, sites: Weight) -> list[tuple[jax.Array, jax.Array]]:
         """The input and the cotangent of each site, as far as they belong to it."""
         places = dict(self.places)
 
         def array(i: int) -> jax.Array:
-            return self.arrays[i].reshape(-1, *self.shapes[i])
+            shape, axis = self.shapes[i], self.axes[i]
+            return jnp.moveaxis(self.arrays[i].reshape(*shape[:axis], -1, *shape[axis:]), axis, 0)
 
         return [forms.part_of(site, *map(array, places[site.key])) for site in sites]
 
@@ -327,7 +344,7 @@ def measured_together(
     Returns:
         Positions of groups that have others of their kind, and their measures `[positions, n]`.
     """
-    alike: dict[Any, list[int]] = {}
+    alike: dict[tuple[str, int, int], list[int]] = {}
     others = {leaf for own in constants.values() for leaf in own}
     order = sorted(range(len(groups)), key=lambda i: (-groups[i].form.T, i))
     for i in order:
@@ -341,8 +358,8 @@ def measured_together(
             near = [t for norm, b, t in alike if (norm, b) == (group.norm, B) and 1 < T >= 0.9 * t]
             alike.setdefault((group.norm, B, min(near, default=T)), []).append(i)
     return [
-        (members, _measured_alike([groups[i].sites for i in members], *key, record))
-        for key, members in alike.items()
+        (members, _measured_alike([groups[i].sites for i in members], norm, B, T, record))
+        for (norm, B, T), members in alike.items()
         if len(members) > 1
     ]
 
@@ -507,9 +524,12 @@ def _pull(traced: Traced, site: Site, held: Held) -> Callable[[jax.Array], dict[
 
 def _temporary(group: Group) -> int:
     """Numbers that measuring one example takes beyond what is recorded or kept."""
+    B, T, d, p = group.form[:4]
     if any(forms.has_patches(site) for site in group.sites):
-        return group.form.B * group.form.T * group.form.d
-    return group.form.B * group.form.d * group.form.p if group.norm == "outer again" else 0
+        return B * T * d
+    # What a scan recorded is turned, to have the examples first.
+    turned = B * T * (d + p) if any(site.lengths for site in group.sites) else 0
+    return turned + (B * d * p if group.norm == "outer again" else 0)
 
 
 def _temporary_of(mixed: Mixed) -> int:

@@ -24,7 +24,7 @@ from dpjax.dp.engines.forms import Form
 from dpjax.dp.engines.sites import Weight
 from dpjax.dp.engines.tracing import Traced, trace
 
-__all__ = ["Group", "LeafPlan", "Mixed", "Plan", "make_plan", "plan"]
+__all__ = ["Group", "LeafPlan", "Mixed", "Plan", "leaf_plans", "make_plan", "plan"]
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -104,7 +104,11 @@ def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ..
     Returns:
         One record per leaf, in `jax.tree.leaves` order.
     """
-    planned = make_plan(loss_fn, params, example)
+    return leaf_plans(make_plan(loss_fn, params, example), params)
+
+
+def leaf_plans(planned: Plan, params: PyTree) -> tuple[LeafPlan, ...]:
+    """The plan, leaf by leaf."""
     traced = planned.traced
     routes = {leaf: ("direct", reason) for leaf, reason in traced.direct.items()}
     for group in planned.groups:

@@ -78,7 +78,7 @@ _TRAFFIC = 110
 _GRAM = 1.3
 
 # Gradients are kept if they are at most this many times larger than what they are computed from.
-_KEEP = 4
+_KEEP = 2
 
 _FEW = 256  # rows, which a product adds up in less time than a scatter does one by one
 

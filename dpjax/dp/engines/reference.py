@@ -41,6 +41,8 @@ def microbatch_sum(
     batch: PyTree,
     mask: jax.Array,
     grid: secure.Grid | None = None,
+    *,
+    start: PyTree | None = None,
 ) -> tuple[PyTree, PerExample]:
     """Sums the clipped per-example gradients of one microbatch; see `clipped_sum`.
 
@@ -51,6 +53,7 @@ def microbatch_sum(
         batch: pytree of `[n, ...]`.
         mask: `[n]` bool, False for padding.
         grid: where given, gradients are rounded to it one by one, and the sum is int32 and exact.
+        start: sum of earlier microbatches, which this one's is added to; None for none.
 
     Guarantees:
         What is measured is what is summed: the norm is that of the very array that the factor
@@ -58,6 +61,8 @@ def microbatch_sum(
         allows for.
     """
     total, facts = _batched(loss_fn, rule, params, batch, mask, grid)
+    if start is not None:
+        total = jax.tree.map(jnp.add, start, total)
     if mask.shape[0] == 1 or not differentiates_convolutions(loss_fn, params, batch):
         return total, facts
     doubtful = mask & ~(jnp.isfinite(facts.loss) & jnp.all(jnp.isfinite(facts.norms), 1))

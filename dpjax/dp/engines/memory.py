@@ -1,0 +1,240 @@
+"""What clipping takes in memory beside an ordinary gradient, estimated from a jaxpr.
+
+An ordinary gradient keeps what its backward pass reads, and lets go of it on the way back. The
+book-keeping engine keeps the inputs and the cotangents of its products up to the end. Where a model
+is little more than its products, that is twice as much; so the engine then takes the batch in parts
+(`microbatch`), one after the other, at the same number of operations.
+
+The estimate knows no compiler. It takes elementwise operations as computed again in the backward
+pass, from the last array before them that is no elementwise function of another, as XLA's fusion
+does it; and a scan's arrays as kept for all turns. On the models of `experiments.bench` it is
+within a third of XLA's temporaries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+from jax.extend.core import primitives as P
+
+from dpjax.dp.engines.arithmetic import backend
+from dpjax.dp.engines.plans import Plan
+from dpjax.dp.engines.sites import Key
+from dpjax.dp.engines.tracing import inlined, scan_parts
+
+__all__ = ["Sizes", "microbatch", "sizes_of"]
+
+_ENOUGH = 1.3  # times the memory of a plain gradient
+_MOST_PARTS = 8
+
+# Bytes beyond a plain gradient's that are not worth a second part: of less than these an
+# accelerator is not kept busy.
+_LITTLE = {"cpu": 2**20}
+_LITTLE_ELSEWHERE = 2**28
+
+# Operations without a sum, whose derivative reads their output, nothing, or else their input.
+_OF_OUTPUT = {"tanh", "exp", "exp2", "logistic", "sqrt", "rsqrt", "cbrt", "max", "min"}
+_ADDS = {"add", "add_any", "sub"}
+_LINEAR = _ADDS | {
+    "neg", "convert_element_type", "copy", "stop_gradient", "reshape", "transpose", "squeeze",
+    "broadcast_in_dim", "expand_dims", "rev", "slice", "split", "concatenate", "pad",
+    "optimization_barrier", "sharding_constraint", "dynamic_slice", "select_n",
+}  # fmt: skip
+_REDUCES = {"reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin", "cumsum", "sort"}
+
+
+class Sizes(NamedTuple):
+    """Bytes in temporaries, of a plain gradient and of the engine.
+
+    Attributes:
+        plain: of each example, in an ordinary backward pass.
+        ours: of each example of a microbatch.
+        fixed: beside the examples: gradients of the parameters that are formed for one example.
+        convolves: whether the model has convolutions.
+    """
+
+    plain: int
+    ours: int
+    fixed: int
+    convolves: bool
+
+    def whole(self, n: int) -> float:
+        """Temporaries of a batch of `n` taken whole, over those of a plain gradient."""
+        return (n * self.ours + self.fixed) / max(1, n * self.plain)
+
+
+class _Stage(NamedTuple):
+    """A stretch of the model: bytes of one example.
+
+    Attributes:
+        stored: what its backward pass reads, kept from the forward pass on.
+        inputs: inputs of products, kept up to the end.
+        cotangents: the cotangents of their outputs, kept from here on.
+        within: what is computed again for its backward pass.
+        work: what its backward pass makes of what was recorded, beside what it was made from.
+    """
+
+    stored: int
+    inputs: int = 0
+    cotangents: int = 0
+    within: int = 0
+    work: int = 0
+
+    def times(self, count: int) -> _Stage:
+        stored, inputs, cotangents = (count * size for size in self[:3])
+        return _Stage(stored, inputs, cotangents, self.within, self.work)
+
+
+def sizes_of(planned: Plan, params: Any) -> Sizes:
+    """Estimates the temporaries of a plan.
+
+    Args:
+        planned: of the loss of ONE example.
+        params: the parameters, arrays or abstract values.
+    """
+    traced, leaves = planned.traced, jax.tree.leaves(params)
+    walk = _Walk(traced.jaxpr.invars[len(leaves) :], frozenset(site.key for site in traced.sites))
+    walk.follow(traced.jaxpr, ())
+    stored = plain = ours = 0
+    kept = sum(stage.inputs + stage.cotangents for stage in walk.stages)
+    later = kept
+    for stage in walk.stages:
+        stored += stage.stored
+        now = stored + stage.within
+        # Inputs of this stage and of earlier ones are among what is stored.
+        later -= stage.inputs
+        plain, ours = max(plain, now), max(ours, now + later + stage.work)
+        later -= stage.cotangents
+    entries = [4 * math.prod(leaf.shape) for leaf in leaves]
+    formed = sum(entries[i] for i in traced.direct)
+    for group in planned.groups:
+        if group.norm == "outer":
+            formed += 4 * group.form.B * group.form.d * group.form.p
+    formed += sum(entries[i] for mixed in planned.mixed if mixed.kept for i in mixed.leaves)
+    fixed = (3 if traced.scalars else 2) * sum(entries)
+    return Sizes(plain, max(ours, kept) + formed, fixed, walk.convolves)
+
+
+def microbatch(sizes: Sizes, n: int) -> int:
+    """How many of `n` examples are taken at a time; a divisor of `n`.
+
+    All of them, where that takes little more memory than an ordinary gradient. No part is smaller
+    than half of what is fixed, which would save nothing, or than an eighth of the batch.
+    """
+    saved = n * (sizes.ours - sizes.plain) + sizes.fixed
+    if sizes.whole(n) <= _ENOUGH or saved <= _LITTLE.get(backend(), _LITTLE_ELSEWHERE):
+        return n
+    if sizes.convolves and backend() == "cpu":
+        return n  # XLA brings convolutions into the form that is fast there outside of loops alone
+    room = max(_ENOUGH * n * sizes.plain - sizes.fixed, sizes.fixed / 2)
+    parts = [parts for parts in range(1, _MOST_PARTS + 1) if n % parts == 0]
+    fits = [n // count for count in parts if n // count * sizes.ours <= room]
+    return max(fits, default=n // parts[-1])
+
+
+def _size(atom: Any) -> int:
+    aval = atom.aval
+    if not hasattr(aval, "shape"):
+        return 0
+    return int(math.prod(aval.shape)) * getattr(aval.dtype, "itemsize", 4)
+
+
+class _Walk:
+    """Follows the arrays of one example through a jaxpr, into stages."""
+
+    def __init__(self, known: Iterable[Any], sites: frozenset[Key], fused: bool = True) -> None:
+        self.stages: list[_Stage] = []
+        self.convolves = False
+        self._sites, self._fused = sites, fused
+        self._roots: dict[Any, Any] = {v: v for v in known}  # what an array is computed from again
+        self._stored: set[Any] = set()
+        self._recorded: set[Any] = set()
+
+    def follow(self, jaxpr: core.Jaxpr, prefix: Key) -> None:
+        for i, eqn in enumerate(jaxpr.eqns):
+            operands = [atom for atom in eqn.invars if self._root(atom) is not None]
+            if operands:
+                self._roots.update({v: v for v in eqn.outvars})
+                self._stage(eqn, operands, (*prefix, i))
+
+    def _root(self, atom: Any) -> Any:
+        return None if isinstance(atom, core.Literal) else self._roots.get(atom)
+
+    def _store(self, atoms: Iterable[Any]) -> int:
+        """Bytes that are stored on behalf of some arrays, and were not before."""
+        new = {self._root(atom) for atom in atoms} - self._stored - {None}
+        self._stored |= new
+        return sum(map(_size, new))
+
+    def _stage(self, eqn: core.JaxprEqn, operands: list[Any], key: Key) -> None:
+        name, call = eqn.primitive.name, inlined(eqn)
+        self.convolves |= eqn.primitive is P.conv_general_dilated_p
+        if call is not None and name != P.remat_p.name:
+            self._call(eqn, call[0], key)
+        elif name.startswith("custom_") and "call_jaxpr" in eqn.params:
+            self._call(eqn, eqn.params["call_jaxpr"].jaxpr, key)
+        elif call is not None:
+            within = self._inside(eqn, call[0], key)
+            stored = self._store(operands)
+            self.stages.append(within._replace(stored=stored, within=within.stored))
+        elif eqn.primitive is P.scan_p:
+            within = self._inside(eqn, eqn.params["jaxpr"].jaxpr, key)
+            self.stages.append(within.times(eqn.params["length"]))
+        elif eqn.primitive is P.cond_p:
+            branches = [
+                self._inside(eqn, branch.jaxpr, (*key, i), first=1)
+                for i, branch in enumerate(eqn.params["branches"])
+            ]
+            self.stages.append(_Stage(*map(sum, zip(*branches))))
+        elif key in self._sites or name in ("dot_general", "conv_general_dilated"):
+            inputs = cotangents = 0
+            if key in self._sites:
+                new = set(operands) - self._recorded
+                self._recorded |= new
+                inputs, cotangents = sum(map(_size, new)), sum(map(_size, eqn.outvars))
+            # A product reads its operands as arrays, whatever they are functions of.
+            self._roots.update({atom: atom for atom in operands})
+            stored = self._store(operands)
+            work = max(map(_size, operands))
+            self.stages.append(_Stage(stored, inputs, cotangents, work=work))
+        elif name in _OF_OUTPUT:
+            # In a scan, JAX stores the derivative as well, another array.
+            more = 0 if self._fused else sum(map(_size, eqn.outvars))
+            self.stages.append(_Stage(self._store(eqn.outvars) + more))
+        elif name in _ADDS and len(operands) > 1:
+            pass  # such as a residual stream: an array of its own, where anything reads it
+        elif name in _LINEAR:
+            self._computed_from(operands, eqn.outvars)
+        elif name not in _REDUCES and name != "gather":
+            self.stages.append(_Stage(self._store(operands)))
+            self._computed_from(operands, eqn.outvars)
+
+    def _computed_from(self, operands: list[Any], results: list[Any]) -> None:
+        source = max(operands, key=_size)
+        if self._fused and _size(source) >= max(map(_size, results), default=0):
+            self._roots.update({v: self._root(source) for v in results})
+
+    def _call(self, eqn: core.JaxprEqn, jaxpr: core.Jaxpr, key: Key) -> None:
+        for operand, variable in zip(eqn.invars, jaxpr.invars):
+            if self._root(operand) is not None:
+                self._roots[variable] = self._root(operand)
+        self.follow(jaxpr, key)
+        for result, inner in zip(eqn.outvars, jaxpr.outvars):
+            self._roots[result] = self._root(inner) or result
+
+    def _inside(self, eqn: core.JaxprEqn, jaxpr: core.Jaxpr, key: Key, first: int = 0) -> _Stage:
+        """All stages of a body, as one: what it stores, it holds at the same time."""
+        pairs = zip(eqn.invars[first:], jaxpr.invars)
+        known = {inner for outer, inner in pairs if self._root(outer) is not None}
+        if eqn.primitive is P.scan_p:
+            consts, carried = scan_parts(eqn)
+            known.update(jaxpr.invars[consts : consts + carried])
+        walk = _Walk(known, self._sites, fused=eqn.primitive is not P.scan_p)
+        walk.follow(jaxpr, key)
+        self.convolves |= walk.convolves
+        stored, inputs, cotangents, within, work = zip(*walk.stages) if walk.stages else [(0,)] * 5
+        return _Stage(sum(stored), sum(inputs), sum(cotangents), sum(within), max(work))
