@@ -47,6 +47,9 @@ _LINEAR = _ADDS | {
 _REDUCES = {"reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin", "cumsum", "sort"}
 
 
+_Array = tuple[Key, Any]
+
+
 class Sizes(NamedTuple):
     """Bytes in temporaries, of a plain gradient and of the engine.
 
@@ -150,25 +153,28 @@ class _Walk:
         self.stages: list[_Stage] = []
         self.convolves = False
         self._sites, self._fused = sites, fused
-        self._roots: dict[Any, Any] = {v: v for v in known}  # what an array is computed from again
-        self._stored: set[Any] = set()
-        self._recorded: set[Any] = set()
+        # What an array is computed again from. Arrays are (place of the call, variable): a function
+        # that is called twice has the same variables.
+        self._roots: dict[Any, _Array] = {v: ((), v) for v in known}
+        self._stored: set[_Array] = set()
+        self._recorded: set[_Array] = set()
 
     def follow(self, jaxpr: core.Jaxpr, prefix: Key) -> None:
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [atom for atom in eqn.invars if self._root(atom) is not None]
             if operands:
-                self._roots.update({v: v for v in eqn.outvars})
+                self._roots.update({v: (prefix, v) for v in eqn.outvars})
                 self._stage(eqn, operands, (*prefix, i))
 
-    def _root(self, atom: Any) -> Any:
+    def _root(self, atom: Any) -> _Array | None:
         return None if isinstance(atom, core.Literal) else self._roots.get(atom)
 
     def _store(self, atoms: Iterable[Any]) -> int:
         """Bytes that are stored on behalf of some arrays, and were not before."""
-        new = {self._root(atom) for atom in atoms} - self._stored - {None}
+        roots = {self._root(atom) for atom in atoms}
+        new = {root for root in roots if root is not None} - self._stored
         self._stored |= new
-        return sum(map(_size, new))
+        return sum(_size(variable) for _, variable in new)
 
     def _stage(self, eqn: core.JaxprEqn, operands: list[Any], key: Key) -> None:
         name, call = eqn.primitive.name, inlined(eqn)
@@ -192,12 +198,13 @@ class _Walk:
             self.stages.append(_Stage(*map(sum, zip(*branches))))
         elif key in self._sites or name in ("dot_general", "conv_general_dilated"):
             inputs = cotangents = 0
-            if key in self._sites:
-                new = set(operands) - self._recorded
-                self._recorded |= new
-                inputs, cotangents = sum(map(_size, new)), sum(map(_size, eqn.outvars))
             # A product reads its operands as arrays, whatever they are functions of.
-            self._roots.update({atom: atom for atom in operands})
+            self._roots.update({atom: (key[:-1], atom) for atom in operands})
+            if key in self._sites:
+                new = {self._roots[atom] for atom in operands} - self._recorded
+                self._recorded |= new
+                inputs = sum(_size(variable) for _, variable in new)
+                cotangents = sum(map(_size, eqn.outvars))
             stored = self._store(operands)
             work = max(map(_size, operands))
             self.stages.append(_Stage(stored, inputs, cotangents, work=work))
@@ -216,15 +223,16 @@ class _Walk:
     def _computed_from(self, operands: list[Any], results: list[Any]) -> None:
         source = max(operands, key=_size)
         if self._fused and _size(source) >= max(map(_size, results), default=0):
-            self._roots.update({v: self._root(source) for v in results})
+            self._roots.update({v: self._roots[source] for v in results})
 
     def _call(self, eqn: core.JaxprEqn, jaxpr: core.Jaxpr, key: Key) -> None:
         for operand, variable in zip(eqn.invars, jaxpr.invars):
-            if self._root(operand) is not None:
-                self._roots[variable] = self._root(operand)
+            root = self._root(operand)
+            if root is not None:
+                self._roots[variable] = root
         self.follow(jaxpr, key)
         for result, inner in zip(eqn.outvars, jaxpr.outvars):
-            self._roots[result] = self._root(inner) or result
+            self._roots[result] = self._root(inner) or (key[:-1], result)
 
     def _inside(self, eqn: core.JaxprEqn, jaxpr: core.Jaxpr, key: Key, first: int = 0) -> _Stage:
         """All stages of a body, as one: what it stores, it holds at the same time."""

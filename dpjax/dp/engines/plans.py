@@ -155,5 +155,8 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
         total = Form(1, 1, 1, sum(math.prod(leaves[i].shape) for i in own),
                      sum(form.recorded for form in sizes))  # fmt: skip
         numbers = sum(form.B * form.d * form.p for form in sizes)
-        mixed.append(Mixed(weights, tuple(own), products.can_keep(total), numbers))
+        group = Mixed(weights, tuple(own), False, numbers)
+        # The derivative of the function is taken again, too; beside patches that is little.
+        times = 1 if group.route == "conv" else 2
+        mixed.append(group._replace(kept=products.can_keep(total, times)))
     return Plan(traced, tuple(groups), tuple(mixed))

@@ -93,9 +93,14 @@ LARGEST = float(jnp.finfo(jnp.float32).max)
 _REDUCTION = 128  # of any size: XLA reduces in trees of short branches
 
 
-def can_keep(form: Form) -> bool:
-    """Whether per-example gradients take little enough memory to be kept."""
-    return form.B * form.d * form.p <= _KEEP * form.recorded
+def can_keep(form: Form, times: int = 1) -> bool:
+    """Whether per-example gradients take little enough memory to be kept.
+
+    Args:
+        form: sizes.
+        times: how much longer than usual it takes to form them again.
+    """
+    return form.B * form.d * form.p <= times * _KEEP * form.recorded
 
 
 def cheapest(form: Form) -> str:
