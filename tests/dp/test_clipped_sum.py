@@ -157,7 +157,7 @@ def test_padding_alone_gives_zero(method):
 
 
 def test_a_method_is_what_its_name_says(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise AssertionError("book-keeping")
 
     params, batch = setup()

@@ -82,13 +82,13 @@ def test_a_failed_point_fails_the_command_and_is_told(file, tmp_path, capsys):
 
 
 def test_a_stop_saves_and_the_command_goes_on(file, tmp_path):
-    work = tmp_path / "w"
+    work, before = tmp_path / "w", signal.getsignal(signal.SIGTERM)
     arguments = [f"--config={file}:smoke", f"--workdir={work}"]
     assert run_study.main(arguments, stop=lambda step: step == 1) == 75
     assert study.read(work)[1].status == "interrupted"
     assert run_study.main(arguments) == 0
     assert study.read(work)[1].status == "finished"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("name", ["calibration", "lp_ft"])
