@@ -101,7 +101,7 @@ def test_models_of_which_a_plain_gradient_keeps_more_are_taken_whole():
 
 
 def test_on_a_cpu_convolutions_stay_outside_of_loops(monkeypatch):
-    sizes = memory.Sizes(plain=10**6, ours=10**8, fixed=10**6, convolves=True)
+    sizes = memory.Sizes(plain=10**7, ours=10**8, fixed=10**6, convolves=True)
     assert memory.microbatch(sizes, 32) == 32
     monkeypatch.setattr(memory, "backend", lambda: "gpu")
     assert memory.microbatch(sizes, 32) == 4

@@ -28,13 +28,23 @@ from dpjax.dp.engines.tracing import inlined, scan_parts
 
 __all__ = ["Sizes", "microbatch", "sizes_of"]
 
-_ENOUGH = 1.3  # times the memory of a plain gradient
-_MOST_PARTS = 8
 
-# Bytes beyond a plain gradient's that are not worth a second part: of less than these an
-# accelerator is not kept busy.
-_LITTLE = {"cpu": 2**20}
-_LITTLE_ELSEWHERE = 2**28
+class _Limits(NamedTuple):
+    """When a batch is taken in parts: on a CPU they cost nothing, an accelerator wants to be busy.
+
+    Attributes:
+        times: the memory of a plain gradient, beyond which it is taken in parts.
+        extra: bytes beyond that gradient's, likewise.
+    """
+
+    times: float
+    extra: int
+
+
+_LIMITS = {"cpu": _Limits(1.25, 2**20)}
+_ELSEWHERE = _Limits(1.5, 2**28)
+_OF_PARTS = 1.05  # times the memory of a plain gradient
+_MOST_PARTS = 8
 
 # Operations without a sum, whose derivative reads their output, nothing, or else their input.
 _OF_OUTPUT = {"tanh", "exp", "exp2", "logistic", "sqrt", "rsqrt", "cbrt", "max", "min"}
@@ -119,7 +129,9 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
             formed += 4 * group.form.B * group.form.d * group.form.p
     formed += sum(entries[i] for mixed in planned.mixed if mixed.kept for i in mixed.leaves)
     fixed = (3 if traced.scalars else 2) * sum(entries)
-    return Sizes(plain, max(ours, kept) + formed, fixed, walk.convolves)
+    # A backward pass has arrays of its own, about a quarter of what it reads. What the engine keeps
+    # is more than that at the time when it is largest.
+    return Sizes(plain * 5 // 4, max(ours, kept) + formed, fixed, walk.convolves)
 
 
 def microbatch(sizes: Sizes, n: int) -> int:
@@ -128,12 +140,13 @@ def microbatch(sizes: Sizes, n: int) -> int:
     All of them, where that takes little more memory than an ordinary gradient. No part is smaller
     than half of what is fixed, which would save nothing, or than an eighth of the batch.
     """
-    saved = n * (sizes.ours - sizes.plain) + sizes.fixed
-    if sizes.whole(n) <= _ENOUGH or saved <= _LITTLE.get(backend(), _LITTLE_ELSEWHERE):
+    limits = _LIMITS.get(backend(), _ELSEWHERE)
+    extra = n * (sizes.ours - sizes.plain) + sizes.fixed
+    if sizes.whole(n) <= limits.times or extra <= limits.extra:
         return n
     if sizes.convolves and backend() == "cpu":
         return n  # XLA brings convolutions into the form that is fast there outside of loops alone
-    room = max(_ENOUGH * n * sizes.plain - sizes.fixed, sizes.fixed / 2)
+    room = max(_OF_PARTS * n * sizes.plain - sizes.fixed, sizes.fixed / 2)
     parts = [parts for parts in range(1, _MOST_PARTS + 1) if n % parts == 0]
     fits = [n // count for count in parts if n // count * sizes.ours <= room]
     return max(fits, default=n // parts[-1])
