@@ -30,18 +30,21 @@ __all__ = ["Sizes", "microbatch", "sizes_of"]
 
 
 class _Limits(NamedTuple):
-    """When a batch is taken in parts: on a CPU they cost nothing, an accelerator wants to be busy.
+    """When a batch is taken in parts.
 
     Attributes:
-        times: the memory of a plain gradient, beyond which it is taken in parts.
+        times: the memory of a plain gradient, beyond which it is.
         extra: bytes beyond that gradient's, likewise.
+        busy: bytes of a part beyond which larger parts take no less time; infinite if they do.
     """
 
     times: float
     extra: int
+    busy: float = math.inf
 
 
-_LIMITS = {"cpu": _Limits(1.25, 2**20)}
+# Pages that a CPU gets anew in every step take longer than a further pass over the parameters.
+_LIMITS = {"cpu": _Limits(1.25, 2**20, 2**26)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
 _MOST_PARTS = 8
@@ -137,19 +140,22 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
 def microbatch(sizes: Sizes, n: int) -> int:
     """How many of `n` examples are taken at a time; a divisor of `n`.
 
-    All of them, where that takes little more memory than an ordinary gradient. No part is smaller
-    than half of what is fixed, which would save nothing, or than an eighth of the batch.
+    All of them, where that takes little more memory than an ordinary gradient, and no less time. No
+    part is smaller than half of what is fixed, which would save nothing, or than an eighth of the
+    batch.
     """
+    if sizes.convolves and backend() == "cpu":
+        return n  # XLA brings convolutions into the form that is fast there outside of loops alone
     limits = _LIMITS.get(backend(), _ELSEWHERE)
+    choices = [n // parts for parts in range(1, _MOST_PARTS + 1) if n % parts == 0]
+    enough = max(limits.busy, 1.5 * sizes.fixed)
+    if n * sizes.ours >= 2 * enough:
+        return min((m for m in choices if m * sizes.ours >= enough), default=n)
     extra = n * (sizes.ours - sizes.plain) + sizes.fixed
     if sizes.whole(n) <= limits.times or extra <= limits.extra:
         return n
-    if sizes.convolves and backend() == "cpu":
-        return n  # XLA brings convolutions into the form that is fast there outside of loops alone
     room = max(_OF_PARTS * n * sizes.plain - sizes.fixed, sizes.fixed / 2)
-    parts = [parts for parts in range(1, _MOST_PARTS + 1) if n % parts == 0]
-    fits = [n // count for count in parts if n // count * sizes.ours <= room]
-    return max(fits, default=n // parts[-1])
+    return max((m for m in choices if m * sizes.ours <= room), default=choices[-1])
 
 
 def _size(atom: Any) -> int:
