@@ -150,6 +150,7 @@ def _engine(run: Run, trainable: Params, frozen: Params) -> str:
     text = "bookkeeping, parameters by route: " + ", ".join(
         f"{route} {100 * share:.1f} %" for route, share in shares.items()
     )
+    text += f"; memory {dp.estimate_memory(loss, trainable, example)}"
     if shares.get("direct", 0.0) > _LARGE_SHARE:
         text += " (direct is slow and takes memory for each example: see dp.explain)"
     return text

@@ -53,6 +53,7 @@ from dpjax.dp.engines import (
     bookkeeping,
     check_engine,
     clipped_sum,
+    estimate_memory,
     explain,
     route_shares,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "chunks",
     "clipped_sum",
     "epsilon_of",
+    "estimate_memory",
     "explain",
     "fit_temperature",
     "flat",

@@ -5,6 +5,7 @@ from dpjax.dp.engines.check import EngineMismatch, check_engine
 from dpjax.dp.engines.clipped_sum import METHODS, clipped_sum
 from dpjax.dp.engines.explain import explain, route_shares
 from dpjax.dp.engines.held import Held
+from dpjax.dp.engines.memory import estimate_memory
 
 __all__ = [
     "METHODS",
@@ -13,6 +14,7 @@ __all__ = [
     "bookkeeping",
     "check_engine",
     "clipped_sum",
+    "estimate_memory",
     "explain",
     "route_shares",
 ]

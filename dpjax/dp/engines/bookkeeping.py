@@ -15,8 +15,12 @@ treated so. This is a loop that is most often not entered, and so are the barrie
 `reference.once`; all weights share them.
 
 **Compiling.** XLA compiles equal kernels once, and its passes take time for each operation. Norms
-of weights of equal sizes are therefore measured by one loop (`parts.measured_together`), and a
+of weights of one length are therefore measured by one loop (`parts.measured_together`), what is
+recorded has the shape in which the model computed it, sums and small gradients are flat, and a
 direct leaf has as few operations as possible.
+
+**Memory.** Inputs and cotangents of all products are kept up to the end; where a plain gradient
+keeps much less, the batch is taken in parts (`memory`).
 
 Source: Bu et al. 2022, arXiv 2210.00038 (book-keeping); Li et al. 2021, arXiv 2110.05679 (ghost
 norms); Goodfellow 2015, arXiv 1510.01799.

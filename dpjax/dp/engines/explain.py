@@ -88,11 +88,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
         f"{route:<{width}}  {100 * share:4.1f} %  {counts[route]:6}"
         for route, share in route_shares(plan, params).items()
     ]
-    sizes = memory.sizes_of(planned, params)
-    lines.append(
-        f"memory: about {sizes.ours / max(1, sizes.plain):.1f} of a plain gradient's for each "
-        f"example, and {sizes.fixed:,} bytes besides"
-    )
+    lines.append(f"memory: {memory.sizes_of(planned, params)}")
     direct = [(p, np.shape(x)) for p, x in zip(plan, leaves, strict=True) if p.route == "direct"]
     if not direct:
         return "\n".join(lines)

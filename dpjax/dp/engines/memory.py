@@ -22,11 +22,11 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax.dp.engines.arithmetic import backend
-from dpjax.dp.engines.plans import Plan
+from dpjax.dp.engines.plans import Plan, make_plan
 from dpjax.dp.engines.sites import Key
 from dpjax.dp.engines.tracing import inlined, scan_parts
 
-__all__ = ["Sizes", "microbatch", "sizes_of"]
+__all__ = ["Sizes", "estimate_memory", "microbatch", "sizes_of"]
 
 
 class _Limits(NamedTuple):
@@ -82,6 +82,13 @@ class Sizes(NamedTuple):
         """Temporaries of a batch of `n` taken whole, over those of a plain gradient."""
         return (n * self.ours + self.fixed) / max(1, n * self.plain)
 
+    def __str__(self) -> str:
+        share = self.ours / max(1, self.plain)
+        return (
+            f"about {share:.1f} of a plain gradient's for each example, and {self.fixed:,} bytes "
+            "besides"
+        )
+
 
 class _Stage(NamedTuple):
     """A stretch of the model: bytes of one example.
@@ -103,6 +110,25 @@ class _Stage(NamedTuple):
     def times(self, count: int) -> _Stage:
         stored, inputs, cotangents = (count * size for size in self[:3])
         return _Stage(stored, inputs, cotangents, self.within, self.work)
+
+
+def estimate_memory(loss_fn: Any, params: Any, example: Any) -> Sizes:
+    """Estimates temporaries of a plain gradient and of the engine; nothing is computed.
+
+    Args:
+        loss_fn: `(params, example) -> loss` of ONE example, a scalar.
+        params: trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
+        example: ONE example, likewise.
+
+    Returns:
+        Bytes, to be printed or compared; see the module for what they leave out.
+
+    >>> import jax.numpy as jnp
+    >>> loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+    >>> print(estimate_memory(loss, jnp.ones((8, 4)), jnp.ones((16, 8))))
+    about 1.3 of a plain gradient's for each example, and 256 bytes besides
+    """
+    return sizes_of(make_plan(loss_fn, params, example), params)
 
 
 def sizes_of(planned: Plan, params: Any) -> Sizes:
