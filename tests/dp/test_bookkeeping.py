@@ -258,6 +258,18 @@ def test_models(name):
     agree(*classify(name), tolerance=3e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (3,)])
+def test_products_without_tokens_have_no_gradient(shape):
+    """Beside one that has; no example of an empty sequence is lost."""
+
+    def loss_fn(params, x):
+        empty = jnp.sum(jnp.sin(x["none"] @ params["w"]))
+        return empty + jnp.sum(jnp.sin(x["some"] @ params["v"]))
+
+    params = {"w": normal(3, 2)[0], "v": normal(5, 2)[0]}
+    agree(loss_fn, params, {"none": jnp.ones((SIZE, *shape)), "some": normal(4, 5)})
+
+
 def test_the_loss_is_traced_at_the_shape_of_one_example():
     def loss_fn(params, x):
         assert x.shape == (3,)

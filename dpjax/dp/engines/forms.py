@@ -318,9 +318,9 @@ def last_axes(site: Site) -> tuple[int, int]:
     """How many last axes of the input and of the output are the features of a dense layer.
 
     Recorded as `[n * tokens, features]`, the arrays are those that XLA multiplies in the model, and
-    no copy is made. 0 for other sites, and where the features are not last.
+    no copy is made. 0 for other sites, for empty ones, and where the features are not last.
     """
-    if site.kind != "dot":
+    if site.kind != "dot" or 0 in (*site.input.shape, *site.output.shape):
         return 0, 0
     axes, ndim = _dot_axes(site), site.input.ndim
     if axes.x_batch or site.operand == 0:

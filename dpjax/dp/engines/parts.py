@@ -95,7 +95,6 @@ class Record:
 
     def take(self, first: jax.Array, count: int) -> Record:
         """The part of a few examples."""
-
         starts = {rows: first * rows for rows in {1, *self.rows}}
 
         def part(array: jax.Array, rows: int = 1, axis: int = 0) -> jax.Array:
@@ -121,8 +120,9 @@ class Record:
         places = dict(self.places)
 
         def array(i: int) -> jax.Array:
-            shape, axis = self.shapes[i], self.axes[i]
-            return jnp.moveaxis(self.arrays[i].reshape(*shape[:axis], -1, *shape[axis:]), axis, 0)
+            x, shape, axis = self.arrays[i], self.shapes[i], self.axes[i]
+            n = x.shape[axis] // self.rows[i]
+            return jnp.moveaxis(x.reshape(*shape[:axis], n, *shape[axis:]), axis, 0)
 
         return [forms.part_of(site, *map(array, places[site.key])) for site in sites]
 
