@@ -171,7 +171,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def run_point(command: Sequence[str], path: Path) -> int:
-    """Runs one point, forwards SIGTERM and Ctrl-C to it, and returns its exit code."""
+    """Runs one point, passes SIGTERM and Ctrl-C on to it, and returns its exit code."""
     failed, log = path.with_suffix(".failed"), path.with_suffix(".log")
     failed.unlink(missing_ok=True)
     log.touch(mode=0o600)  # a run prints facts about private data, too

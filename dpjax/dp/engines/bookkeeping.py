@@ -43,7 +43,6 @@ from dpjax.dp.engines.held import Held, here
 from dpjax.dp.engines.parts import (
     Factors,
     Part,
-    Record,
     Totals,
     Vectors,
     capped,
@@ -53,6 +52,7 @@ from dpjax.dp.engines.parts import (
     measured_together,
 )
 from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
+from dpjax.dp.engines.record import Record
 from dpjax.dp.engines.sites import Key
 from dpjax.dp.engines.taps import evaluate, function_of_leaves
 from dpjax.dp.engines.tracing import Traced

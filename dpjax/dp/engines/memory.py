@@ -43,7 +43,7 @@ class _Limits(NamedTuple):
     busy: float = math.inf
 
 
-# Pages that a CPU gets anew in every step take longer than a further pass over the parameters.
+# On a CPU, fresh memory pages in every step take longer than one more pass over the parameters.
 _LIMITS = {"cpu": _Limits(1.25, 2**20, 2**26)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
