@@ -232,7 +232,7 @@ def test_the_plan_gives_the_sizes_that_decided():
         "dense of many tokens": "T=60 d=5 p=3",
         "batched weights": "T=7 d=5 p=4 B=3",
         "conv groups": "T=25 d=18 p=3 B=2, outer again",
-        "weight standardization": "T=36 d=18 p=4, outer, derived",
+        "weight standardization": "T=36 d=18 p=4, outer, by columns",
         "embed": "T=6 d=11 p=5",
     }
     for name, sizes in want.items():

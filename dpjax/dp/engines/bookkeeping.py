@@ -39,15 +39,14 @@ import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
 from dpjax.dp.engines import forms, products, reference
+from dpjax.dp.engines.formed import formed_part
 from dpjax.dp.engines.held import Held, here
 from dpjax.dp.engines.parts import (
     Factors,
     Part,
     Totals,
     Vectors,
-    capped,
     closed_part,
-    formed_part,
     kept_part,
     measured_together,
 )
@@ -127,7 +126,7 @@ def microbatch_sum(
     formed = [part.kept for part in parts[len(direct) :]]
     kept = [part.kept for part in parts[: len(direct)]] + reference.once(formed, doubts)
 
-    most = _cancellation(max((group.form.T for group in planned.groups), default=1))
+    most = _cancellation(planned.tokens)
     squares = _kept_squares(parts, kept, num_groups, mask.shape[0])
     measures = [
         (jax.tree.map(lambda row: row[None], measure), [group])
@@ -278,7 +277,7 @@ def _kept_squares(parts: list[Part], kept: list[Vectors], num_groups: int, size:
         for group, g in zip(part.members, own):
             # Small ones are copied side by side, so that one program measures all of a group.
             key = group if g.shape[1] <= products.BIAS else num_groups + len(by_group)
-            by_group.setdefault(key, []).append(capped(g, part.limit))
+            by_group.setdefault(key, []).append(products.capped(g, part.limit))
             groups[key] = group
     squares = [products.kept_measure(jnp.concatenate(own, 1)).square for own in by_group.values()]
     if not squares:

@@ -17,25 +17,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.dp.engines import forms, products, reference
+from dpjax.dp.engines import forms, products
 from dpjax.dp.engines.forms import Tokens
-from dpjax.dp.engines.held import Held
-from dpjax.dp.engines.plans import Group, Mixed
+from dpjax.dp.engines.plans import Group
 from dpjax.dp.engines.record import Record
-from dpjax.dp.engines.sites import Key, Site, Weight
-from dpjax.dp.engines.taps import function_of_leaves
-from dpjax.dp.engines.tracing import Traced
+from dpjax.dp.engines.sites import Key, Weight
 
 __all__ = [
     "Factors",
     "Part",
     "Totals",
     "Vectors",
-    "capped",
+    "chunk_of",
+    "chunked",
+    "cleared",
     "closed_part",
-    "formed_part",
     "kept_part",
     "measured_together",
+    "of_kept",
+    "unscaled",
 ]
 
 Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
@@ -86,10 +86,10 @@ def kept_part(leaf: int, gradients: jax.Array, groups: tuple[int, ...]) -> Part:
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         return totals | {leaf: totals[leaf] + vectors[0]}
 
-    return _of_kept((groups[leaf],), (gradients,), None, place)
+    return of_kept((groups[leaf],), (gradients,), None, place)
 
 
-def _of_kept(
+def of_kept(
     members: tuple[int, ...],
     kept: Vectors,
     within: jax.Array | None,
@@ -105,11 +105,6 @@ def _of_kept(
         return place(totals, record, tuple(weighed))
 
     return Part(members, kept, (), within, add, limit)
-
-
-def capped(array: jax.Array, limit: float) -> jax.Array:
-    """Numbers beyond the limit as the infinite ones that vmap has there."""
-    return array if limit >= products.LARGEST else jnp.where(abs(array) <= limit, array, jnp.inf)
 
 
 def closed_part(
@@ -147,10 +142,10 @@ def closed_part(
     narrow = limit < products.LARGEST
     largest = limit / 4 / reach
 
-    unscaled, scale = _unscaled(sites)
+    plain, scale = unscaled(sites)
 
     def materialized(record: Record) -> jax.Array:
-        gradients = scale * products.materialize(record.tokens(unscaled))
+        gradients = scale * products.materialize(record.tokens(plain))
         for place, constant in terms.items():
             gradients += products.scaled(constant[None], record.scalars[place])
         return gradients
@@ -182,10 +177,10 @@ def closed_part(
 
     def exact(record: Record) -> Vectors:
         if group.norm == "lookup" and not terms:
-            gradients = scale * products.combined(record.tokens(unscaled))
+            gradients = scale * products.combined(record.tokens(plain))
         else:
             gradients = materialized(record)
-        return (capped(products.flat(gradients), limit / reach if narrow else math.inf),)
+        return (products.capped(products.flat(gradients), limit / reach if narrow else math.inf),)
 
     # The leaf itself as a table, or as the transposed of one, can be added to in place.
     table = group.norm == "lookup" and not view.steps and forms.is_table(sites[0])
@@ -226,25 +221,31 @@ def closed_part(
             totals = totals | {leaf: totals[leaf] + value}
         return totals
 
-    # Of a product, the smaller array is scaled, and cleared by that.
-    places = dict(record.places)
-    if forms.sums_as_convolution(sites):
-        clears = {places[site.key][0] for site in sites}
-    else:
-        scale_x = products.scales_x(form)
-        clears = {
-            places[site.key][site.turned != scale_x] for site in sites if site.kind != "embed"
-        }
     own = record.of((sites,), list(terms))
     size = _temporary(group)
     if group.norm == "outer":
-        kept, within = _chunked(gradients, own, size)
-        return _of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
+        kept, within = chunked(gradients, own, size)
+        return of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
     if mass is not None:
         measures, within = (), mass < largest if narrow else None
     else:
-        measures, within = _chunked(measure, own, size)
-    return Part((rule_group,), (), measures, within, add, limit, exact, place, frozenset(clears))
+        measures, within = chunked(measure, own, size)
+    return Part(
+        (rule_group,), (), measures, within, add, limit, exact, place, cleared(sites, record)
+    )
+
+
+def cleared(sites: Weight, record: Record) -> frozenset[int]:
+    """The arrays of the record in which a weighted sum needs zeros; see `Part.clears`.
+
+    Of a product, the smaller array is scaled, and cleared by that.
+    """
+    places = dict(record.places)
+    if forms.sums_as_convolution(sites):
+        return frozenset(places[site.key][0] for site in sites)
+    scale_x = products.scales_x(forms.form_of(sites))
+    products_of = (site for site in sites if site.kind != "embed")
+    return frozenset(places[site.key][site.turned != scale_x] for site in products_of)
 
 
 def measured_together(
@@ -316,102 +317,11 @@ def _measured_alike(
     for sites in weights:
         d, p = forms.form_of(sites)[2:4]
         each += B * T * (d + p) + B * (2 * T * T if norm == "gram" else d * p)
-    found_all = _chunked(measure, record.of(tuple(weights), []), each, share=_COPIED)
+    found_all = chunked(measure, record.of(tuple(weights), []), each, share=_COPIED)
     return products.Measure(*jnp.transpose(found_all))
 
 
-def formed_part(
-    traced: Traced,
-    mixed: Mixed,
-    record: Record,
-    constants: dict[Key, dict[int, jax.Array]],
-    held: Held,
-    groups: tuple[int, ...],
-    doubts: jax.Array,
-) -> Part:
-    """The part of weights that are functions of their leaves, or that share them in other layouts.
-
-    The derivative of such a function can cancel nearly all of a gradient, say that of
-    `w - mean(w)`, and so can two uses of a leaf. A sum over examples that is formed before it may
-    hold errors of any size beside the bound. The leaves' gradients are therefore formed per
-    example, and what is formed is measured and summed.
-    """
-    pulls = [_pull(traced, sites[0], held) for sites in mixed.weights]
-    terms = {place: own for place, own in constants.items() if own.keys() & set(mixed.leaves)}
-    members = tuple(groups[leaf] for leaf in mixed.leaves)
-    limits = [min(site.limit for site in sites) for sites in mixed.weights]
-
-    def gradients(record: Record, cap: bool = False) -> tuple[Vectors, jax.Array]:
-        total: dict[int, jax.Array] = {}
-        within = jnp.ones((), bool)
-        for sites, pull, limit in zip(mixed.weights, pulls, limits):
-            if limit < products.LARGEST:
-                formed, gradient = products.outer(record.tokens(sites))
-                within &= products.outer_measure(formed).mass < limit / 4
-            else:
-                unscaled, scale = _unscaled(sites)
-                gradient = scale * products.materialize(record.tokens(unscaled))
-            gradient = capped(gradient, limit if cap else math.inf)
-            within &= jnp.ones(gradient.shape[0], bool)
-            for leaf, value in jax.vmap(pull)(gradient).items():
-                total[leaf] = total[leaf] + value if leaf in total else value
-        for place, constant in terms.items():
-            for leaf in total.keys() & constant.keys():
-                total[leaf] += products.scaled(constant[leaf][None], record.scalars[place])
-        return tuple(products.flat(total[leaf]) for leaf in mixed.leaves), within
-
-    def exact(record: Record) -> Vectors:
-        return gradients(record, cap=True)[0]
-
-    def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
-        totals = dict(totals)
-        for leaf, vector in zip(mixed.leaves, vectors, strict=True):
-            totals[leaf] += vector
-        return totals
-
-    own, size = record.of(mixed.weights, list(terms)), _temporary_of(mixed)
-    if mixed.kept:
-        kept, within = _chunked(gradients, own, size)
-        return _of_kept(members, kept, within, place, min(limits))
-
-    def measure(record: Record) -> tuple[tuple[products.Measure, ...], jax.Array]:
-        vectors, within = gradients(record)
-        return tuple(map(products.kept_measure, reference.once(vectors, doubts))), within
-
-    measures, within = _chunked(measure, own, size)
-
-    def add(
-        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
-    ) -> Totals:
-        own = record.of(mixed.weights, list(terms))
-        chunk = _chunk(own, size)
-
-        def part(array: jax.Array, first: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(array, first, chunk)
-
-        def turn(i: jax.Array, totals: Totals) -> Totals:
-            first = i * chunk
-            weighed = []
-            vectors = reference.once(gradients(own.take(first, chunk))[0], doubts)
-            for member, measured, g in zip(members, measures, vectors, strict=True):
-                square = part(measured.square, first)
-                # Formed a second time, in another program: what is added is measured once more, and
-                # shrunk if it is the larger.
-                again = products.kept_measure(g).square
-                shrink = jnp.where(again > square, jnp.sqrt(square / again), 1.0)
-                finite = jnp.isfinite(again)
-                g = jnp.where(finite[:, None], g, 0.0)
-                factor = jnp.where(finite, part(factors[member][0], first) * shrink, 0.0)
-                weighed.append(products.weigh(g, factor, factor > 0))
-            return place(totals, record, tuple(weighed))
-
-        start = {leaf: totals[leaf] for leaf in mixed.leaves}
-        return totals | jax.lax.fori_loop(0, own.size // chunk, turn, start)
-
-    return Part(members, (), measures, within, add, min(limits), exact, place)
-
-
-def _unscaled(sites: Weight) -> tuple[Weight, float]:
+def unscaled(sites: Weight) -> tuple[Weight, float]:
     """The sites without the factor that their views have in common, and the factor.
 
     A gradient that is formed is scaled last, as JAX does it: a cotangent times 1e10 may leave
@@ -426,21 +336,6 @@ def _unscaled(sites: Weight) -> tuple[Weight, float]:
     return tuple(dataclasses.replace(s, view=v) for s, v in zip(sites, signs)), scale
 
 
-def _pull(traced: Traced, site: Site, held: Held) -> Callable[[jax.Array], dict[int, jax.Array]]:
-    """Takes a canonical gradient of a weight to the weight's leaves, float32."""
-    view = site.view
-    if view is not None:
-        return lambda gradient: {view.leaf: view.pull(forms.restore(site, gradient))}
-    own = {i: held.leaf(i) for i in sorted(site.leaves)}
-    weight, vjp = jax.vjp(lambda own: function_of_leaves(traced, site.key, site.operand, own), own)
-
-    def pull(gradient: jax.Array) -> dict[int, jax.Array]:
-        (result,) = vjp(forms.restore(site, gradient).astype(weight.dtype))
-        return jax.tree.map(lambda g: g.astype(jnp.float32), result)
-
-    return pull
-
-
 def _temporary(group: Group) -> int:
     """Numbers that measuring one example takes beyond what is recorded or kept."""
     B, T, d, p = group.form[:4]
@@ -451,16 +346,7 @@ def _temporary(group: Group) -> int:
     return turned + (B * d * p if group.norm == "outer again" else 0)
 
 
-def _temporary_of(mixed: Mixed) -> int:
-    patches = 0
-    for sites in mixed.weights:
-        if any(forms.has_patches(site) for site in sites):
-            form = forms.form_of(sites)
-            patches += form.B * form.T * form.d
-    return patches if mixed.kept and patches else max(patches, mixed.numbers)
-
-
-def _chunk(record: Record, size: int, share: int = 1) -> int:
+def chunk_of(record: Record, size: int, share: int = 1) -> int:
     """How many examples are measured at a time, such that temporaries of `size` each are small.
 
     No chunk has more than one of `share` parts of the examples.
@@ -470,9 +356,9 @@ def _chunk(record: Record, size: int, share: int = 1) -> int:
     return max(fits, default=1)
 
 
-def _chunked(function: Callable[[Record], Any], record: Record, size: int, share: int = 1) -> Any:
+def chunked(function: Callable[[Record], Any], record: Record, size: int, share: int = 1) -> Any:
     """Applies `function` to a few examples at a time if its temporaries, `size` each, are large."""
-    chunk, n = _chunk(record, size, share), record.size
+    chunk, n = chunk_of(record, size, share), record.size
     if chunk == n:
         return function(record)
     # XLA reads a slice where it is; of arrays reshaped to `[chunks, chunk, ...]` it copies some.

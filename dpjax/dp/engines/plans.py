@@ -6,20 +6,22 @@ and is what a run prints and `explain` tells.
 - "gram", "outer", "outer again", "lookup": the leaf's uses are all products in one layout. The norm
   comes from Gram matrices, or from gradients that are formed, where they are cheaper; those are
   kept for the sum if they take little memory.
-- "derived": the gradient is formed for a few examples at a time, because the weight is a function
-  of its leaves, or because a leaf is used in several layouts.
+- "derived": the weight is a function of its leaves, or a leaf is used in several layouts. Where all
+  that is done to a leaf is to scale and shift its columns, norms are computed as for a product
+  ("by columns", see `columns`); else the gradient is formed for a few examples at a time.
 - "direct": JAX differentiates the leaf for each example.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from dpjax.dp.engines import forms, products
+from dpjax.dp.engines.columns import Columns, columns_of
 from dpjax.dp.engines.forms import Form
 from dpjax.dp.engines.sites import Weight
 from dpjax.dp.engines.tracing import Traced, trace
@@ -74,12 +76,15 @@ class Mixed(NamedTuple):
         leaves: all leaves that they are computed from.
         kept: whether the leaves' gradients are kept for the sum, or formed a second time.
         numbers: numbers of the gradients of all weights, of one example.
+        columns: the weights as columns that are scaled and shifted, whose gradients are not formed,
+            with the way to their norms; empty if they are not of that kind.
     """
 
     weights: tuple[Weight, ...]
     leaves: tuple[int, ...]
     kept: bool
     numbers: int
+    columns: tuple[tuple[Columns, str], ...] = ()
 
     @property
     def route(self) -> str:
@@ -91,6 +96,13 @@ class Plan(NamedTuple):
     traced: Traced
     groups: tuple[Group, ...]
     mixed: tuple[Mixed, ...]
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens of a weight whose gradient is measured without being kept."""
+        sites = [group.sites for group in self.groups]
+        sites += [own.sites for mixed in self.mixed for own, _ in mixed.columns]
+        return max((forms.form_of(own).T for own in sites), default=1)
 
 
 def plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> tuple[LeafPlan, ...]:
@@ -118,6 +130,13 @@ def leaf_plans(planned: Plan, params: PyTree) -> tuple[LeafPlan, ...]:
         for leaf in mixed.leaves:
             own = [w for w in mixed.weights if leaf in w[0].leaves]
             sizes = "; ".join(_sizes(weight, norm) for weight in own) + ", derived"
+            by_columns = [
+                _sizes(columns.sites, norm if mixed.kept else own_norm)
+                for columns, own_norm in mixed.columns
+                if leaf in columns.leaves
+            ]
+            if by_columns:
+                sizes = "; ".join(by_columns) + ", by columns"
             routes[leaf] = mixed.route, sizes
     unused = "unused", "the loss does not depend on it"
     return tuple(
@@ -158,5 +177,28 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
         group = Mixed(weights, tuple(own), False, numbers)
         # The derivative of the function is taken again, too; beside patches that is little.
         times = 1 if group.route == "conv" else 2
-        mixed.append(group._replace(kept=products.can_keep(total, times)))
+        columns = () if traced.scalars else _columns(traced, weights, leaves)
+        kept = products.can_keep(total, 1 if columns else times)
+        group = group._replace(columns=columns)
+        mixed.append(group._replace(kept=kept))
     return Plan(traced, tuple(groups), tuple(mixed))
+
+
+def _columns(
+    traced: Traced, weights: tuple[Weight, ...], leaves: Sequence[Any]
+) -> tuple[tuple[Columns, str], ...]:
+    """The weights as scaled and shifted columns, if all are, each of a leaf of its own."""
+    every = []
+    for sites in weights:
+        found = columns_of(traced, sites, leaves)
+        if found is None:
+            return ()
+        norm = products.cheapest(forms.form_of(found.sites))
+        every.append((found, "gram" if norm == "gram" else "outer again"))
+    scaled = [found.leaf for found, _ in every]
+    others = {leaf for found, _ in every for leaf in found.others}
+    if len(set(scaled)) < len(scaled) or not others.isdisjoint(scaled):
+        return ()
+    # The gradients of gains are kept.
+    numbers = sum(math.prod(leaves[i].shape) for i in others)
+    return tuple(every) if 4 * numbers <= sum(math.prod(leaves[i].shape) for i in scaled) else ()

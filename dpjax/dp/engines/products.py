@@ -54,7 +54,10 @@ __all__ = [
     "BIAS",
     "LARGEST",
     "Measure",
+    "applied",
     "can_keep",
+    "capped",
+    "chain",
     "cheapest",
     "combined",
     "flat",
@@ -69,6 +72,7 @@ __all__ = [
     "scales_x",
     "weigh",
     "weighted_sum",
+    "with_added",
     "with_constant",
 ]
 
@@ -125,17 +129,18 @@ def cheapest(form: Form) -> str:
 
 
 def _in_blocks(
-    a: jax.Array, b: jax.Array, axis: int, blocks: int, contract: Contract, batch: int
+    a: jax.Array, b: jax.Array, axes: tuple[int, int], blocks: int, contract: Contract, batch: int
 ) -> jax.Array:
-    """`dot`, one block after the other along an axis that both operands have and contract."""
+    """`dot`, one block after the other along an axis of each operand that is contracted."""
     if not blocks:
         return dot(a, b, contract, batch)
+    pairs = tuple(zip((a, b), axes))
 
     def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        x, y = (jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis) for x in (a, b))
+        x, y = (jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis) for x, axis in pairs)
         return total + dot(x, y, contract, batch), None
 
-    x, y = (jax.lax.slice_in_dim(x, blocks * _BLOCK, x.shape[axis], axis=axis) for x in (a, b))
+    x, y = (jax.lax.slice_in_dim(x, blocks * _BLOCK, x.shape[axis], axis=axis) for x, axis in pairs)
     return jax.lax.scan(add, dot(x, y, contract, batch), jnp.arange(blocks))[0]
 
 
@@ -154,10 +159,26 @@ def _chain(size: int, blocks: int, *operands: jax.Array) -> int:
     return int(roundings(_BLOCK if blocks else size, *operands)) + blocks
 
 
+def chain(size: int) -> int:
+    """How many units roundoff a sum of products may be off by, in blocks where it is long."""
+    return _chain(size, _blocks(size))
+
+
+def applied(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Inputs `[n, B, T, d]` times a weight `[B, d, p]`, off by the units of `chain(d)`."""
+    n, B, T, d = x.shape
+    rows = jnp.swapaxes(x, 0, 1).reshape(B, n * T, d)
+    if B == 1:  # without a batch of one, which a CPU takes longer for
+        product = _in_blocks(rows[0], weight[0], (1, 0), _blocks(d), ((1,), (0,)), 0)
+    else:
+        product = _in_blocks(rows, weight, (2, 1), _blocks(d), ((2,), (1,)), 1)
+    return jnp.swapaxes(product.reshape(B, n, T, -1), 0, 1)
+
+
 def _gram(array: jax.Array) -> tuple[jax.Array, int]:
     """Gram matrices `[n, B, T, T]`, and how many units roundoff one of their sums may be off by."""
     blocks = _blocks(array.shape[3])
-    gram = _in_blocks(array, array, 3, blocks, ((3,), (3,)), 2)
+    gram = _in_blocks(array, array, (3, 3), blocks, ((3,), (3,)), 2)
     return gram, _chain(array.shape[3], blocks, array, array)
 
 
@@ -328,22 +349,36 @@ def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.
         constant: R, `[B, d, p]`, the same for all examples.
     """
     size = jnp.sqrt(jnp.sum(jnp.square(constant)))
-    inner, chain = jnp.zeros_like(scalar), 0
+    inner, rounded = jnp.zeros_like(scalar), 0
     if t.x is not None:
-        applied = dot(jnp.swapaxes(t.x, 0, 1), constant, ((3,), (1,)), 1)  # [B, n, T, p]
-        inner += _total(jnp.swapaxes(applied, 0, 1) * t.g.astype(jnp.float32))
-        chain += roundings(t.d)
+        inner += _total(applied(t.x, constant) * t.g.astype(jnp.float32))
+        rounded = chain(t.d)
     if t.rows is not None:
         inner += _total(constant[0][t.rows[:, 0, :, 0]] * t.h[:, 0].astype(jnp.float32))
     own = jnp.abs(scalar) * size
+    return with_added(measure, scalar * inner, own, own * own, rounded, t.d * t.p)
+
+
+def with_added(
+    measure: Measure, inner: jax.Array, own: jax.Array, square: jax.Array, rounded: Any, size: int
+) -> Measure:
+    """Of x_i^T g_i + A_i, from the measure of the first; see the module.
+
+    Args:
+        measure: of x_i^T g_i.
+        inner: the computed inner product of both, `[n]`.
+        own: bound on the norm of A_i, and on the sum of those of the terms that make it.
+        square: the computed squared norm of A_i.
+        rounded: units roundoff that `inner` may be off by for each unit of mass * own.
+        size: numbers of A_i.
+    """
     # The mass bounds the norm of x_i^T g_i and that of all partial sums of the inner product.
     mass = measure.mass + own
-    cross = 2 * own * ((chain + 2 * _REDUCTION) * _UNIT * measure.mass + measure.spread)
-    rest = _REDUCTION * _UNIT * (measure.square + 2 * measure.mass * own + own * own)
-    square = measure.square + 2 * scalar * inner + own * own
+    cross = 2 * own * ((rounded + 2 * _REDUCTION) * _UNIT * measure.mass + measure.spread)
+    rest = measure.square + 2 * measure.mass * own + own * own
     return Measure(
-        square=jnp.maximum(square, 0.0),
-        error=measure.error + cross + rest + _TINY * t.d * t.p,
+        square=jnp.maximum(measure.square + 2 * inner + square, 0.0),
+        error=measure.error + cross + (rounded + _REDUCTION) * _UNIT * rest + _TINY * size,
         spread=measure.spread + 4 * _UNIT * mass,
         mass=mass,
         peak=jnp.maximum(measure.peak, own),
@@ -357,6 +392,11 @@ def flat(gradients: jax.Array) -> jax.Array:
     tree: in the first case the sum of 16,384 squares can be off by 5e-4.
     """
     return gradients.astype(jnp.float32).reshape(gradients.shape[0], -1)
+
+
+def capped(array: jax.Array, limit: float) -> jax.Array:
+    """Numbers beyond the limit as the infinite ones that vmap has there."""
+    return array if limit >= LARGEST else jnp.where(abs(array) <= limit, array, jnp.inf)
 
 
 def _total(array: jax.Array, keep: int = 1) -> jax.Array:
@@ -412,7 +452,7 @@ def materialize(t: Tokens) -> jax.Array:
     """The gradients x_i^T g_i `[n, B, d, p]`."""
     product = None
     if t.x is not None:
-        product = _in_blocks(t.x, t.g, 2, _token_blocks(t.x.shape[2]), ((2,), (2,)), 2)
+        product = _in_blocks(t.x, t.g, (2, 2), _token_blocks(t.x.shape[2]), ((2,), (2,)), 2)
     if t.rows is None and product is not None:
         return product
     rows, h = t.rows[:, 0, :, 0], t.h[:, 0].astype(jnp.float32)
@@ -483,9 +523,9 @@ def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum over examples and tokens of the products a_i^T b_i, `[B, ...]`."""
     blocks = _token_blocks(a.shape[2])
     if a.shape[1] == 1:
-        return _in_blocks(a[:, 0], b[:, 0], 1, blocks, ((0, 1), (0, 1)), 0)[None]
+        return _in_blocks(a[:, 0], b[:, 0], (1, 1), blocks, ((0, 1), (0, 1)), 0)[None]
     a, b = jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1)
-    return _in_blocks(a, b, 2, blocks, ((1, 2), (1, 2)), 1)
+    return _in_blocks(a, b, (2, 2), blocks, ((1, 2), (1, 2)), 1)
 
 
 def lookup_measure(t: Tokens) -> Measure:

@@ -1,0 +1,535 @@
+"""Weights whose columns are scaled and shifted: weight norm, weight standardization and their like.
+
+Such a weight is a function of its leaf w in which every number of a column is treated alike, and in
+which the column as a whole enters only by sums of its numbers and of their squares:
+
+    weight = s * u + t,   u = w - c,   s and t functions of m1 = sum(u), m2 = sum(u^2) and others,
+
+with c the column's mean, a constant, which keeps the sums free of cancellation. Where G is the
+gradient of the weight, that of the leaf is, column by column,
+
+    s * G + a * 1 + b * u,   a = dL/dm1,   b = 2 dL/dm2,
+
+and all of dL/dm1, dL/dm2 and the gradients of other leaves follow from dL/ds = u^T G and
+dL/dt = 1^T G, two numbers for each column. So norms and sums need no gradient of an example in
+memory: s * G is a product with scaled cotangents, and what is added to it has rank two.
+
+`columns_of` finds such functions. It runs their jaxpr on polynomials in u of which each coefficient
+is one number for a column: sums of them over a column's rows are m1 and m2 times coefficients, and
+where every equation takes such polynomials to such polynomials, up to the square of u, and the last
+has degree one, the function has the form above. (Salimans and Kingma 2016, arXiv 1602.07868; Qiao
+et al. 2019, arXiv 1903.10520; Brock et al. 2021, arXiv 2101.08692.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from dpjax.dp.engines import forms, products
+from dpjax.dp.engines.arithmetic import roundings
+from dpjax.dp.engines.forms import Tokens
+from dpjax.dp.engines.sites import Site, Weight, layout
+from dpjax.dp.engines.taps import function_of_leaves
+from dpjax.dp.engines.tracing import Traced
+from dpjax.dp.engines.views import View, follow
+
+__all__ = ["Columns", "Scaled", "columns_of", "products_of", "pulled", "with_columns"]
+
+_SAME = ("copy", "name", "sharding_constraint", "optimization_barrier")
+_ELEMENTWISE = (
+    "abs", "add", "add_any", "convert_element_type", "div", "exp", "integer_pow", "log", "max",
+    "min", "mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub",
+)  # fmt: skip
+_MOVES = ("transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims")
+
+
+class _OtherForm(Exception):
+    """The function is no such polynomial."""
+
+
+class _Value(NamedTuple):
+    """A sum over k of parts[k] * u^k.
+
+    Attributes:
+        shape: of the value.
+        parts: each of the value's rank, and of length 1 along any axis along which it is constant.
+        rows: the axes, longer than 1, that run along columns; none of a value that lacks u.
+        moments: m1 and m2, of length 1 along the rows.
+        view: u as a view of the leaf.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[jax.Array, ...]
+    rows: frozenset[int] = frozenset()
+    moments: tuple[jax.Array, ...] = ()
+    view: View | None = None
+
+    @property
+    def degree(self) -> int:
+        return len(self.parts) - 1
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The shape without the numbers of a column."""
+        return tuple(1 if i in self.rows else size for i, size in enumerate(self.shape))
+
+    def whole(self) -> jax.Array:
+        """The value as an array, if it lacks u."""
+        if self.degree:
+            raise _OtherForm
+        return jnp.broadcast_to(self.parts[0], self.shape)
+
+    def with_parts(self, parts: Sequence[jax.Array]) -> _Value:
+        """Another polynomial in the same u."""
+        if any(part.shape[axis] != 1 for part in parts for axis in self.rows):
+            raise _OtherForm  # numbers of one column are treated differently
+        return self._replace(parts=tuple(parts))
+
+
+def _plain(array: Any) -> _Value:
+    array = jnp.asarray(array)
+    return _Value(array.shape, (array,))
+
+
+class Scaled(NamedTuple):
+    """The weight at some parameters, in canonical form.
+
+    Attributes:
+        scale: s, `[B, p]`.
+        u: the leaf less its columns' means, `[B, d, p]`.
+        moments: sums over d of u and u^2, `[B, p]` each.
+        back: dL/ds and dL/dt `[B, p]` to a and b, likewise, and to gradients of the other leaves.
+    """
+
+    scale: jax.Array
+    u: jax.Array
+    moments: tuple[jax.Array, jax.Array]
+    back: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, dict[int, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A weight whose columns are scaled and shifted.
+
+    Attributes:
+        sites: its uses, with the view of the leaf that the weight would be without that.
+        leaf: the leaf that has the columns.
+        leaves: all that it depends on: the others are gains and their like.
+        rows: the leaf's axes that run along a column.
+        jaxpr: the weight as a function of the leaves, in this order.
+    """
+
+    sites: Weight
+    leaf: int
+    leaves: tuple[int, ...]
+    rows: frozenset[int]
+    jaxpr: core.ClosedJaxpr
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The leaves without that of the columns."""
+        return tuple(i for i in self.leaves if i != self.leaf)
+
+    def at(self, leaves: dict[int, jax.Array]) -> Scaled:
+        """The weight at some values of its leaves, float32."""
+        rows = tuple(sorted(self.rows))
+        center = jnp.mean(leaves[self.leaf], rows, keepdims=True)
+        u = leaves[self.leaf] - center
+        sums = [jnp.sum(power, rows, keepdims=True) for power in (u, jnp.square(u))]
+
+        def coefficients(sums: Any, others: dict[int, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            value = _weight(self, center, sums, others)
+            shift, scale = (jnp.broadcast_to(part, value.columns) for part in value.parts)
+            return _canonical(self.sites[0], scale, value), _canonical(self.sites[0], shift, value)
+
+        def turned(array: jax.Array) -> jax.Array:
+            value = _weight(self, center, [array, array], others)
+            return _canonical(self.sites[0], value.moments[0], value).astype(jnp.float32)
+
+        others = {i: leaves[i] for i in self.others}
+        (scale, shift), vjp = jax.vjp(coefficients, sums, others)
+
+        def back(by_scale: jax.Array, by_shift: jax.Array) -> Any:
+            (first, second), own = vjp((by_scale.astype(scale.dtype), by_shift.astype(shift.dtype)))
+            own = {i: g.astype(jnp.float32) for i, g in own.items()}
+            return turned(first), 2 * turned(second), own
+
+        site, form = self.sites[0], forms.form_of(self.sites)
+        pull = site.view_of_leaf.pull
+        (moved,) = jax.linear_transpose(pull, jax.ShapeDtypeStruct(site.shape, u.dtype))(u)
+        shape = jax.ShapeDtypeStruct((form.B, form.d, form.p), u.dtype)
+        (moved,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(moved)
+        moments = turned(sums[0]), turned(sums[1])
+        return Scaled(scale.astype(jnp.float32), moved.astype(jnp.float32), moments, back)
+
+
+class Products(NamedTuple):
+    """What the norm of a gradient that is not formed follows from, of some examples.
+
+    Attributes:
+        scaled: the measure of s * x^T g.
+        mass: that of x^T g.
+        by_scale: dL/ds, `[n, B, p]`.
+        by_shift: dL/dt, `[n, B, p]`.
+    """
+
+    scaled: products.Measure
+    mass: jax.Array
+    by_scale: jax.Array
+    by_shift: jax.Array
+
+
+def products_of(t: Tokens, norm: str, at: Scaled) -> Products:
+    """Measures s * x_i^T g_i, and adds up x_i^T g_i and its products with u column by column.
+
+    Args:
+        t: inputs and cotangents of the weight.
+        norm: "gram", or else the product is formed.
+        at: the weight.
+    """
+    zero = jnp.zeros(t.x.shape[0], jnp.float32)
+    cotangents = t.g.astype(jnp.float32)
+    own = t._replace(g=cotangents * at.scale[None, :, None])
+    raw = products.outer_measure(products.Outer(zero, *products.token_squares(t), t.d, t.p, 0.0))
+    if norm == "gram":
+        grams = products.gram(own)._replace(rounding=products.gram(t).rounding)
+        measure = products.gram_measure(grams)
+        # As products: XLA adds up the axis of tokens slowly on a CPU.
+        by_scale = _over_tokens("nbtp,nbtp->nbp", products.applied(t.x, at.u), cotangents)
+        inputs = jnp.sum(t.x.astype(jnp.float32), 3)
+        by_shift = _over_tokens("nbt,nbtp->nbp", inputs, cotangents)
+    else:
+        formed, gradients, by_scale, by_shift = _over_rows(t, at)
+        scale = jnp.broadcast_to(at.scale[:, :, None], gradients.shape[1:]).reshape(1, -1)
+        square = products.kept_measure(products.flat(gradients) * scale).square
+        outer = products.Outer(square, *products.token_squares(own), t.d, t.p, formed.rounding)
+        measure = products.outer_measure(outer)
+    measure = measure._replace(peak=jnp.maximum(measure.peak, raw.peak))
+    return Products(measure, raw.mass, by_scale, by_shift)
+
+
+def pulled(t: Tokens, at: Scaled, limit: float) -> tuple[Any, jax.Array, dict[int, jax.Array]]:
+    """Forms the gradients of the weight and takes them to its leaves.
+
+    Args:
+        t: inputs and cotangents of the weight.
+        at: the weight.
+        limit: numbers beyond it are infinite in the gradients of the weight.
+
+    Returns:
+        What the gradients of the weight are measured by; those of the leaf, `[n, B, p, d]`; those
+        of the other leaves.
+    """
+    formed, g, by_scale, by_shift = _over_rows(t, at, limit)
+    a, b, others = jax.vmap(at.back)(by_scale, by_shift)
+    u = jnp.swapaxes(at.u, 1, 2)[None]
+    return formed, g * at.scale[None, :, :, None] + a[..., None] + b[..., None] * u, others
+
+
+def _over_rows(
+    t: Tokens, at: Scaled, limit: float = math.inf
+) -> tuple[products.Outer, jax.Array, jax.Array, jax.Array]:
+    """Transposed gradients of the weight, and the sums over columns of them and of their products.
+
+    Transposed, because XLA adds up a last axis in trees; and flat, which takes a CPU less time.
+    """
+    formed, g = products.outer(Tokens(t.g, t.x, d=t.p))
+    g = products.capped(g, limit)
+    u = jnp.swapaxes(at.u, 1, 2).reshape(1, -1)
+    by_scale = jnp.sum((products.flat(g) * u).reshape(g.shape), 3)
+    return formed, g, by_scale, jnp.sum(g, 3)
+
+
+def _over_tokens(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def with_columns(
+    found: Products, sizes: forms.Form, at: Scaled, a: jax.Array, b: jax.Array
+) -> products.Measure:
+    """Measures s * x_i^T g_i + a_i * 1 + b_i * u, which is summed term by term.
+
+    a and b are numbers, computed once (`reference.once`): whatever rounding they hold, the same are
+    measured and summed. In the inner product of s * x_i^T g_i with the other terms, x 1 and x u are
+    off by r(d) u |x_t| times the norm of 1 or of a column of u, and the sum over tokens by r(T): by
+    Cauchy and Schwarz both are bounded by the mass of s * x_i^T g_i times |a_i * 1| + |b_i * u|;
+    see `products`. Scaling by s rounds each number once more, in the norm and in the sum, which the
+    units that `with_added` adds hold.
+
+    Args:
+        found: of s * x_i^T g_i.
+        sizes: of the weight.
+        at: the weight.
+        a: `[n, B, p]`.
+        b: likewise.
+    """
+    inner = jnp.sum(at.scale[None] * (a * found.by_shift + b * found.by_scale), (1, 2))
+    total, square = (moment[None] for moment in at.moments)
+    of_a, of_b = (jnp.sum(jnp.square(x) * y, (1, 2)) for x, y in ((a, sizes.d), (b, square)))
+    own = jnp.sqrt(of_a) + jnp.sqrt(of_b)
+    added = of_a + of_b + 2 * jnp.sum(a * b * total, (1, 2))
+    chain = products.chain(sizes.d) + roundings(sizes.T)
+    measure = products.with_added(
+        found.scaled, inner, own, added, chain, sizes.B * sizes.d * sizes.p
+    )
+    # The moments are sums over a column one by one.
+    return measure._replace(error=measure.error + sizes.d * 2.0**-23 * own * own)
+
+
+def columns_of(traced: Traced, sites: Weight, shapes: Sequence[Any]) -> Columns | None:
+    """The weight as one whose columns are scaled and shifted, if it is one.
+
+    Args:
+        traced: the jaxpr and its sites.
+        sites: the uses of a derived weight.
+        shapes: of all leaves, arrays or abstract values.
+    """
+    site = sites[0]
+    if site.view is not None or any(s.kind == "embed" or s.lengths for s in sites):
+        return None
+    leaves = tuple(sorted(site.leaves))
+    own = {i: jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype) for i in leaves}
+
+    def weight(*args: jax.Array) -> Any:
+        return function_of_leaves(traced, site.key, site.operand, dict(zip(leaves, args)))
+
+    closed = jax.make_jaxpr(weight)(*own.values())
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
+    if len(leaves) == 1 and not any(eqn.primitive.name == "reduce_sum" for eqn in jaxpr.eqns):
+        return None  # a leaf times a constant that is too large or too small for a view
+    for leaf in leaves:
+        if math.prod(own[leaf].shape) != math.prod(site.shape):
+            continue
+        for rows in _choices(own[leaf].shape, site):
+            function = core.ClosedJaxpr(jaxpr, closed.consts)
+            columns = _tried(Columns(sites, leaf, leaves, rows, function), own)
+            if columns is not None:
+                return columns
+    return None
+
+
+def _choices(shape: Sequence[int], site: Site) -> list[frozenset[int]]:
+    """Sets of the leaf's axes that are as long as a column of the weight: most often one or two."""
+    _, d, p = (math.prod(site.shape[i] for i in axes if not isinstance(i, tuple))
+               for axes in layout(site))  # fmt: skip
+    sizes = {d} if site.kind == "conv" else {d, p}
+    long = [i for i, size in enumerate(shape) if size > 1]
+    sets = itertools.chain(*(itertools.combinations(long, k) for k in range(1, len(long))))
+    return [frozenset(rows) for rows in sets if math.prod(shape[i] for i in rows) in sizes]
+
+
+def _tried(columns: Columns, own: dict[int, Any]) -> Columns | None:
+    """The columns with their view of the leaf, if rows of the leaf are rows of the weight."""
+    value: list[_Value] = []
+
+    def weight(leaves: dict[int, jax.Array]) -> None:
+        leaf = leaves[columns.leaf]
+        center = jnp.mean(leaf, tuple(columns.rows), keepdims=True)
+        others = {i: leaves[i] for i in columns.others}
+        value.append(_weight(columns, center, [center, center], others))
+
+    try:
+        jax.eval_shape(weight, own)
+    except _OtherForm:
+        return None
+    (end,) = value
+    site = columns.sites[0]
+    if end.degree != 1 or end.view is None or end.shape != site.shape:
+        return None
+    _, d, p = ({i for i in axes if not isinstance(i, tuple) and site.shape[i] > 1}
+               for axes in layout(site))  # fmt: skip
+    view = end.view._replace(limit=site.limit, scale=1.0)
+    sites = tuple(dataclasses.replace(s, view=view) for s in columns.sites)
+    if end.rows == p != d and site.kind == "dot":
+        sites = tuple(dataclasses.replace(s, turned=not s.turned) for s in sites)
+    elif end.rows != d:
+        return None
+    return dataclasses.replace(columns, sites=sites)
+
+
+def _canonical(site: Site, array: jax.Array, value: _Value) -> jax.Array:
+    """Numbers of columns, in the weight's layout, as `[B, p]`."""
+    site = dataclasses.replace(site, shape=value.columns)
+    form = forms.form_of((site,))
+    shape = jax.ShapeDtypeStruct((form.B, 1, form.p), array.dtype)
+    (found,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(array)
+    return found[:, 0]
+
+
+def _weight(
+    columns: Columns, center: jax.Array, sums: Sequence[jax.Array], others: dict[int, jax.Array]
+) -> _Value:
+    """The weight as a polynomial in u, at some sums of u and of its squares."""
+    jaxpr: Any = columns.jaxpr.jaxpr
+    values = {i: _plain(other) for i, other in others.items()}
+    shape = tuple(jaxpr.invars[columns.leaves.index(columns.leaf)].aval.shape)
+    one = jnp.ones((1,) * len(shape), center.dtype)
+    view = View(columns.leaf, shape, (0,) * len(shape))
+    values[columns.leaf] = _Value(shape, (center, one), columns.rows, tuple(sums), view)
+    env = dict(zip(jaxpr.constvars, map(_plain, columns.jaxpr.consts)))
+    env.update(zip(jaxpr.invars, (values[i] for i in columns.leaves)))
+
+    def read(atom: Any) -> _Value:
+        return _plain(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        with eqn.ctx.manager:
+            env.update(zip(eqn.outvars, _results(eqn, [read(atom) for atom in eqn.invars])))
+    return read(jaxpr.outvars[0])
+
+
+def _results(eqn: core.JaxprEqn, args: list[_Value]) -> list[_Value]:
+    """The results of an equation."""
+    name, first = eqn.primitive.name, args[0]
+    if name in _SAME:
+        return args
+    if name in _MOVES:
+        return [_moved(eqn, first)]
+    if name == "reduce_sum":
+        return [_summed(first, eqn.params["axes"])]
+    if not any(arg.degree for arg in args):
+        params = eqn.primitive.get_bind_params(eqn.params)
+        if name in _ELEMENTWISE:  # what is constant along columns stays so
+            shape = tuple(eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
+            parts = [_of_rank(arg.parts[0], len(shape)) for arg in args]
+            return [_Value(shape, (eqn.primitive.bind(*jnp.broadcast_arrays(*parts), **params),))]
+        outs = eqn.primitive.bind(*(arg.whole() for arg in args), **params)
+        return [_plain(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+    if name == "neg":
+        return [first.with_parts([-part for part in first.parts])]
+    if name == "convert_element_type":
+        dtype = eqn.params["new_dtype"]
+        return [first.with_parts([part.astype(dtype) for part in first.parts])]
+    if name == "square" or (name == "integer_pow" and eqn.params["y"] == 2):
+        return [_product(first, first)]
+    if name == "mul":
+        return [_product(*args)]
+    if name == "div" and not args[1].degree:
+        return [_product(first, args[1], jnp.divide)]
+    if name in ("add", "add_any", "sub"):
+        second = args[1]
+        if name == "sub":
+            second = second._replace(parts=tuple(-part for part in second.parts))
+        return [_added(first, second)]
+    raise _OtherForm
+
+
+def _of_rank(array: jax.Array, rank: int) -> jax.Array:
+    return array.reshape((1,) * rank) if array.ndim < rank else array  # a scalar meets an array
+
+
+def _in_common(a: _Value, b: _Value) -> _Value:
+    """The one that knows u; both, if they know the same."""
+    known, other = (a, b) if a.degree else (b, a)
+    if other.degree and (known.shape, known.rows, known.view) != (
+        other.shape, other.rows, other.view,
+    ):  # fmt: skip
+        raise _OtherForm
+    return known
+
+
+def _product(a: _Value, b: _Value, times: Any = jnp.multiply) -> _Value:
+    known = _in_common(a, b)
+    if a.degree + b.degree > 2:
+        raise _OtherForm
+    parts: list[Any] = [None] * (a.degree + b.degree + 1)
+    rank = len(known.shape)
+    for (i, x), (j, y) in itertools.product(enumerate(a.parts), enumerate(b.parts)):
+        term = times(_of_rank(x, rank), _of_rank(y, rank))
+        parts[i + j] = term if parts[i + j] is None else parts[i + j] + term
+    return known.with_parts(parts)
+
+
+def _added(a: _Value, b: _Value) -> _Value:
+    known, rank = _in_common(a, b), len(a.shape) or len(b.shape)
+    pairs = itertools.zip_longest(a.parts, b.parts)
+    parts = [
+        _of_rank(x if y is None else y, rank)
+        if x is None or y is None
+        else _of_rank(x, rank) + _of_rank(y, rank)
+        for x, y in pairs
+    ]
+    return known.with_parts(parts)
+
+
+def _summed(value: _Value, axes: Sequence[int]) -> _Value:
+    """The sum over some axes: over whole columns, or of a value that lacks u."""
+    total = value.parts[0]
+    if value.degree:
+        if not value.rows <= set(axes):
+            raise _OtherForm
+        total = math.prod(value.shape[i] for i in value.rows) * total
+        for part, moment in zip(value.parts[1:], value.moments):
+            total = total + part * moment
+    shape = value.columns if value.degree else value.shape
+    return _plain(jnp.sum(jnp.broadcast_to(total, shape), tuple(axes)))
+
+
+def _moved(eqn: core.JaxprEqn, value: _Value) -> _Value:
+    """The value with other axes."""
+    after: tuple[int, ...] = tuple(eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
+    name, before = eqn.primitive.name, value.shape
+    places: list[int | None]  # by axis, that of the value before; of a new axis None
+    if name == "transpose":
+        places = list(eqn.params["permutation"])
+    elif name == "broadcast_in_dim":
+        dims = list(eqn.params["broadcast_dimensions"])
+        places = [dims.index(i) if i in dims else None for i in range(len(after))]
+        if value.degree and math.prod(before) != math.prod(after):
+            raise _OtherForm  # numbers of u are repeated
+    elif not value.degree:
+        return _plain(value.whole().reshape(after))
+    else:
+        return _reshaped(eqn, value, after)
+
+    def moved(array: jax.Array) -> jax.Array:
+        if name == "transpose":
+            return array.transpose(places)
+        return array.reshape([1 if i is None else array.shape[i] for i in places])
+
+    rows = frozenset(i for i, place in enumerate(places) if place in value.rows)
+    parts, moments = (tuple(map(moved, arrays)) for arrays in (value.parts, value.moments))
+    return _Value(after, parts, rows, moments, _view(eqn, value))
+
+
+def _reshaped(eqn: core.JaxprEqn, value: _Value, after: tuple[int, ...]) -> _Value:
+    """Of a value that knows u: rows may be merged with rows, and columns with columns."""
+    own = [i for i, size in enumerate(value.shape) if size != 1]
+    rest = [i for i, size in enumerate(after) if size != 1]
+    rows: set[int] = set()
+    while own:
+        block, target = [own.pop(0)], [rest.pop(0)]
+        while (lack := math.prod(value.shape[i] for i in block)
+               - math.prod(after[i] for i in target)) != 0:  # fmt: skip
+            block += [own.pop(0)] if lack < 0 else []
+            target += [rest.pop(0)] if lack > 0 else []
+        if value.rows.isdisjoint(block):
+            continue
+        if not value.rows.issuperset(block):
+            raise _OtherForm
+        rows.update(target)
+    shape = [1 if i in rows else size for i, size in enumerate(after)]
+
+    def moved(array: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(array, value.columns).reshape(shape)
+
+    parts, moments = (tuple(map(moved, arrays)) for arrays in (value.parts, value.moments))
+    return _Value(after, parts, frozenset(rows), moments, _view(eqn, value))
+
+
+def _view(eqn: core.JaxprEqn, value: _Value) -> View | None:
+    if value.view is None:
+        return None
+    found = follow(eqn, [(value.view,)])
+    if found is None or len(found[0]) != 1:
+        raise _OtherForm
+    return found[0][0]

@@ -1,0 +1,270 @@
+"""Weights that are functions of their leaves, or that share a leaf in several layouts.
+
+In general their leaves' gradients are formed for each example, measured and summed. Where a weight
+only scales and shifts the columns of a leaf (`columns`), norms and sums follow from what was
+recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dpjax.dp.engines import forms, products, reference
+from dpjax.dp.engines.columns import Columns, Products, Scaled, products_of, pulled, with_columns
+from dpjax.dp.engines.held import Held
+from dpjax.dp.engines.parts import (
+    Factors,
+    Part,
+    Totals,
+    Vectors,
+    chunk_of,
+    chunked,
+    cleared,
+    of_kept,
+    unscaled,
+)
+from dpjax.dp.engines.plans import Mixed
+from dpjax.dp.engines.record import Record
+from dpjax.dp.engines.sites import Key, Site, Weight
+from dpjax.dp.engines.taps import function_of_leaves
+from dpjax.dp.engines.tracing import Traced
+
+__all__ = ["formed_part"]
+
+# Columns are scaled by less, and their numbers are smaller; beyond, examples are taken one by one.
+_MODERATE = 2.0**30
+
+
+def formed_part(
+    traced: Traced,
+    mixed: Mixed,
+    record: Record,
+    constants: dict[Key, dict[int, jax.Array]],
+    held: Held,
+    groups: tuple[int, ...],
+    doubts: jax.Array,
+) -> Part:
+    """The part of weights that are functions of their leaves, or that share them in other layouts.
+
+    The derivative of such a function can cancel nearly all of a gradient, say that of
+    `w - mean(w)`, and so can two uses of a leaf. A sum over examples that is formed before it may
+    hold errors of any size beside the bound. The leaves' gradients are therefore formed per
+    example, and what is formed is measured and summed.
+    """
+    if mixed.columns:
+        return _columns_part(mixed, record, held, groups, doubts)
+    pulls = [_pull(traced, sites[0], held) for sites in mixed.weights]
+    terms = {place: own for place, own in constants.items() if own.keys() & set(mixed.leaves)}
+    members = tuple(groups[leaf] for leaf in mixed.leaves)
+    limits = [min(site.limit for site in sites) for sites in mixed.weights]
+
+    def gradients(record: Record, cap: bool = False) -> tuple[Vectors, jax.Array]:
+        total: dict[int, jax.Array] = {}
+        within = jnp.ones((), bool)
+        for sites, pull, limit in zip(mixed.weights, pulls, limits):
+            if limit < products.LARGEST:
+                formed, gradient = products.outer(record.tokens(sites))
+                within &= products.outer_measure(formed).mass < limit / 4
+            else:
+                plain, scale = unscaled(sites)
+                gradient = scale * products.materialize(record.tokens(plain))
+            gradient = products.capped(gradient, limit if cap else math.inf)
+            within &= jnp.ones(gradient.shape[0], bool)
+            for leaf, value in jax.vmap(pull)(gradient).items():
+                total[leaf] = total[leaf] + value if leaf in total else value
+        for place, constant in terms.items():
+            for leaf in total.keys() & constant.keys():
+                total[leaf] += products.scaled(constant[leaf][None], record.scalars[place])
+        return tuple(products.flat(total[leaf]) for leaf in mixed.leaves), within
+
+    def exact(record: Record) -> Vectors:
+        return gradients(record, cap=True)[0]
+
+    def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
+        totals = dict(totals)
+        for leaf, vector in zip(mixed.leaves, vectors, strict=True):
+            totals[leaf] += vector
+        return totals
+
+    own, size = record.of(mixed.weights, list(terms)), _temporary_of(mixed)
+    if mixed.kept:
+        kept, within = chunked(gradients, own, size)
+        return of_kept(members, kept, within, place, min(limits))
+
+    def measure(record: Record) -> tuple[tuple[products.Measure, ...], jax.Array]:
+        vectors, within = gradients(record)
+        return tuple(map(products.kept_measure, reference.once(vectors, doubts))), within
+
+    measures, within = chunked(measure, own, size)
+
+    def add(
+        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
+    ) -> Totals:
+        own = record.of(mixed.weights, list(terms))
+        chunk = chunk_of(own, size)
+
+        def part(array: jax.Array, first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(array, first, chunk)
+
+        def turn(i: jax.Array, totals: Totals) -> Totals:
+            first = i * chunk
+            weighed = []
+            vectors = reference.once(gradients(own.take(first, chunk))[0], doubts)
+            for member, measured, g in zip(members, measures, vectors, strict=True):
+                square = part(measured.square, first)
+                # Formed a second time, in another program: what is added is measured once more, and
+                # shrunk if it is the larger.
+                again = products.kept_measure(g).square
+                shrink = jnp.where(again > square, jnp.sqrt(square / again), 1.0)
+                finite = jnp.isfinite(again)
+                g = jnp.where(finite[:, None], g, 0.0)
+                factor = jnp.where(finite, part(factors[member][0], first) * shrink, 0.0)
+                weighed.append(products.weigh(g, factor, factor > 0))
+            return place(totals, record, tuple(weighed))
+
+        start = {leaf: totals[leaf] for leaf in mixed.leaves}
+        return totals | jax.lax.fori_loop(0, own.size // chunk, turn, start)
+
+    return Part(members, (), measures, within, add, min(limits), exact, place)
+
+
+def _columns_part(
+    mixed: Mixed, record: Record, held: Held, groups: tuple[int, ...], doubts: jax.Array
+) -> Part:
+    """The part of weights that scale and shift the columns of a leaf each; see `columns`."""
+    members = tuple(groups[leaf] for leaf in mixed.leaves)
+    limit = min(site.limit for own, _ in mixed.columns for site in own.sites)
+    weights = [
+        (own, norm, own.at({i: held.leaf(i) for i in own.leaves})) for own, norm in mixed.columns
+    ]
+
+    def gradients(record: Record, cap: float = math.inf) -> tuple[Vectors, jax.Array]:
+        by_leaf: dict[int, jax.Array] = {}
+        within = jnp.ones(record.size, bool)
+        for own, _, at in weights:
+            formed, gradient, others = pulled(record.tokens(own.sites), at, cap)
+            if limit < products.LARGEST:
+                within &= products.outer_measure(formed).mass < limit / 4
+            by_leaf[own.leaf] = products.flat(gradient)
+            _add_flat(by_leaf, others)
+        return tuple(by_leaf[leaf] for leaf in mixed.leaves), within
+
+    def exact(record: Record) -> Vectors:
+        return gradients(record, limit)[0]
+
+    def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
+        totals = dict(totals)
+        by_leaf = dict(zip(mixed.leaves, vectors, strict=True))
+        for own, _, at in weights:
+            B, d, p = at.u.shape
+            value = jnp.swapaxes(by_leaf.pop(own.leaf).reshape(B, p, d), 1, 2)
+            totals[own.leaf] += _of_leaf(own, value)
+        for leaf, vector in by_leaf.items():
+            totals[leaf] += vector
+        return totals
+
+    if mixed.kept:
+        kept, within = chunked(gradients, record.of(mixed.weights, []), _temporary_of(mixed))
+        return of_kept(members, kept, within, place, limit)
+
+    measures: dict[int, products.Measure] = {}
+    others: dict[int, jax.Array] = {}
+    within = jnp.ones(record.size, bool)
+    added, sound = {}, jnp.ones((), bool)
+    for own, norm, at in weights:
+
+        def measure(record: Record, own: Columns, norm: str, at: Scaled) -> Products:
+            return products_of(record.tokens(own.sites), norm, at)
+
+        function = functools.partial(measure, own=own, norm=norm, at=at)
+        found = chunked(function, record.of((own.sites,), []), _temporary_of_columns(own, norm))
+        # Once: they are measured as they are summed.
+        a, b, gains = reference.once(jax.vmap(at.back)(found.by_scale, found.by_shift), doubts)
+        measures[own.leaf] = with_columns(found, forms.form_of(own.sites), at, a, b)
+        _add_flat(others, gains)
+        sound &= jnp.all(jnp.abs(at.scale) < _MODERATE) & jnp.all(jnp.abs(at.u) < _MODERATE)
+        within &= found.mass < limit / 4
+        added[own.leaf] = a, b
+    others = reference.once(others, doubts)
+    measures |= {leaf: products.kept_measure(gradient) for leaf, gradient in others.items()}
+
+    def add(
+        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
+    ) -> Totals:
+        by_leaf = {leaf: factors[group][0] for leaf, group in zip(mixed.leaves, members)}
+        totals = dict(totals)
+        for leaf, gradient in others.items():
+            totals[leaf] += jnp.sum(products.scaled(gradient, by_leaf[leaf], usable), 0)
+        for own, _, at in weights:
+            factor = by_leaf[own.leaf]
+            value = at.scale[:, None] * _weighted(own.sites, record, factor, usable)
+            a, b = (jnp.sum(products.scaled(x, factor, usable), 0) for x in added[own.leaf])
+            value = _of_leaf(own, value + a[:, None] + b[:, None] * at.u)
+            totals[own.leaf] += jnp.where(sound, value, 0.0)  # 0 * NaN is NaN
+        return totals
+
+    clears = frozenset().union(*(cleared(own.sites, record) for own, _, _ in weights))
+    in_order = tuple(measures[leaf] for leaf in mixed.leaves)
+    return Part(members, (), in_order, within & sound, add, limit, exact, place, clears)
+
+
+def _add_flat(total: dict[int, jax.Array], gradients: dict[int, jax.Array]) -> None:
+    for leaf, gradient in gradients.items():
+        gradient = products.flat(gradient)
+        total[leaf] = total[leaf] + gradient if leaf in total else gradient
+
+
+def _of_leaf(columns: Columns, gradient: jax.Array) -> jax.Array:
+    """A gradient `[B, d, p]` in the order of the leaf, flat."""
+    site = columns.sites[0]
+    return site.view_of_leaf.pull(forms.restore(site, gradient)).reshape(-1)
+
+
+def _weighted(sites: Weight, record: Record, factor: jax.Array, usable: jax.Array) -> jax.Array:
+    """The weighted sum of products, `[B, d, p]`."""
+    if not forms.sums_as_convolution(sites):
+        return products.weighted_sum(record.tokens(sites), factor, usable)
+    form = forms.form_of(sites)
+    shape = jax.ShapeDtypeStruct((form.B, form.d, form.p), jnp.float32)
+    total = sum(
+        forms.conv_sum(site, x, products.scaled(g, factor, usable))
+        for site, (x, g) in zip(sites, record.pairs(sites))
+    )
+    return jax.linear_transpose(lambda w: forms.restore(sites[0], w), shape)(total)[0]
+
+
+def _pull(traced: Traced, site: Site, held: Held) -> Callable[[jax.Array], dict[int, jax.Array]]:
+    """Takes a canonical gradient of a weight to the weight's leaves, float32."""
+    view = site.view
+    if view is not None:
+        return lambda gradient: {view.leaf: view.pull(forms.restore(site, gradient))}
+    own = {i: held.leaf(i) for i in sorted(site.leaves)}
+    weight, vjp = jax.vjp(lambda own: function_of_leaves(traced, site.key, site.operand, own), own)
+
+    def pull(gradient: jax.Array) -> dict[int, jax.Array]:
+        (result,) = vjp(forms.restore(site, gradient).astype(weight.dtype))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), result)
+
+    return pull
+
+
+def _temporary_of(mixed: Mixed) -> int:
+    patches = 0
+    for sites in mixed.weights:
+        if any(forms.has_patches(site) for site in sites):
+            form = forms.form_of(sites)
+            patches += form.B * form.T * form.d
+    return patches if mixed.kept and patches else max(patches, mixed.numbers)
+
+
+def _temporary_of_columns(columns: Columns, norm: str) -> int:
+    """Numbers that measuring one example takes."""
+    form = forms.form_of(columns.sites)
+    patches = any(forms.has_patches(site) for site in columns.sites)
+    size = form.T * ((form.d if patches else 0) + 2 * form.p)
+    return form.B * (size + (0 if norm == "gram" else form.d * form.p))
