@@ -237,7 +237,7 @@ PATCHES, INPUTS = forms._patches, site_products._input_gram
         ("dense of tokens", (site_products, "gram_measure", wrong_gram)),
         ("attention", (site_products, "gram_measure", wrong_gram)),
         ("embed", (site_products, "lookup_measure", wrong_lookup)),
-        ("lora", (forms, "restore", wrong_restore)),
+        ("scaled view", (forms, "restore", wrong_restore)),
         ("conv large", (forms, "_patches", wrong_patches)),
         ("weight standardization", (forms, "_patches", wrong_patches)),
         ("tied", (site_products, "_input_gram", wrong_pair)),

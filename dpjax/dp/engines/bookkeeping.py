@@ -114,7 +114,11 @@ def microbatch_sum(
     # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
     parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
     together = measured_together(planned.groups, record, constants)
-    masses = {i: m.mass[k] for members, m in together for k, i in enumerate(members)}
+    masses = {
+        i: functools.partial(_row, measure.mass, k)
+        for members, measure in together
+        for k, i in enumerate(members)
+    }
     parts += [
         closed_part(group, record, constants, groups, masses.get(i))
         for i, group in enumerate(planned.groups)
@@ -147,8 +151,9 @@ def microbatch_sum(
     spreads = planned.traced.spreads
     doubtful = mask & ~clip.usable & (spreads | jnp.isfinite(loss))
     repairs = not spreads and bool(planned.groups or planned.mixed)
-    totals = {i: jnp.zeros(leaf.size, jnp.float32) for i, leaf in enumerate(leaves)}
-    if start is not None:
+    if start is None:
+        totals = {i: jnp.zeros(leaf.size, jnp.float32) for i, leaf in enumerate(leaves)}
+    else:
         totals = {i: total.reshape(-1) for i, total in enumerate(jax.tree.leaves(start))}
     count = jnp.sum(~clip.usable)
     if repairs:
@@ -169,6 +174,10 @@ def microbatch_sum(
     if not spreads:
         return total, facts
     return reference.one_by_one(loss_fn, rule, held.whole(), batch, doubtful, total, facts)
+
+
+def _row(array: jax.Array, row: int) -> jax.Array:
+    return array[row]
 
 
 def _backward(
@@ -279,7 +288,7 @@ def _kept_squares(parts: list[Part], kept: list[Vectors], num_groups: int, size:
             key = group if g.shape[1] <= products.BIAS else num_groups + len(by_group)
             by_group.setdefault(key, []).append(products.capped(g, part.limit))
             groups[key] = group
-    squares = [products.kept_measure(jnp.concatenate(own, 1)).square for own in by_group.values()]
+    squares = [products.kept_square(jnp.concatenate(own, 1)) for own in by_group.values()]
     if not squares:
         return jnp.zeros((size, num_groups), jnp.float32)
     return _sum_by_group(jnp.stack(squares), list(groups.values()), num_groups).T
@@ -391,7 +400,7 @@ def _set_apart(
         totals, facts, count = state
         own = record.take(row, 1)
         vectors = reference.once([exact(own) for exact, _, _ in formed], doubts)
-        lengths = [products.kept_measure(v).square for mine in vectors for v in mine]
+        lengths = [products.kept_square(v) for mine in vectors for v in mine]
         groups = [group for _, _, members in formed for group in members]
         square = squares[row]
         if lengths:

@@ -210,7 +210,7 @@ def products_of(t: Tokens, norm: str, at: Scaled) -> Products:
     else:
         formed, gradients, by_scale, by_shift = _over_rows(t, at)
         scale = jnp.broadcast_to(at.scale[:, :, None], gradients.shape[1:]).reshape(1, -1)
-        square = products.kept_measure(products.flat(gradients) * scale).square
+        square = products.kept_square(products.flat(gradients) * scale)
         outer = products.Outer(square, *products.token_squares(own), t.d, t.p, formed.rounding)
         measure = products.outer_measure(outer)
     measure = measure._replace(peak=jnp.maximum(measure.peak, raw.peak))

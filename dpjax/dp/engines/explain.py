@@ -51,8 +51,9 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     A leaf on the route "direct" is differentiated for each example: its gradients take memory for
     each example of a microbatch, and as a large matrix also time. On the route "derived", a weight
     that is a function of leaves is formed for a few examples at a time: that takes the time of
-    per-example gradients, not their memory. All other routes need one ordinary backward pass.
-    Nothing is computed.
+    per-example gradients, not their memory. Where the function only scales and shifts the columns
+    of a leaf, as weight norm does, it takes one more product. All other routes need one ordinary
+    backward pass. Nothing is computed.
 
     Args:
         loss_fn: `(params, example) -> loss` of ONE example, a scalar.

@@ -119,7 +119,7 @@ def formed_part(
                 square = part(measured.square, first)
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
-                again = products.kept_measure(g).square
+                again = products.kept_square(g)
                 shrink = jnp.where(again > square, jnp.sqrt(square / again), 1.0)
                 finite = jnp.isfinite(again)
                 g = jnp.where(finite[:, None], g, 0.0)

@@ -42,7 +42,9 @@ __all__ = [
     "conv_sum",
     "form_of",
     "has_patches",
+    "is_canonical",
     "is_table",
+    "keeps_order",
     "last_axes",
     "part_of",
     "restore",
@@ -134,6 +136,14 @@ def tokens(sites: tuple[Site, ...], arrays: Any) -> Tokens:
 
     (x, g), (rows, h) = joined(products), joined(lookups)
     return Tokens(x, g, rows, h, form_of(sites).d)
+
+
+def keeps_order(site: Site) -> bool:
+    """Whether a canonical gradient is one of the site's weight but for its shape."""
+    if site.kind == "conv" or site.turned:
+        return False
+    order = [axis for part in layout(site) for axis in part]
+    return order == sorted(order)
 
 
 def restore(site: Site, w: jax.Array) -> jax.Array:
@@ -330,6 +340,13 @@ def last_axes(site: Site) -> tuple[int, int]:
     return count if features_last else 0, len(axes.w_free)
 
 
+def is_canonical(site: Site) -> bool:
+    """Whether the recorded arrays are in canonical order: those of an ordinary dense layer."""
+    scale = 1.0 if site.view is None else site.view.scale
+    plain = not (site.lengths or site.turned or any(site.cuts)) and scale == 1.0
+    return plain and all(last_axes(site))
+
+
 def has_patches(site: Site) -> bool:
     """Whether the canonical x is larger than the input: a kernel of more than one position."""
     return site.kind == "conv" and math.prod(_kernel(site)) > 1
@@ -350,9 +367,8 @@ def sums_as_convolution(sites: tuple[Site, ...]) -> bool:
 
 def is_table(site: Site) -> bool:
     """Whether a leaf that is looked up is `[d, p]` but for its shape."""
-    order = [axis for part in layout(site) for axis in part]
     whole = tuple(site.params["table"]) == site.shape[sum(site.scanned) :]
-    return whole and not any(site.cuts[0]) and order == sorted(order)
+    return whole and not any(site.cuts[0]) and keeps_order(site)
 
 
 def conv_sum(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ def closed_part(
     record: Record,
     constants: dict[Key, dict[int, jax.Array]],
     groups: tuple[int, ...],
-    mass: jax.Array | None = None,
+    mass: Callable[[], jax.Array] | None = None,
 ) -> Part:
     """The part of one view of a leaf, from the recorded inputs and cotangents of its sites.
 
@@ -132,6 +132,12 @@ def closed_part(
         return view.pull(forms.restore(sites[0], gradient))
 
     shape = (form.B, form.d, form.p)
+    in_order = not view.steps and forms.keeps_order(sites[0])
+
+    def flat_back(gradient: jax.Array) -> jax.Array:
+        """A canonical gradient, flat or not, in the order of the leaf, flat."""
+        return (gradient if in_order else back(gradient.reshape(shape))).reshape(-1)
+
     terms = {place: own[leaf] for place, own in constants.items() if leaf in own}
     if terms:
         across = jax.linear_transpose(back, jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -145,7 +151,8 @@ def closed_part(
     plain, scale = unscaled(sites)
 
     def materialized(record: Record) -> jax.Array:
-        gradients = scale * products.materialize(record.tokens(plain))
+        gradients = products.materialize(record.tokens(plain))
+        gradients = gradients if scale == 1.0 else scale * gradients
         for place, constant in terms.items():
             gradients += products.scaled(constant[None], record.scalars[place])
         return gradients
@@ -192,12 +199,12 @@ def closed_part(
             own = totals[leaf]
             return totals | {leaf: own.reshape(form.d, form.p).at[rows].add(h).reshape(-1)}
         gradient = jnp.zeros((form.d, form.p), jnp.float32).at[rows].add(h)
-        return totals | {leaf: totals[leaf] + back(gradient[None]).reshape(-1)}
+        return totals | {leaf: totals[leaf] + flat_back(gradient)}
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         if group.norm == "lookup" and not terms:
             return look_up(totals, record.tokens(sites), vectors[0])
-        return totals | {leaf: totals[leaf] + back(vectors[0].reshape(shape)).reshape(-1)}
+        return totals | {leaf: totals[leaf] + flat_back(vectors[0])}
 
     def add(
         totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
@@ -213,11 +220,11 @@ def closed_part(
             t = record.tokens(sites)
             totals = look_up(totals, t, products.scaled(t.h, factor, usable))
         else:
-            value = back(products.weighted_sum(record.tokens(sites), factor, usable))
-            totals = totals | {leaf: totals[leaf] + value.reshape(-1)}
+            value = flat_back(products.weighted_sum(record.tokens(sites), factor, usable))
+            totals = totals | {leaf: totals[leaf] + value}
         for at, constant in terms.items():
             weights = products.scaled(record.scalars[at], factor, usable)
-            value = back(jnp.sum(weights) * constant).reshape(-1)
+            value = flat_back(jnp.sum(weights) * constant)
             totals = totals | {leaf: totals[leaf] + value}
         return totals
 
@@ -227,7 +234,7 @@ def closed_part(
         kept, within = chunked(gradients, own, size)
         return of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
     if mass is not None:
-        measures, within = (), mass < largest if narrow else None
+        measures, within = (), mass() < largest if narrow else None
     else:
         measures, within = chunked(measure, own, size)
     return Part(

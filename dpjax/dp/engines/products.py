@@ -64,6 +64,7 @@ __all__ = [
     "gram",
     "gram_measure",
     "kept_measure",
+    "kept_square",
     "lookup_measure",
     "materialize",
     "outer",
@@ -203,7 +204,12 @@ class Measure(NamedTuple):
 def kept_measure(gradients: jax.Array) -> Measure:
     """Of gradients `[n, ...]` that are summed as they are."""
     zero = jnp.zeros(gradients.shape[0], jnp.float32)
-    return Measure(_total(jnp.square(gradients)), zero, zero, zero, zero)
+    return Measure(kept_square(gradients), zero, zero, zero, zero)
+
+
+def kept_square(gradients: jax.Array) -> jax.Array:
+    """The squared norms `[n]` of gradients `[n, ...]` in memory."""
+    return _total(jnp.square(gradients))
 
 
 class Gram(NamedTuple):
@@ -514,9 +520,13 @@ def _weighted_product(
 
 def scaled(array: jax.Array, factors: jax.Array, usable: jax.Array | None = None) -> jax.Array:
     """Factor times each example's part of `array`, float32; zero where not usable."""
-    shape = (-1, *[1] * (array.ndim - 1))
-    product = array.astype(jnp.float32) * factors.reshape(shape)
-    return product if usable is None else jnp.where(usable.reshape(shape), product, 0.0)
+    # In as few operations as there can be: a large model has hundreds of arrays to scale.
+    shape = (*factors.shape, *array.shape[1:])
+    product = array.astype(jnp.float32) * jax.lax.broadcast_in_dim(factors, shape, (0,))
+    if usable is None:
+        return product
+    usable = jax.lax.broadcast_in_dim(usable, shape, (0,))
+    return jax.lax.select(usable, product, jnp.zeros_like(product))
 
 
 def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -96,4 +96,9 @@ class Record:
 
     def tokens(self, sites: Weight) -> Tokens:
         """The canonical arrays of one weight."""
+        if len(sites) == 1 and forms.is_canonical(sites[0]):
+            form, places = forms.form_of(sites), dict(self.places)[sites[0].key]
+            x, g = (self.arrays[i] for i in places)
+            x, g = (a.reshape(-1, form.B, form.T, size) for a, size in ((x, form.d), (g, form.p)))
+            return Tokens(x, g, d=form.d)
         return forms.tokens(sites, self.pairs(sites))
