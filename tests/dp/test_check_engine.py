@@ -21,7 +21,7 @@ def two_layouts(params, x):
 
 
 def layers(params, x):
-    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["zero"]))
+    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"].reshape(5, 4)) @ params["zero"]))
 
 
 NUMBERS = np.random.default_rng(0)
@@ -33,7 +33,7 @@ CONV = (
 DENSE = (
     layers,
     {
-        "a": NUMBERS.standard_normal((5, 4), np.float32),
+        "a": NUMBERS.standard_normal(20, np.float32),
         "zero": np.zeros((4, 2), np.float32),
     },
     NUMBERS.standard_normal((3, 6, 5), np.float32),

@@ -8,7 +8,7 @@ from test_clipping import RULES
 
 from dpjax import dp
 from dpjax.dp.engines import bookkeeping
-from dpjax.dp.engines.clipped_sum import cut
+from dpjax.dp.engines.clipped_sum import cut, part
 
 METHODS = ("vmap", "auto")
 
@@ -140,8 +140,10 @@ def test_microbatches_do_not_change_the_sum(size, method):
     np.testing.assert_array_equal(cut_facts.real, mask)
 
 
-def test_cut_is_column_major():
-    np.testing.assert_array_equal(cut(jnp.arange(6), 2), [[0, 3], [1, 4], [2, 5]])
+def test_microbatches_are_spread_over_the_batch():
+    batch = cut(jnp.arange(6), 2)
+    microbatches = [part(batch, i) for i in range(3)]
+    np.testing.assert_array_equal(microbatches, [[0, 3], [1, 4], [2, 5]])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -52,7 +52,7 @@ from dpjax.dp.engines.parts import (
 )
 from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
 from dpjax.dp.engines.record import Record
-from dpjax.dp.engines.sites import Key
+from dpjax.dp.engines.sites import Key, Site
 from dpjax.dp.engines.taps import evaluate, function_of_leaves
 from dpjax.dp.engines.tracing import Traced
 
@@ -86,11 +86,12 @@ def microbatch_sum(
         params: trainable parameters, or a `Held`.
         batch: pytree of `[n, ...]`.
         mask: `[n]` bool, False for padding.
-        start: sum of earlier microbatches, which this one's is added to in place; None for none.
+        start: sum of earlier microbatches, which this one's is added to in place, in the shape of
+            `params` or flat, leaf by leaf; None for none.
         planned: the plan of the loss, if it has been made.
 
     Returns:
-        The sum, float32 in the shape of `params`, and the facts of each example.
+        The sum, float32 in the shape of `start` or else of `params`, and the facts of each example.
 
     Guarantees:
         The numbers of the vmap engine, up to rounding. Padding and examples with a non-finite loss
@@ -171,9 +172,12 @@ def microbatch_sum(
         totals = part.add(totals, record, own, factors, clip.usable)
     sums = [totals[i].reshape(leaf.shape) for i, leaf in enumerate(leaves)]
     total = jax.tree.unflatten(treedef, sums)
-    if not spreads:
-        return total, facts
-    return reference.one_by_one(loss_fn, rule, held.whole(), batch, doubtful, total, facts)
+    if spreads:
+        whole = held.whole()
+        total, facts = reference.one_by_one(loss_fn, rule, whole, batch, doubtful, total, facts)
+    if start is not None:
+        total = jax.tree.map(lambda sums, like: sums.reshape(like.shape), total, start)
+    return total, facts
 
 
 def _row(array: jax.Array, row: int) -> jax.Array:
@@ -185,7 +189,7 @@ def _backward(
 ) -> tuple[jax.Array, Record, dict[int, jax.Array]]:
     """One backward pass: losses, what is recorded, and gradients of direct leaves."""
 
-    depths = {site.key: len(site.lengths) for site in traced.sites}
+    depths = {site.equation: len(site.lengths) for site in traced.sites}
     places: dict[Key, tuple[int, int]] = {}
 
     def tapped(params: PyTree, example: PyTree, taps: Any, direct: dict[int, Any]) -> Any:
@@ -214,9 +218,11 @@ def _backward(
     order: dict[Any, int] = {}
     pairs: dict[Key, tuple[int, int]] = {}
     for site in traced.sites:
-        depth, place = places[site.key]
-        both = ("input", depth, place), ("cotangent", site.key)
-        found = inputs[depth][place], cotangents[site.key]
+        depth, place = places[site.equation]
+        both: tuple[Any, Any] = ("input", depth, place), ("cotangent", site.equation)
+        found = inputs[depth][place], cotangents[site.equation]
+        if site.factor:
+            both, found = _of_factor(traced, held, site, both, found)
         for name, x, last in zip(both, found, forms.last_axes(site)):
             if name not in order:
                 order[name] = len(arrays)
@@ -234,6 +240,27 @@ def _backward(
         *zip(*layout) if layout else ((), (), ()),
     )
     return loss.astype(jnp.float32), record, {i: products.flat(g) for i, g in direct.items()}
+
+
+def _of_factor(
+    traced: Traced,
+    held: Held,
+    site: Site,
+    names: tuple[Any, Any],
+    pair: tuple[jax.Array, jax.Array],
+) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array]]:
+    """Input and cotangent of one of two weights whose product an equation has; see `factored`."""
+    own = traced.factored[site.equation]
+    number = site.key[-1]
+    which = own.near if number else 1 - own.near  # the other of both
+    leaves = {i: held.leaf(i) for i in own.leaves}
+    other = function_of_leaves(traced, own.product.place, which, leaves)
+    name = "factor", site.key
+    if number:
+        return (name, names[1]), (jax.vmap(lambda x: own.first(x, other))(pair[0]), pair[1])
+    like = jax.ShapeDtypeStruct(site.output.shape, site.output.dtype)
+    cotangent = jax.vmap(lambda g: own.back(like, other, g))(pair[1])
+    return (names[0], name), (pair[0], cotangent)
 
 
 def _constants(traced: Traced, held: Held) -> dict[Key, dict[int, jax.Array]]:

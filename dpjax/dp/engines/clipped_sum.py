@@ -122,11 +122,17 @@ def clipped_sum(
             total, facts = engine.microbatch_sum(loss_fn, rule, held, batch, mask, **options)
             return made(total), facts
 
-        def one(total: PyTree, chunk: tuple[PyTree, jax.Array]) -> tuple[PyTree, PerExample]:
-            batch, mask = chunk
+        def one(total: PyTree, i: jax.Array) -> tuple[PyTree, PerExample]:
+            batch, mask = part(whole, i)
             return engine.microbatch_sum(loss_fn, rule, held, batch, mask, start=total, **options)
 
-        total, facts = jax.lax.scan(one, zeros, cut((batch, mask), micro))
+        if (
+            engine is bookkeeping
+        ):  # flat, as it adds up: XLA copies what changes its shape in a loop
+            zeros = jax.tree.map(jnp.ravel, zeros)
+        whole = cut((batch, mask), micro)
+        total, facts = jax.lax.scan(one, zeros, jnp.arange(size // micro))
+        total = jax.tree.map(lambda sums, p: sums.reshape(p.shape), total, params)
         return made(total), _uncut(facts)
 
     return clipped_sum_fn
@@ -185,14 +191,19 @@ def _no_facts(rule: ClipRule, params: PyTree) -> PerExample:
 
 
 def cut(tree: PyTree, size: int) -> PyTree:
-    """Cuts leaves `[n, ...]` into `[n // size, size, ...]` column-major.
+    """Cuts leaves `[n, ...]` into `[size, n // size, ...]`; see `part`."""
+    return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), tree)
 
-    Example i goes to microbatch i % (n // size). Row-major cuts would make every device wait for
-    one device's examples when the batch axis is sharded.
+
+def part(tree: PyTree, i: jax.Array) -> PyTree:
+    """A microbatch of a batch that was cut: example k is part of microbatch k % (n // size).
+
+    Microbatches of neighbors would make every device wait for one device's examples when the batch
+    axis is sharded. To slice each out is to copy none of the others.
     """
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1), tree)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), tree)
 
 
 def _uncut(tree: PyTree) -> PyTree:
-    """Inverse of `cut`."""
+    """Leaves `[n // size, size, ...]` of all microbatches, in the order of the examples."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

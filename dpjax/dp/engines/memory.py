@@ -22,8 +22,9 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax.dp.engines.arithmetic import backend
+from dpjax.dp.engines.forms import form_of
 from dpjax.dp.engines.plans import Plan, make_plan
-from dpjax.dp.engines.sites import Key
+from dpjax.dp.engines.sites import Key, Weight
 from dpjax.dp.engines.tracing import inlined, scan_parts
 
 __all__ = ["Sizes", "estimate_memory", "microbatch", "sizes_of"]
@@ -44,7 +45,7 @@ class _Limits(NamedTuple):
 
 
 # On a CPU, fresh memory pages in every step take longer than one more pass over the parameters.
-_LIMITS = {"cpu": _Limits(1.25, 2**20, 2**26)}
+_LIMITS = {"cpu": _Limits(1.15, 2**20, 2**26)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
 _MOST_PARTS = 8
@@ -139,7 +140,9 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
         params: the parameters, arrays or abstract values.
     """
     traced, leaves = planned.traced, jax.tree.leaves(params)
-    walk = _Walk(traced.jaxpr.invars[len(leaves) :], frozenset(site.key for site in traced.sites))
+    walk = _Walk(
+        traced.jaxpr.invars[len(leaves) :], frozenset(site.equation for site in traced.sites)
+    )
     walk.follow(traced.jaxpr, ())
     stored = plain = ours = 0
     kept = sum(stage.inputs + stage.cotangents for stage in walk.stages)
@@ -157,10 +160,20 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
         if group.norm == "outer":
             formed += 4 * group.form.B * group.form.d * group.form.p
     formed += sum(entries[i] for mixed in planned.mixed if mixed.kept for i in mixed.leaves)
-    fixed = (3 if traced.scalars else 2) * sum(entries)
+    fixed = (2 if traced.scalars else 1) * sum(entries)
     # A backward pass has arrays of its own, about a quarter of what it reads. What the engine keeps
     # is more than that at the time when it is largest.
-    return Sizes(plain * 5 // 4, max(ours, kept) + formed, fixed, walk.convolves)
+    copied = max((_copied(group.sites) for group in planned.groups), default=0)
+    return Sizes(plain * 5 // 4, max(ours, kept + copied) + formed, fixed, walk.convolves)
+
+
+def _copied(sites: Weight) -> int:
+    """Bytes that the weighted sum copies: the operand that is scaled, or turned beside lookups."""
+    form = form_of(sites)
+    lookups = {site.kind == "embed" for site in sites}
+    if lookups == {True}:
+        return 0
+    return 4 * form.B * form.T * (min if len(lookups) == 1 else max)(form.d, form.p)
 
 
 def microbatch(sizes: Sizes, n: int) -> int:
@@ -180,8 +193,9 @@ def microbatch(sizes: Sizes, n: int) -> int:
     extra = n * (sizes.ours - sizes.plain) + sizes.fixed
     if sizes.whole(n) <= limits.times or extra <= limits.extra:
         return n
-    room = max(_OF_PARTS * n * sizes.plain - sizes.fixed, sizes.fixed / 2)
-    return max((m for m in choices if m * sizes.ours <= room), default=choices[-1])
+    room = _OF_PARTS * n * sizes.plain - sizes.fixed
+    fits = max((m for m in choices if m * sizes.ours <= room), default=choices[-1])
+    return min((m for m in choices if m * sizes.ours >= sizes.fixed / 2 and m >= fits), default=n)
 
 
 def _size(atom: Any) -> int:

@@ -466,6 +466,8 @@ def materialize(t: Tokens) -> jax.Array:
         ones = rows[:, :, None] == jnp.arange(t.d)[None, None]
         return full_dot(ones, h, ((1,), (1,)), 1)[:, None]
     start = jnp.zeros((h.shape[0], t.d, t.p), jnp.float32) if product is None else product[:, 0]
+    if h.shape[0] == 1:  # of a batch of one, XLA would transpose a copy of the table
+        return start[0].at[rows[0]].add(h[0])[None, None]
     return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
 
 
@@ -492,7 +494,8 @@ def weighted_sum(t: Tokens, factors: jax.Array, usable: jax.Array) -> jax.Array:
     Returns:
         `[B, d, p]`.
     """
-    total = None if t.x is None else _weighted_product(t.x, t.g, factors, usable)
+    both = t.rows is not None
+    total = None if t.x is None else _weighted_product(t.x, t.g, factors, usable, both)
     if t.rows is None and total is not None:
         return total
     total = jnp.zeros((1, t.d, t.h.shape[3]), jnp.float32) if total is None else total
@@ -505,17 +508,21 @@ def scales_x(form: Form) -> bool:
 
 
 def _weighted_product(
-    x: jax.Array, g: jax.Array, factors: jax.Array, usable: jax.Array
+    x: jax.Array, g: jax.Array, factors: jax.Array, usable: jax.Array, in_order: bool
 ) -> jax.Array:
+    """The sum of products; with `in_order`, as an array that is read where it is."""
     scale_x = x.shape[3] <= g.shape[3]
     small, large = (x, g) if scale_x else (g, x)
-    parts = [scaled(small, factors, usable)]
-    if x.dtype == g.dtype == jnp.bfloat16:
-        # Two bfloat16 parts carry 16 bits of the scaled array, at twice the cost of one product;
-        # one part alone would sum something measurably different from what was clipped.
-        parts = list(halves(parts[0]))
-    total = functools.reduce(jnp.add, [_sum_products(part, large) for part in parts])
-    return total if scale_x else jnp.swapaxes(total, 1, 2)
+    small = scaled(small, factors, usable)
+    # Two bfloat16 parts carry 16 bits of the scaled array, at twice the cost of one product; one
+    # part alone would sum something measurably different from what was clipped.
+    parts = halves(small) if x.dtype == g.dtype == jnp.bfloat16 else (small,)
+    # A product turns its first operand. That is the small one, which is written anew in any case;
+    # but it is better than to turn the result, a whole table.
+    turned = not scale_x and not in_order
+    pairs = [(part, large) if scale_x or turned else (large, part) for part in parts]
+    total = functools.reduce(jnp.add, [_sum_products(*pair) for pair in pairs])
+    return jnp.swapaxes(total, 1, 2) if turned else total
 
 
 def scaled(array: jax.Array, factors: jax.Array, usable: jax.Array | None = None) -> jax.Array:

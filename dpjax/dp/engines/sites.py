@@ -60,6 +60,7 @@ class Site:
             and size, scans first; of a lookup's input, the first row of each axis.
         turned: whether input and cotangent trade places in the canonical form.
         source: the line of the model, if JAX knows it.
+        factor: whether the weight is one of two whose product the equation has; see `factored`.
     """
 
     key: Key
@@ -78,6 +79,12 @@ class Site:
     cuts: tuple[tuple[tuple[int, int, int], ...], ...] = ((), ())
     turned: bool = False
     source: str = ""
+    factor: bool = False
+
+    @property
+    def equation(self) -> Key:
+        """Position of the equation whose input and cotangent are recorded."""
+        return self.key[:-1] if self.factor else self.key
 
     @property
     def view_of_leaf(self) -> View:

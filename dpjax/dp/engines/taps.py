@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
 
+from dpjax.dp.engines.factored import Factored
 from dpjax.dp.engines.sites import Key, Site
 from dpjax.dp.engines.tracing import Traced, inlined, scan_parts
 
@@ -39,17 +40,18 @@ def evaluate(
     Returns:
         The loss and the input of each site's equation, enclosing scans leading.
     """
-    wanted = {site.key: _input(site) for site in traced.sites}
+    wanted = {site.equation: _input(site, traced.factored) for site in traced.sites}
     (loss,), inputs = _evaluate(traced.jaxpr, traced.consts, args, (), taps, wanted)
     return loss, inputs
 
 
-def _input(site: Site) -> Callable[[Sequence[Any]], Any]:
+def _input(site: Site, factored: dict[Key, Factored]) -> Callable[[Sequence[Any]], Any]:
     if site.kind == "embed" and "dimension_numbers" not in site.params:
         return lambda values: jnp.stack([_int32(v) for v in values[1:]])
     if site.kind == "embed":
         return lambda values: _int32(values[1])
-    return lambda values: _array(values[1 - site.operand])
+    operand = factored[site.equation].operand if site.factor else site.operand
+    return lambda values: _array(values[1 - operand])
 
 
 def _int32(index: Any) -> jax.Array:

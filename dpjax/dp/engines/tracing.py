@@ -37,6 +37,8 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jax.interpreters import partial_eval
 
+from dpjax.dp.engines import factored
+from dpjax.dp.engines.factored import Factored, Product, follow_product
 from dpjax.dp.engines.sites import (
     Key,
     Site,
@@ -72,6 +74,7 @@ class Traced:
         sources: by leaf, the line of the model that decided, if JAX knows it.
         spreads: whether a batched gradient may spread one example's NaN over the others.
         taps: shape and dtype of the cotangent of each site's equation and of each scalar.
+        factored: equations that are two sites each, see `factored`.
     """
 
     jaxpr: core.Jaxpr
@@ -84,6 +87,7 @@ class Traced:
     spreads: bool
 
     taps: dict[Key, jax.ShapeDtypeStruct]
+    factored: dict[Key, Factored]
 
     @property
     def sites(self) -> list[Site]:
@@ -98,6 +102,7 @@ class _Info(NamedTuple):
     leaves: frozenset[int] = frozenset()
     views: tuple[View, ...] = ()  # empty if some dependence on a leaf is no view
     full: bool = True  # whether it, and all that it was computed from, has 32 bits or more
+    product: Product | None = None
 
 
 class _Walk(NamedTuple):
@@ -110,6 +115,7 @@ class _Walk(NamedTuple):
         convolutions: those whose kernel differs between examples or has leaves, which are named.
         shapes: shape and dtype of the output of each site's equation, scans first, and of scalars.
         early: whether products of parameters alone count as sites, if the result is small.
+        factored: see `Traced`.
     """
 
     sites: list[Site]
@@ -118,12 +124,13 @@ class _Walk(NamedTuple):
     convolutions: dict[Key, frozenset[int]]
     shapes: dict[Key, jax.ShapeDtypeStruct]
     early: bool
+    factored: dict[Key, Factored]
 
     def add(self, sites: list[Site], lengths: tuple[int, ...], output: Any) -> None:
         self.sites.extend(sites)
         for site in sites:
             shape = (*lengths, *output.shape)
-            self.shapes[site.key] = jax.ShapeDtypeStruct(shape, output.dtype)
+            self.shapes[site.equation] = jax.ShapeDtypeStruct(shape, output.dtype)
 
     def give_up(self, leaves: Iterable[int], reason: str, source: str = "") -> None:
         for leaf in leaves:
@@ -131,7 +138,7 @@ class _Walk(NamedTuple):
 
 
 def _empty(early: bool) -> _Walk:
-    return _Walk([], {}, {}, {}, {}, early)
+    return _Walk([], {}, {}, {}, {}, early, {})
 
 
 def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
@@ -223,17 +230,18 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
     # Leaves that became direct after their groups had been formed.
     groups = [sites for sites in groups if sites[0].leaves.isdisjoint(direct)]
     sites = [s for w in (*groups, *itertools.chain(*mixed)) for s in w]
-    keys = {site.key for site in sites}
+    keys = {site.equation for site in sites}
     covered: frozenset[int] = frozenset().union(*(site.leaves for site in sites))
     sources = {leaf: source for leaf, (_, source) in direct.items()}
     for site in sites:
         for leaf in site.leaves:
             sources.setdefault(leaf, site.source)
     covering = {k: own & covered for k, own in walk.scalars.items() if own & covered}
-    taps = {site.key: walk.shapes[site.key] for site in sites}
+    taps = {site.equation: walk.shapes[site.equation] for site in sites}
     taps |= {place: walk.shapes[place] for place in covering}
     return Traced(
         taps=taps,
+        factored=walk.factored,
         jaxpr=jaxpr,
         consts=consts,
         groups=tuple(groups),
@@ -318,8 +326,9 @@ def _without_example(
     views = None
     if any(a.views for a in args) and all(a.views or not a.leaves for a in args):
         views = follow(eqn, [a.views for a in args])
+    product = follow_product(eqn, key, [a.views for a in args], [a.product for a in args])
     return [
-        _Info(False, _leaves(args), tuple(views[k]) if views else (), full)
+        _Info(False, _leaves(args), tuple(views[k]) if views else (), full, product)
         if views is None or views[k]
         else _Info(False)
         for k in range(len(eqn.outvars))
@@ -337,13 +346,18 @@ def _meet(
     if (convolves and (args[1].example or _leaves(args))) or _convolves_inside(eqn):
         walk.convolutions[key] = _leaves(args)
     positions = [i for i, a in enumerate(args) if a.leaves]
-    found = []
+    found: list[Site] = []
     if len(positions) == 1:
         (operand,) = positions
         info = args[operand]
         # A derived weight's derivative in fewer bits, or inside of a loop, is left to JAX.
         known = not inside and (info.full or eqn.invars[operand] in narrowed)
-        if info.views or known:
+        halves = None
+        if info.product and known and info.full:
+            halves = factored.split(eqn, operand, info.product, info.leaves, key)
+        if halves:
+            walk.factored[key], found = halves
+        elif info.views or known:
             found = sites_of(eqn, operand, info.views, info.leaves, key, lengths)
     walk.add(found, lengths, eqn.outvars[0].aval)
     for i in positions if not found else ():
