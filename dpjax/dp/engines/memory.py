@@ -45,10 +45,11 @@ class _Limits(NamedTuple):
 
 
 # On a CPU, fresh memory pages in every step take longer than one more pass over the parameters.
-_LIMITS = {"cpu": _Limits(1.15, 2**20, 2**26)}
+_LIMITS = {"cpu": _Limits(1.1, 2**20, 2**24)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
 _MOST_PARTS = 8
+_PASSES = 3  # over what is fixed take a part as long as what is kept of it, if that is as large
 
 # Operations without a sum, whose derivative reads their output, nothing, or else their input.
 _OF_OUTPUT = {"tanh", "exp", "exp2", "logistic", "sqrt", "rsqrt", "cbrt", "max", "min"}
@@ -187,7 +188,7 @@ def microbatch(sizes: Sizes, n: int) -> int:
         return n  # XLA brings convolutions into the form that is fast there outside of loops alone
     limits = _LIMITS.get(backend(), _ELSEWHERE)
     choices = [n // parts for parts in range(1, _MOST_PARTS + 1) if n % parts == 0]
-    enough = max(limits.busy, 1.5 * sizes.fixed)
+    enough = max(limits.busy, _PASSES * sizes.fixed)
     if n * sizes.ours >= 2 * enough:
         return min((m for m in choices if m * sizes.ours >= enough), default=n)
     extra = n * (sizes.ours - sizes.plain) + sizes.fixed
