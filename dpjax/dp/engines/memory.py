@@ -49,6 +49,7 @@ _LIMITS = {"cpu": _Limits(1.1, 2**20, 2**24)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
 _MOST_PARTS = 8
+_LEAST = 0.6  # of what is fixed: smaller parts save little memory, and take time
 _PASSES = 3  # over what is fixed take a part as long as what is kept of it, if that is as large
 
 # Operations without a sum, whose derivative reads their output, nothing, or else their input.
@@ -162,6 +163,8 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
             formed += 4 * group.form.B * group.form.d * group.form.p
     formed += sum(entries[i] for mixed in planned.mixed if mixed.kept for i in mixed.leaves)
     fixed = (2 if traced.scalars else 1) * sum(entries)
+    # Where the columns of a leaf are scaled, a second array of its size is kept.
+    fixed += sum(entries[own.leaf] for mixed in planned.mixed for own, _ in mixed.columns)
     # A backward pass has arrays of its own, about a quarter of what it reads. What the engine keeps
     # is more than that at the time when it is largest.
     copied = max((_copied(group.sites) for group in planned.groups), default=0)
@@ -181,7 +184,7 @@ def microbatch(sizes: Sizes, n: int) -> int:
     """How many of `n` examples are taken at a time; a divisor of `n`.
 
     All of them, where that takes little more memory than an ordinary gradient, and no less time. No
-    part is smaller than half of what is fixed, which would save nothing, or than an eighth of the
+    part is much smaller than what is fixed, which would save nothing, or than an eighth of the
     batch.
     """
     if sizes.convolves and backend() == "cpu":
@@ -196,7 +199,8 @@ def microbatch(sizes: Sizes, n: int) -> int:
         return n
     room = _OF_PARTS * n * sizes.plain - sizes.fixed
     fits = max((m for m in choices if m * sizes.ours <= room), default=choices[-1])
-    return min((m for m in choices if m * sizes.ours >= sizes.fixed / 2 and m >= fits), default=n)
+    least = max(fits * sizes.ours, _LEAST * sizes.fixed)
+    return min((m for m in choices if m * sizes.ours >= least), default=n)
 
 
 def _size(atom: Any) -> int:
