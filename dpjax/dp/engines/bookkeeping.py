@@ -3,8 +3,10 @@
 One backward pass over the microbatch gives, for every leaf whose uses are all products with
 example-dependent inputs (see `sites`), those inputs and the cotangents of the products. Both
 the norms and, once the clipping factors are known, the weighted sum of the gradients follow from
-them without per-example gradients in memory and without a second backward pass. Every other leaf,
-mostly biases, norm scales and other small ones, is differentiated per example.
+them without per-example gradients in memory and without a second backward pass. The same goes for
+weights that are certain functions of leaves (`columns`, `factored`); other functions' gradients are
+formed from what was recorded (`formed`). Every other leaf, mostly biases, norm scales and other
+small ones, is differentiated per example.
 
 **The bound holds for every input.** Norms come with proved bounds on rounding (`products`),
 and the factor is that of their sum. Where the bounds are not small beside the norm itself, tokens

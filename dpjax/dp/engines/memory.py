@@ -72,7 +72,8 @@ class Sizes(NamedTuple):
     Attributes:
         plain: of each example, in an ordinary backward pass.
         ours: of each example of a microbatch.
-        fixed: beside the examples: gradients of the parameters that are formed for one example.
+        fixed: beside the examples: gradients of the parameters that are formed for one example, and
+            what is as large as parameters and kept.
         convolves: whether the model has convolutions.
     """
 

@@ -12,7 +12,8 @@ dead code:
 - A *derived* weight is another function of parameters alone, such as weight standardization. The
   function's derivative takes the weight's gradient to the leaves. It has to be computed in float32,
   and may be converted at the end: a derivative in fewer bits rounds gradients to those bits, and a
-  sum of many such gradients would move by more than the bound.
+  sum of many such gradients would move by more than the bound. Of a weight that contains a product
+  of two small ones, both are sites; see `factored`.
 - A *scalar* is a number computed from parameters alone that meets the example, such as a penalty
   that is added to the loss. Its gradient is one array for all examples, times a number of each.
 - A leaf with any other use is *direct*: it is differentiated example by example, as it is.
