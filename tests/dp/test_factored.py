@@ -37,12 +37,45 @@ def of_one_leaf(p):
     return FROZEN + joined[:D] @ joined[D:].T
 
 
+def on_a_derived_base(p):
+    """The base is a function of a trained leaf: it is no constant."""
+    return jnp.sin(p["c"]) + p["a"] @ p["b"]
+
+
+def less_a_derived_base(p):
+    return p["a"] @ p["b"] - jnp.tanh(p["c"])
+
+
+def on_a_repeated_row(p):
+    return jnp.broadcast_to(p["c"][:1], (D, P)) + p["a"] @ p["b"]
+
+
+def on_a_trained_base(p):
+    return p["c"] + p["a"] @ p["b"]
+
+
+def on_a_stopped_base(p):
+    return jax.lax.stop_gradient(p["c"]) + p["a"] @ p["b"]
+
+
+def of_a_stopped_factor(p):
+    return FROZEN + jax.lax.stop_gradient(p["a"]) @ p["b"]
+
+
+def of_a_factor_with_a_stopped_part(p):
+    return FROZEN + (p["a"] + jax.lax.stop_gradient(p["c"][:, :RANK])) @ p["b"]
+
+
 def routes(loss_fn, params, batch):
     plan = bookkeeping.plan(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
     return {leaf.path: (leaf.route, leaf.reason) for leaf in plan}
 
 
 WEIGHTS = [merged, taken_away, turned_factors, of_one_leaf]
+BASES = [
+    on_a_derived_base, less_a_derived_base, on_a_repeated_row, on_a_trained_base, on_a_stopped_base,
+    of_a_stopped_factor, of_a_factor_with_a_stopped_part,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -57,6 +90,44 @@ def test_factors_of_a_weight(weight, use):
         return jnp.sum(jnp.sin(use(x, weight(params))))
 
     agree(loss_fn, PARAMS, BATCH, tolerance=1e-4, mask=np.arange(5) != 1)
+
+
+@pytest.mark.parametrize("weight", BASES)
+def test_bases_that_are_no_constants(weight):
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(x @ weight(params)))
+
+    params = PARAMS | {"c": FROZEN}
+    agree(loss_fn, params, BATCH, tolerance=1e-4, mask=np.arange(5) != 1)
+    unused = {path for path, (route, _) in routes(loss_fn, params, BATCH).items()
+              if route == "unused"}  # fmt: skip
+    gradient = jax.grad(lambda p: sum(loss_fn(p, x) for x in BATCH))(params)
+    assert unused == {key for key, g in gradient.items() if not np.any(g)}
+
+
+@pytest.mark.parametrize(
+    ("x", "g", "a", "b"),
+    [(1e-30, 1e30, 1, 1e10), (1e37, 1e-33, 1, 1e-5), (1e30, 1e-30, 1e10, 1), (1e-36, 1e36, 1e3, 1)],
+)
+def test_products_that_leave_the_range_of_float32(x, g, a, b):
+    """x a or g b^T would be infinite or zero, where x^T g is an ordinary number."""
+    batch = {"x": np.float32(x) * BATCH, "g": np.float32(g) * BATCH[:, :, :P]}
+    params = {"a": np.float32(a) * PARAMS["a"], "b": np.float32(b) * PARAMS["b"]}
+
+    def loss_fn(params, e):
+        return jnp.sum((e["x"] @ merged(params)) * e["g"])
+
+    agree(loss_fn, params, batch, tolerance=1e-3, mask=np.arange(5) != 1)
+
+
+def test_leaves_of_64_bits():
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.float64, PARAMS)
+
+        def loss_fn(params, x):
+            return jnp.sum(jnp.sin(x @ merged(params).astype(jnp.float32)))
+
+        agree(loss_fn, params, jnp.float32(BATCH), tolerance=1e-4, mask=np.arange(5) != 1)
 
 
 def test_the_factors_are_sites():

@@ -224,7 +224,7 @@ def _backward(
         both: tuple[Any, Any] = ("input", depth, place), ("cotangent", site.equation)
         found = inputs[depth][place], cotangents[site.equation]
         if site.factor:
-            both, found = _of_factor(traced, held, site, both, found)
+            both, found = _of_factor(traced, held, site, *found)
         for name, x, last in zip(both, found, forms.last_axes(site)):
             if name not in order:
                 order[name] = len(arrays)
@@ -245,24 +245,31 @@ def _backward(
 
 
 def _of_factor(
-    traced: Traced,
-    held: Held,
-    site: Site,
-    names: tuple[Any, Any],
-    pair: tuple[jax.Array, jax.Array],
+    traced: Traced, held: Held, site: Site, x: jax.Array, g: jax.Array
 ) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array]]:
-    """Input and cotangent of one of two weights whose product an equation has; see `factored`."""
-    own = traced.factored[site.equation]
-    number = site.key[-1]
-    which = own.near if number else 1 - own.near  # the other of both
-    leaves = {i: held.leaf(i) for i in own.leaves}
+    """Names, input and cotangent of one of two weights whose product an equation has.
+
+    Args:
+        traced: see `factored`.
+        held: the parameters.
+        site: one of both.
+        x: the equation's input, `[n, ...]`.
+        g: the cotangent of its output, likewise.
+    """
+    own, second = traced.factored[site.equation], bool(site.key[-1])
+    which = own.near if second else 1 - own.near  # the other of both
+    leaves = {i: held.leaf(i) for i in own.product.leaves}
     other = function_of_leaves(traced, own.product.place, which, leaves)
-    name = "factor", site.key
-    if number:
-        return (name, names[1]), (jax.vmap(lambda x: own.first(x, other))(pair[0]), pair[1])
+    x, g = own.moderate(x, g)
+    computed = "factor", site.key
+    if second:
+        pair = jax.vmap(lambda x: own.first(x, other))(x), g
+        return (computed, ("moderate g", site.equation)), pair
     like = jax.ShapeDtypeStruct(site.output.shape, site.output.dtype)
-    cotangent = jax.vmap(lambda g: own.back(like, other, g))(pair[1])
-    return (names[0], name), (pair[0], cotangent)
+    return (("moderate x", site.equation), computed), (
+        x,
+        jax.vmap(lambda g: own.back(like, other, g))(g),
+    )
 
 
 def _constants(traced: Traced, held: Held) -> dict[Key, dict[int, jax.Array]]:

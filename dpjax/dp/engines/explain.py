@@ -73,7 +73,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     route    share  leaves
     gram    80.0 %       1
     direct  20.0 %       1
-    memory: about 1.4 of a plain gradient's for each example, and 320 bytes besides
+    memory: about 1.4 of a plain gradient's for each example, and 160 bytes besides
     direct leaves take 32 bytes for each example of a microbatch, 0.20 of a plain gradient
     largest direct leaves:
       scale [8]: used by mul...; let it meet the example in a product, a convolution or a lookup

@@ -3,8 +3,9 @@
 With c constant, y is x c + s (x a) b, so that the gradients are products of tokens again: that of a
 is x^T (s g b^T), that of b is (x a)^T (s g). Such a use of a weight is two sites, whose weights are
 views of a and of b. The engine computes g b^T and x a once, for all examples, from what was
-recorded; whatever rounding they hold, the same numbers are measured and summed, and `products`
-bounds them as those of any other site. (Hu et al. 2021, arXiv 2106.09685.)
+recorded (each token scaled by a power of two, so that they stay in range). Whatever rounding they
+hold, the same numbers are measured and summed, and `products` bounds them as those of any other
+site. (Hu et al. 2021, arXiv 2106.09685.)
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ class Product(NamedTuple):
         place: the equation of the product.
         views: of both operands, matrices without scans.
         contract: the axis of each that is added up.
+        leaves: all that they are computed from.
         scale: constant factor.
     """
 
     place: Key
     views: tuple[View, View]
     contract: tuple[int, int]
+    leaves: frozenset[int]
     scale: float = 1.0
 
 
@@ -49,14 +52,12 @@ class Factored:
         product: what is trained in the weight.
         near: which operand of the product meets the input first, 0 or 1.
         axis: the input's axis that is added up.
-        leaves: all that the weight is computed from.
     """
 
     operand: int
     product: Product
     near: int
     axis: int
-    leaves: frozenset[int]
 
     def first(self, x: jax.Array, near: jax.Array) -> jax.Array:
         """The input times the first of both weights, with tokens in front."""
@@ -70,6 +71,20 @@ class Factored:
             return _dot(far, x, axis, x.ndim - 1)
         return _dot(x, far, x.ndim - 1, axis)
 
+    def moderate(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The input and the cotangent, `[n, ...]` each, such that neither x a nor g b^T is lost.
+
+        Of a token at 1e30 whose cotangent is 1e-30, x^T g is an ordinary number, but x a may be
+        infinite, or g b^T zero. Each token's input is divided by a power of two near its largest
+        number, and its cotangent is multiplied by that: their product stays as it is.
+        """
+        largest = jnp.max(jnp.abs(x), self.axis + 1)
+        exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+        exponent = jnp.clip(exponent, -126, 126)
+        axis = 1 if self.operand == 0 else g.ndim - 1
+        x = jnp.ldexp(x, -jnp.expand_dims(exponent, self.axis + 1))
+        return x, jnp.ldexp(g, jnp.expand_dims(exponent, axis))
+
     def back(self, x: Any, far: jax.Array, cotangent: jax.Array) -> jax.Array:
         """The cotangent of `first`, from that of the equation's output."""
         (result,) = jax.linear_transpose(lambda x: self.second(x, far), x)(cotangent)
@@ -81,42 +96,41 @@ def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
 
 
-def follow_product(
-    eqn: core.JaxprEqn, key: Key, views: Sequence[Any], products: Sequence[Product | None]
-) -> Product | None:
+def follow_product(eqn: core.JaxprEqn, key: Key, operands: Sequence[Any]) -> Product | None:
     """The product in the result of an equation of parameters alone.
 
     Args:
         eqn: the equation.
         key: its position.
-        views: of each operand, its views.
-        products: of each operand, its product; an operand with neither is constant.
+        operands: what is known of each: its leaves, its views and its product, if it has one, and
+            the leaves that are read for it.
     """
     name, avals = eqn.primitive.name, [v.aval for v in eqn.invars]
     if eqn.primitive is P.dot_general_p:
         (contract, batch) = eqn.params["dimension_numbers"]
-        matrices = all(getattr(aval, "ndim", 0) == 2 for aval in avals)
-        if not matrices or batch[0] or len(contract[0]) != 1 or {len(v) for v in views} != {1}:
+        full = jnp.dtype(jnp.float32)
+        matrices = all(aval.ndim == 2 and aval.dtype == full for aval in avals)  # type: ignore[attr-defined]
+        if not matrices or batch[0] or len(contract[0]) != 1:
             return None
-        pair = views[0][0], views[1][0]
+        if not all(len(o.views) == 1 and o.reads <= o.leaves for o in operands):
+            return None
+        pair = operands[0].views[0], operands[1].views[0]
         if any(view.shape != aval.shape for view, aval in zip(pair, avals)):  # type: ignore[attr-defined]
             return None
-        return Product(key, pair, (contract[0][0], contract[1][0]))
-    own = [i for i, product in enumerate(products) if product is not None]
+        leaves = operands[0].leaves | operands[1].leaves
+        return Product(key, pair, (contract[0][0], contract[1][0]), leaves)
+    own = [i for i, operand in enumerate(operands) if operand.leaves]
     if len(own) != 1 or len(eqn.outvars) != 1:
         return None
-    (place,) = own
-    found = products[place]
-    constant = all(not views[i] for i in range(len(views)) if i != place)
-    same = avals[place].shape == eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
-    if found is None or not constant or not same:
+    (place,) = own  # all others are constant
+    found: Product | None = operands[place].product
+    if found is None or avals[place].shape != eqn.outvars[0].aval.shape:  # type: ignore[attr-defined]
         return None
     if name in ("copy", "sharding_constraint", "convert_element_type", "add", "add_any"):
         return found
-    if name == "neg" or name == "sub":
-        negative = name == "neg" or place == 1
-        return found._replace(scale=-found.scale if negative else found.scale)
-    if name in ("mul", "div") and (name == "mul" or place == 0):
+    if name in ("neg", "sub"):
+        return found._replace(scale=-found.scale if name == "neg" or place == 1 else found.scale)
+    if name == "mul" or (name == "div" and place == 0):
         other = eqn.invars[1 - place]
         if isinstance(other, core.Literal) and jnp.ndim(other.val) == 0 and float(other.val):
             factor = float(other.val)
@@ -125,7 +139,7 @@ def follow_product(
 
 
 def split(
-    eqn: core.JaxprEqn, operand: int, product: Product, leaves: frozenset[int], key: Key
+    eqn: core.JaxprEqn, operand: int, product: Product, key: Key
 ) -> tuple[Factored, list[Site]] | None:
     """The two sites that an equation is, if its weight contains a product that is small enough.
 
@@ -133,7 +147,6 @@ def split(
         eqn: the equation.
         operand: position of the weight among its operands.
         product: what is trained in the weight.
-        leaves: all that the weight is computed from.
         key: position of the equation; the sites have 0 and 1 behind it.
     """
     if eqn.primitive is not P.dot_general_p or not 1e-6 < abs(product.scale) < 1e6:
@@ -151,7 +164,7 @@ def split(
     rows, columns = (shape[1 - c] for shape, c in zip(shapes, product.contract))
     if 2 * rank * (rows + columns) > rows * columns:
         return None
-    found = Factored(operand, product, near, contract[1 - operand][0], leaves)
+    found = Factored(operand, product, near, contract[1 - operand][0])
     x: Any = eqn.invars[1 - operand].aval
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 

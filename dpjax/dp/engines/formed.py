@@ -82,8 +82,11 @@ def formed_part(
                 total[leaf] += products.scaled(constant[leaf][None], record.scalars[place])
         return tuple(products.flat(total[leaf]) for leaf in mixed.leaves), within
 
+    # The weight may have few bits where its leaves have not.
+    capped = functools.partial(gradients, cap=True)
+
     def exact(record: Record) -> Vectors:
-        return gradients(record, cap=True)[0]
+        return capped(record)[0]
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         totals = dict(totals)
@@ -93,8 +96,8 @@ def formed_part(
 
     own, size = record.of(mixed.weights, list(terms)), _temporary_of(mixed)
     if mixed.kept:
-        kept, within = chunked(gradients, own, size)
-        return of_kept(members, kept, within, place, min(limits))
+        kept, within = chunked(capped, own, size)
+        return of_kept(members, kept, within, place)
 
     def measure(record: Record) -> tuple[tuple[products.Measure, ...], jax.Array]:
         vectors, within = gradients(record)
@@ -143,11 +146,11 @@ def _columns_part(
         (own, norm, own.at({i: held.leaf(i) for i in own.leaves})) for own, norm in mixed.columns
     ]
 
-    def gradients(record: Record, cap: float = math.inf) -> tuple[Vectors, jax.Array]:
+    def gradients(record: Record) -> tuple[Vectors, jax.Array]:
         by_leaf: dict[int, jax.Array] = {}
         within = jnp.ones(record.size, bool)
         for own, _, at in weights:
-            formed, gradient, others = pulled(record.tokens(own.sites), at, cap)
+            formed, gradient, others = pulled(record.tokens(own.sites), at, limit)
             if limit < products.LARGEST:
                 within &= products.outer_measure(formed).mass < limit / 4
             by_leaf[own.leaf] = products.flat(gradient)
@@ -155,7 +158,7 @@ def _columns_part(
         return tuple(by_leaf[leaf] for leaf in mixed.leaves), within
 
     def exact(record: Record) -> Vectors:
-        return gradients(record, limit)[0]
+        return gradients(record)[0]
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         totals = dict(totals)
@@ -170,7 +173,7 @@ def _columns_part(
 
     if mixed.kept:
         kept, within = chunked(gradients, record.of(mixed.weights, []), _temporary_of(mixed))
-        return of_kept(members, kept, within, place, limit)
+        return of_kept(members, kept, within, place)
 
     measures: dict[int, products.Measure] = {}
     others: dict[int, jax.Array] = {}

@@ -130,7 +130,7 @@ def estimate_memory(loss_fn: Any, params: Any, example: Any) -> Sizes:
     >>> import jax.numpy as jnp
     >>> loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
     >>> print(estimate_memory(loss, jnp.ones((8, 4)), jnp.ones((16, 8))))
-    about 1.3 of a plain gradient's for each example, and 256 bytes besides
+    about 1.3 of a plain gradient's for each example, and 128 bytes besides
     """
     return sizes_of(make_plan(loss_fn, params, example), params)
 

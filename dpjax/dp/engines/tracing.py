@@ -104,6 +104,7 @@ class _Info(NamedTuple):
     views: tuple[View, ...] = ()  # empty if some dependence on a leaf is no view
     full: bool = True  # whether it, and all that it was computed from, has 32 bits or more
     product: Product | None = None
+    reads: frozenset[int] = frozenset()  # leaves that it is computed from, with a gradient or not
 
 
 class _Walk(NamedTuple):
@@ -169,6 +170,7 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
             frozenset([i]),
             (View(i, tuple(leaf.shape), (0,) * len(leaf.shape), limit=limit_of(leaf)),),
             _is_full(leaf),
+            reads=frozenset([i]),
         )
         if 0 not in leaf.shape
         else _Info()  # no number of it is used anywhere
@@ -285,7 +287,7 @@ def _walk(
         if inner is not None:
             outs = _walk(inner[0], args, key, lengths, walk, branch)
         elif eqn.primitive.name == "stop_gradient":
-            outs = [_Info(args[0].example)]
+            outs = [_Info(args[0].example, reads=args[0].reads)]
         elif not any(a.example for a in args):
             outs = _without_example(eqn, args, key, lengths, narrowed, inside, walk)
         elif eqn.primitive is P.scan_p:
@@ -297,7 +299,10 @@ def _walk(
             # uses that value is no use of the leaf.
             outs = [_Info(True)] * len(eqn.outvars)
             _meet(eqn, args, key, lengths, narrowed, inside, walk)
-        outs = [o if _is_inexact(v.aval) else _Info(o.example) for o, v in zip(outs, eqn.outvars)]
+        outs = [
+            o if _is_inexact(v.aval) else _Info(o.example, reads=o.reads)
+            for o, v in zip(outs, eqn.outvars)
+        ]
         env.update(zip(eqn.outvars, outs))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -327,11 +332,12 @@ def _without_example(
     views = None
     if any(a.views for a in args) and all(a.views or not a.leaves for a in args):
         views = follow(eqn, [a.views for a in args])
-    product = follow_product(eqn, key, [a.views for a in args], [a.product for a in args])
+    leaves, reads = _leaves(args), frozenset[int]().union(*(a.reads for a in args))
+    product = follow_product(eqn, key, args)
     return [
-        _Info(False, _leaves(args), tuple(views[k]) if views else (), full, product)
+        _Info(False, leaves, tuple(views[k]) if views else (), full, product, reads)
         if views is None or views[k]
-        else _Info(False)
+        else _Info(False, reads=reads)
         for k in range(len(eqn.outvars))
     ]
 
@@ -351,18 +357,21 @@ def _meet(
     if len(positions) == 1:
         (operand,) = positions
         info = args[operand]
-        # A derived weight's derivative in fewer bits, or inside of a loop, is left to JAX.
+        # A derived weight's derivative in fewer bits, or inside of a loop, is left to JAX, and that
+        # of a function that reads other leaves behind `stop_gradient`.
         known = not inside and (info.full or eqn.invars[operand] in narrowed)
+        known &= info.reads <= info.leaves
         halves = None
-        if info.product and known and info.full:
-            halves = factored.split(eqn, operand, info.product, info.leaves, key)
+        if info.product and info.full and not inside:
+            halves = factored.split(eqn, operand, info.product, key)
         if halves:
             walk.factored[key], found = halves
         elif info.views or known:
             found = sites_of(eqn, operand, info.views, info.leaves, key, lengths)
     walk.add(found, lengths, eqn.outvars[0].aval)
     for i in positions if not found else ():
-        if _size(eqn.invars[i]) == 1 and is_float(eqn.invars[i].aval) and not inside:
+        scalar = _size(eqn.invars[i]) == 1 and is_float(eqn.invars[i].aval)
+        if scalar and not inside and args[i].reads <= args[i].leaves:
             walk.scalars[(*key, -1 - i)] = args[i].leaves
             aval: Any = eqn.invars[i].aval
             walk.shapes[(*key, -1 - i)] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
