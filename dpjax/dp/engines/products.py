@@ -517,8 +517,8 @@ def _weighted_product(
     # Two bfloat16 parts carry 16 bits of the scaled array, at twice the cost of one product; one
     # part alone would sum something measurably different from what was clipped.
     parts = halves(small) if x.dtype == g.dtype == jnp.bfloat16 else (small,)
-    # A product turns its first operand. That is the small one, which is written anew in any case;
-    # but it is better than to turn the result, a whole table.
+    # A product transposes its first operand: the small one, which is a new array in any case. To
+    # transpose the result would take more memory where that is a whole table.
     turned = not scale_x and not in_order
     pairs = [(part, large) if scale_x or turned else (large, part) for part in parts]
     total = functools.reduce(jnp.add, [_sum_products(*pair) for pair in pairs])
