@@ -57,8 +57,8 @@ def parts(results: Sequence[Result], noise: Sequence[Row]) -> list[str | Table |
     automatic = [row for name, found in tasks.items() for row in against_automatic(name, found)]
     found: list[str | Table | Figure] = [
         "Accuracy on held-out data; mean ± half width of the 95 % interval over private seeds "
-        "(batches and noise). What is best was chosen on the same held-out data: it is a little too "
-        "high, and it is not charged to the privacy budget.",
+        "(batches and noise). What is best was chosen on the same held-out data: it is a little "
+        "too high, and it is not charged to the privacy budget.",
         "## Batch size and clip bound, each cell at its best learning rate",
         *figures.heatmaps(flat),
         Table("cells", "Every cell at its best learning rate",

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,9 +39,10 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
-from dpjax.dp.engines import forms, products, reference
+from dpjax.dp.engines import products, reference
+from dpjax.dp.engines.backward import backward, constants_of
 from dpjax.dp.engines.formed import formed_part
-from dpjax.dp.engines.held import Held, here
+from dpjax.dp.engines.held import here
 from dpjax.dp.engines.parts import (
     Factors,
     Part,
@@ -54,9 +54,6 @@ from dpjax.dp.engines.parts import (
 )
 from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
 from dpjax.dp.engines.record import Record
-from dpjax.dp.engines.sites import Key, Site
-from dpjax.dp.engines.taps import evaluate, function_of_leaves
-from dpjax.dp.engines.tracing import Traced
 
 __all__ = ["LeafPlan", "microbatch_sum", "plan"]
 
@@ -106,14 +103,14 @@ def microbatch_sum(
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     planned = planned or make_plan(loss_fn, params, example)
-    loss, record, direct = _backward(planned.traced, held, batch)
+    loss, record, direct = backward(planned.traced, held, batch)
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
     doubts = reference.count_of_doubts(loss)
     # One recording for the norms and for the sums. Direct gradients go with it, so that nothing
     # else reads the cotangents, of which XLA would make a copy.
     record, direct = reference.once((record, direct), doubts)
-    constants = _constants(planned.traced, held)
+    constants = constants_of(planned.traced, held)
     # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
     parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
     together = measured_together(planned.groups, record, constants)
@@ -184,111 +181,6 @@ def microbatch_sum(
 
 def _row(array: jax.Array, row: int) -> jax.Array:
     return array[row]
-
-
-def _backward(
-    traced: Traced, held: Held, batch: PyTree
-) -> tuple[jax.Array, Record, dict[int, jax.Array]]:
-    """One backward pass: losses, what is recorded, and gradients of direct leaves."""
-
-    depths = {site.equation: len(site.lengths) for site in traced.sites}
-    places: dict[Key, tuple[int, int]] = {}
-
-    def tapped(params: PyTree, example: PyTree, taps: Any, direct: dict[int, Any]) -> Any:
-        args = [direct.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(params))]
-        value, inputs = evaluate(traced, [*args, *jax.tree.leaves(example)], taps)
-        # Those that several equations share once; by depth, which is where their examples' axis is.
-        unique: dict[int, dict[int, jax.Array]] = {depth: {} for depth in depths.values()}
-        for key, x in inputs.items():
-            unique[depths[key]].setdefault(id(x), x)
-        for key, x in inputs.items():
-            places[key] = depths[key], list(unique[depths[key]]).index(id(x))
-        return value, {depth: list(own.values()) for depth, own in unique.items()}
-
-    direct_leaves = {i: held.leaf(i) for i in traced.direct}
-
-    def one(example: PyTree) -> Any:
-        taps = {key: jnp.zeros(v.shape, v.dtype) for key, v in traced.taps.items()}
-        loss = functools.partial(held.at_use(tapped), example)
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(taps, direct_leaves)
-
-    axes = {key: depths.get(key, 0) for key in traced.taps}
-    by_depth = {depth: depth for depth in depths.values()}
-    (loss, inputs), (cotangents, direct) = jax.vmap(one, out_axes=((0, by_depth), (axes, 0)))(batch)
-    arrays: list[jax.Array] = []
-    layout: list[tuple[tuple[int, ...], int, int]] = []  # shape, axis and rows, see `Record`
-    order: dict[Any, int] = {}
-    pairs: dict[Key, tuple[int, int]] = {}
-    for site in traced.sites:
-        depth, place = places[site.equation]
-        both: tuple[Any, Any] = ("input", depth, place), ("cotangent", site.equation)
-        found = inputs[depth][place], cotangents[site.equation]
-        if site.factor:
-            both, found = _of_factor(traced, held, site, *found)
-        for name, x, last in zip(both, found, forms.last_axes(site)):
-            if name not in order:
-                order[name] = len(arrays)
-                shape = (*x.shape[:depth], *x.shape[depth + 1 :])
-                split = len(shape) - last if last else depth
-                layout.append((shape, depth, math.prod(shape[depth:split])))
-                if last:
-                    x = x.reshape(*shape[:depth], -1, math.prod(shape[split:]))
-                arrays.append(x)
-        pairs[site.key] = order[both[0]], order[both[1]]
-    record = Record(
-        dict(enumerate(arrays)),
-        {place: cotangents[place].reshape(-1).astype(jnp.float32) for place in traced.scalars},
-        tuple(pairs.items()),
-        *zip(*layout) if layout else ((), (), ()),
-    )
-    return loss.astype(jnp.float32), record, {i: products.flat(g) for i, g in direct.items()}
-
-
-def _of_factor(
-    traced: Traced, held: Held, site: Site, x: jax.Array, g: jax.Array
-) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array]]:
-    """Names, input and cotangent of one of two weights whose product an equation has.
-
-    Args:
-        traced: see `factored`.
-        held: the parameters.
-        site: one of both.
-        x: the equation's input, `[n, ...]`.
-        g: the cotangent of its output, likewise.
-    """
-    own, second = traced.factored[site.equation], bool(site.key[-1])
-    which = own.near if second else 1 - own.near  # the other of both
-    leaves = {i: held.leaf(i) for i in own.product.leaves}
-    other = function_of_leaves(traced, own.product.place, which, leaves)
-    x, g = own.moderate(x, g)
-    computed = "factor", site.key
-    if second:
-        pair = jax.vmap(lambda x: own.first(x, other))(x), g
-        return (computed, ("moderate g", site.equation)), pair
-    like = jax.ShapeDtypeStruct(site.output.shape, site.output.dtype)
-    return (("moderate x", site.equation), computed), (
-        x,
-        jax.vmap(lambda g: own.back(like, other, g))(g),
-    )
-
-
-def _constants(traced: Traced, held: Held) -> dict[Key, dict[int, jax.Array]]:
-    """By place of a scalar and by leaf, the scalar's gradient, the same for all examples."""
-
-    def gradient(place: Key, own: dict[int, Any]) -> dict[int, jax.Array]:
-        *key, operand = place
-
-        def scalar(own: dict[int, Any]) -> jax.Array:
-            return function_of_leaves(traced, tuple(key), -1 - operand, own).reshape(())
-
-        return {i: g.astype(jnp.float32) for i, g in jax.grad(scalar)(own).items()}
-
-    covered = {leaf for site in traced.sites for leaf in site.leaves}
-    constants = {}
-    for place, needs in traced.scalars.items():
-        found = gradient(place, {i: held.leaf(i) for i in needs})
-        constants[place] = {i: g for i, g in found.items() if i in covered}
-    return constants
 
 
 class _Clip(NamedTuple):
