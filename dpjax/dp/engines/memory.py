@@ -49,8 +49,9 @@ _LIMITS = {"cpu": _Limits(1.1, 2**20, 2**24)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
 _MOST_PARTS = 8
-_LEAST = 0.6  # of what is fixed: smaller parts save little memory, and take time
-_PASSES = 3  # over what is fixed take a part as long as what is kept of it, if that is as large
+# Of what is fixed: smaller parts save little memory, and larger ones add up the parameters' sums less
+# often than that would take notable time.
+_LEAST, _PASSES = 0.6, 3
 
 # Operations without a sum, whose derivative reads their output, nothing, or else their input.
 _OF_OUTPUT = {"tanh", "exp", "exp2", "logistic", "sqrt", "rsqrt", "cbrt", "max", "min"}

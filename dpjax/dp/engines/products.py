@@ -466,8 +466,6 @@ def materialize(t: Tokens) -> jax.Array:
         ones = rows[:, :, None] == jnp.arange(t.d)[None, None]
         return full_dot(ones, h, ((1,), (1,)), 1)[:, None]
     start = jnp.zeros((h.shape[0], t.d, t.p), jnp.float32) if product is None else product[:, 0]
-    if h.shape[0] == 1:  # of a batch of one, XLA would transpose a copy of the table
-        return start[0].at[rows[0]].add(h[0])[None, None]
     return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
 
 
