@@ -49,8 +49,8 @@ _LIMITS = {"cpu": _Limits(1.1, 2**20, 2**24)}
 _ELSEWHERE = _Limits(1.5, 2**28)
 _OF_PARTS = 1.05  # times the memory of a plain gradient
 _MOST_PARTS = 8
-# Of what is fixed: smaller parts save little memory, and larger ones add up the parameters' sums less
-# often than that would take notable time.
+# Times what is fixed: parts below the first save little memory, and parts above the second spend
+# little of their time on what does not grow with them.
 _LEAST, _PASSES = 0.6, 3
 
 # Operations without a sum, whose derivative reads their output, nothing, or else their input.
