@@ -10,7 +10,7 @@ import test_engine_bound
 from test_engine_bound import check, linear
 
 from dpjax import dp
-from dpjax.dp.engines import arithmetic, bookkeeping, products
+from dpjax.dp.engines import arithmetic, bookkeeping, products, summation
 from dpjax.dp.engines.forms import Tokens
 
 UNIT = 2.0**-24
@@ -154,7 +154,7 @@ def test_the_backend_decides(backend, monkeypatch):
             products.outer_measure(products.outer(t)[0]),
         )
         found += (products.with_constant(found[0], t, jnp.ones(4), jnp.ones((2, 64, 70))),)
-        return found, products.weighted_sum(t, jnp.ones(4), jnp.ones(4, bool))
+        return found, summation.weighted_sum(t, jnp.ones(4), jnp.ones(4, bool))
 
     text = lowered(norms_and_sums, x, g)
     full = [line for line in text if "HIGHEST, HIGHEST" in line and "f32>, tensor" in line]
@@ -162,7 +162,7 @@ def test_the_backend_decides(backend, monkeypatch):
     assert (len(full), len(parts)) == ((5, 0) if backend == "cpu" else (0, 15))
     # What is in memory is summed as it is.
     (line,) = lowered(
-        lambda x: products.weigh(x, jnp.ones(4), jnp.ones(4, bool)), jnp.zeros((4, 10_000))
+        lambda x: summation.weigh(x, jnp.ones(4), jnp.ones(4, bool)), jnp.zeros((4, 10_000))
     )
     assert "HIGHEST" in line
     assert t.d == 64
@@ -220,7 +220,8 @@ def test_what_is_missing_is_covered(tokens, tensor_cores):
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_missing_margin_is_seen(tokens, tensor_cores, monkeypatch):
     """With float32's margins a contribution exceeds its bound."""
-    monkeypatch.setattr(products, "roundings", lambda terms, *operands: terms)
+    for module in (products, summation):
+        monkeypatch.setattr(module, "roundings", lambda terms, *operands: terms)
     with pytest.raises(AssertionError, match="bookkeeping"):
         opposed(tokens, "gram")
 
@@ -258,7 +259,7 @@ def test_ordinary_examples_are_trusted(tokens, d, p, monkeypatch):
     for m in measures:
         bounded = np.sqrt(np.float64(m.square[0] + m.error[0])) + m.spread[0]
         assert exact <= bounded <= (1 + 0.75 * bookkeeping._MARGIN) * exact
-    total = products.weighted_sum(t, jnp.ones(1), jnp.ones(1, bool))
+    total = summation.weighted_sum(t, jnp.ones(1), jnp.ones(1, bool))
     assert np.linalg.norm(np.float64(total)) <= bounded
     assert jnp.all(measures[0].mass < bookkeeping._cancellation(tokens) * exact)
 

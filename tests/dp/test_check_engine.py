@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpjax import dp
-from dpjax.dp.engines import bookkeeping, forms, products, sites
+from dpjax.dp.engines import bookkeeping, forms, products, sites, summation
 
 
 def conv(x, w, layout):
@@ -57,7 +57,7 @@ FAULTS = {
         lambda measure: lambda t: measure(t)._replace(square=0.9 * measure(t).square),
     ),
     "sum": (
-        DENSE, products, "weighted_sum",
+        DENSE, summation, "weighted_sum",
         lambda product: lambda t, factors, usable: product(t, 1.1 * factors, usable),
     ),
 }  # fmt: skip

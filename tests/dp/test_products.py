@@ -7,6 +7,7 @@ import pytest
 from losses import normal
 
 from dpjax.dp.engines import products as site_products
+from dpjax.dp.engines import summation
 from dpjax.dp.engines.forms import Tokens
 
 
@@ -30,7 +31,7 @@ def test_cancelling_gradients_are_not_measured_too_small():
     assert np.all(upper > squared_norms(x, g))
     for i in range(5):
         x_i, g_i = x[i, None], g[i, None]
-        total = site_products.weighted_sum(tokens_of(x_i, g_i), jnp.ones(1), jnp.ones(1, bool))
+        total = summation.weighted_sum(tokens_of(x_i, g_i), jnp.ones(1), jnp.ones(1, bool))
         assert np.linalg.norm(np.float64(total)) < np.sqrt(upper[i]) + found.spread[i]
 
 
@@ -57,7 +58,7 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
     g = jnp.asarray(normal(products, 6, 4, seed=1), dtypes[1])
     factors, usable = jnp.array([0.3, 0.0, 1.0, 0.7]), jnp.array([True, False, True, True])
     exact = np.einsum("nbtd,nbtp->nbdp", np.float64(x), np.float64(g))
-    np.testing.assert_allclose(site_products.materialize(tokens_of(x, g)), exact, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(summation.materialize(tokens_of(x, g)), exact, rtol=0, atol=1e-5)
     for found in (
         site_products.gram_measure(site_products.gram(tokens_of(x, g))),
         site_products.outer_measure(site_products.outer(tokens_of(x, g))[0]),
@@ -69,7 +70,7 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
     want = np.einsum("n,nbdp->bdp", np.float64(factors), exact)
     bits = 16 if dtypes == DTYPES[-1] else 22
     for a, b, wanted in ((x, g, want), (g, x, want.swapaxes(1, 2))):
-        found = site_products.weighted_sum(tokens_of(a, b), factors, usable)
+        found = summation.weighted_sum(tokens_of(a, b), factors, usable)
         assert np.max(np.abs(found - wanted)) < 2.0**-bits * np.max(np.abs(exact)) * 24
 
 
@@ -80,11 +81,11 @@ def test_no_product_is_rounded_to_less_than_float32(dtypes):
     factors = jnp.ones(4)
 
     def everything(x, g):
-        gradients = site_products.flat(site_products.materialize(tokens_of(x, g)))
+        gradients = summation.flat(summation.materialize(tokens_of(x, g)))
         return (
             site_products.gram_measure(site_products.gram(tokens_of(x, g))),
-            site_products.weigh(gradients, factors, factors > 0),
-            site_products.weighted_sum(tokens_of(x, g), factors, factors > 0),
+            summation.weigh(gradients, factors, factors > 0),
+            summation.weighted_sum(tokens_of(x, g), factors, factors > 0),
         )  # fmt: skip
 
     found = [e for e in jax.make_jaxpr(everything)(x, g).eqns if e.primitive.name == "dot_general"]

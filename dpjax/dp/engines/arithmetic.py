@@ -36,7 +36,7 @@ where it takes a product of a matrix and a vector for a sum (`dot_algorithm_rewr
 written out here is the same program on all devices, so that a CPU can test it.
 
 **What stays at `Precision.HIGHEST`** everywhere: sums of gradients that are in memory
-(`products.weigh`), which are as fast as memory is, and would need a copy of it for the parts; sums
+(`summation.weigh`), which are as fast as memory is, and would need a copy of it for the parts; sums
 of convolutions' gradients (`forms.conv_sum`), because cuDNN has no convolution of bfloat16 numbers
 whose result is float32.
 """

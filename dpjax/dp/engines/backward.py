@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.engines import forms, products
+from dpjax.dp.engines import forms, summation
 from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.record import Record
 from dpjax.dp.engines.sites import Key, Site
@@ -80,7 +80,7 @@ def backward(
         tuple(pairs.items()),
         *zip(*layout) if layout else ((), (), ()),
     )
-    return loss.astype(jnp.float32), record, {i: products.flat(g) for i, g in direct.items()}
+    return loss.astype(jnp.float32), record, {i: summation.flat(g) for i, g in direct.items()}
 
 
 def _of_factor(

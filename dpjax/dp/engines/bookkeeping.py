@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
-from dpjax.dp.engines import products, reference
+from dpjax.dp.engines import products, reference, summation
 from dpjax.dp.engines.backward import backward, constants_of
 from dpjax.dp.engines.formed import formed_part
 from dpjax.dp.engines.held import here
@@ -213,8 +213,8 @@ def _kept_squares(parts: list[Part], kept: list[Vectors], num_groups: int, size:
     for part, own in zip(parts, kept):
         for group, g in zip(part.members, own):
             # Small ones are copied side by side, so that one program measures all of a group.
-            key = group if g.shape[1] <= products.BIAS else num_groups + len(by_group)
-            by_group.setdefault(key, []).append(products.capped(g, part.limit))
+            key = group if g.shape[1] <= summation.BIAS else num_groups + len(by_group)
+            by_group.setdefault(key, []).append(summation.capped(g, part.limit))
             groups[key] = group
     squares = [products.kept_square(jnp.concatenate(own, 1)) for own in by_group.values()]
     if not squares:
@@ -340,7 +340,7 @@ def _set_apart(
         columns = _columns(factors[None])
         for (_, place, members), mine in zip(formed, vectors, strict=True):
             weighed = [
-                products.scaled(v, *columns[g])[0] for g, v in zip(members, mine, strict=True)
+                summation.scaled(v, *columns[g])[0] for g, v in zip(members, mine, strict=True)
             ]
             totals = place(totals, own, tuple(weighed))
         norms = jnp.where(doubtful[row], norms, facts.norms[row])
@@ -381,7 +381,7 @@ def _cleared(
         count: how many are not usable.
     """
     large, treedef = jax.tree.flatten(kept)
-    places = [i for i, g in enumerate(large) if g.shape[1] > products.BIAS]
+    places = [i for i, g in enumerate(large) if g.shape[1] > summation.BIAS]
     if not touched and not places:
         return record, kept
     order = _order(usable)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from dpjax.dp.engines import forms, products
+from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.arithmetic import roundings
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.polynomials import OtherForm, Polynomial, plain, run
@@ -149,13 +149,13 @@ def products_of(t: Tokens, norm: str, at: Scaled) -> Products:
         grams = products.gram(own)._replace(rounding=products.gram(t).rounding)
         measure = products.gram_measure(grams)
         # As products: XLA adds up the axis of tokens slowly on a CPU.
-        by_scale = _over_tokens("nbtp,nbtp->nbp", products.applied(t.x, at.u), cotangents)
+        by_scale = _over_tokens("nbtp,nbtp->nbp", summation.applied(t.x, at.u), cotangents)
         inputs = jnp.sum(t.x.astype(jnp.float32), 3)
         by_shift = _over_tokens("nbt,nbtp->nbp", inputs, cotangents)
     else:
         formed, gradients, by_scale, by_shift = _over_rows(t, at)
         scale = jnp.broadcast_to(at.scale[:, :, None], gradients.shape[1:]).reshape(1, -1)
-        square = products.kept_square(products.flat(gradients) * scale)
+        square = products.kept_square(summation.flat(gradients) * scale)
         outer = products.Outer(square, *products.token_squares(own), t.d, t.p, formed.rounding)
         measure = products.outer_measure(outer)
     measure = measure._replace(peak=jnp.maximum(measure.peak, raw.peak))
@@ -188,9 +188,9 @@ def _over_rows(
     Transposed, because XLA adds up a last axis in trees; and flat, which takes a CPU less time.
     """
     formed, g = products.outer(Tokens(t.g, t.x, d=t.p))
-    g = products.capped(g, limit)
+    g = summation.capped(g, limit)
     u = jnp.swapaxes(at.u, 1, 2).reshape(1, -1)
-    by_scale = jnp.sum((products.flat(g) * u).reshape(g.shape), 3)
+    by_scale = jnp.sum((summation.flat(g) * u).reshape(g.shape), 3)
     return formed, g, by_scale, jnp.sum(g, 3)
 
 
@@ -222,7 +222,7 @@ def with_columns(
     of_a, of_b = (jnp.sum(jnp.square(x) * y, (1, 2)) for x, y in ((a, sizes.d), (b, square)))
     own = jnp.sqrt(of_a) + jnp.sqrt(of_b)
     added = of_a + of_b + 2 * jnp.sum(a * b * total, (1, 2))
-    chain = products.chain(sizes.d) + roundings(sizes.T)
+    chain = summation.chain(sizes.d) + roundings(sizes.T)
     measure = products.with_added(
         found.scaled, inner, own, added, chain, sizes.B * sizes.d * sizes.p
     )

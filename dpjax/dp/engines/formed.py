@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.engines import forms, products, reference
+from dpjax.dp.engines import forms, products, reference, summation
 from dpjax.dp.engines.columns import Columns, Products, Scaled, products_of, pulled, with_columns
 from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.parts import (
@@ -67,20 +67,20 @@ def formed_part(
         total: dict[int, jax.Array] = {}
         within = jnp.ones((), bool)
         for sites, pull, limit in zip(mixed.weights, pulls, limits):
-            if limit < products.LARGEST:
+            if limit < summation.LARGEST:
                 formed, gradient = products.outer(record.tokens(sites))
                 within &= products.outer_measure(formed).mass < limit / 4
             else:
                 plain, scale = unscaled(sites)
-                gradient = scale * products.materialize(record.tokens(plain))
-            gradient = products.capped(gradient, limit if cap else math.inf)
+                gradient = scale * summation.materialize(record.tokens(plain))
+            gradient = summation.capped(gradient, limit if cap else math.inf)
             within &= jnp.ones(gradient.shape[0], bool)
             for leaf, value in jax.vmap(pull)(gradient).items():
                 total[leaf] = total[leaf] + value if leaf in total else value
         for place, constant in terms.items():
             for leaf in total.keys() & constant.keys():
-                total[leaf] += products.scaled(constant[leaf][None], record.scalars[place])
-        return tuple(products.flat(total[leaf]) for leaf in mixed.leaves), within
+                total[leaf] += summation.scaled(constant[leaf][None], record.scalars[place])
+        return tuple(summation.flat(total[leaf]) for leaf in mixed.leaves), within
 
     # The weight may have few bits where its leaves have not.
     capped = functools.partial(gradients, cap=True)
@@ -127,7 +127,7 @@ def formed_part(
                 finite = jnp.isfinite(again)
                 g = jnp.where(finite[:, None], g, 0.0)
                 factor = jnp.where(finite, part(factors[member][0], first) * shrink, 0.0)
-                weighed.append(products.weigh(g, factor, factor > 0))
+                weighed.append(summation.weigh(g, factor, factor > 0))
             return place(totals, record, tuple(weighed))
 
         start = {leaf: totals[leaf] for leaf in mixed.leaves}
@@ -151,9 +151,9 @@ def _columns_part(
         within = jnp.ones(record.size, bool)
         for own, _, at in weights:
             formed, gradient, others = pulled(record.tokens(own.sites), at, limit)
-            if limit < products.LARGEST:
+            if limit < summation.LARGEST:
                 within &= products.outer_measure(formed).mass < limit / 4
-            by_leaf[own.leaf] = products.flat(gradient)
+            by_leaf[own.leaf] = summation.flat(gradient)
             _add_flat(by_leaf, others)
         return tuple(by_leaf[leaf] for leaf in mixed.leaves), within
 
@@ -202,11 +202,11 @@ def _columns_part(
         by_leaf = {leaf: factors[group][0] for leaf, group in zip(mixed.leaves, members)}
         totals = dict(totals)
         for leaf, gradient in others.items():
-            totals[leaf] += jnp.sum(products.scaled(gradient, by_leaf[leaf], usable), 0)
+            totals[leaf] += jnp.sum(summation.scaled(gradient, by_leaf[leaf], usable), 0)
         for own, _, at in weights:
             factor = by_leaf[own.leaf]
             value = at.scale[:, None] * _weighted(own.sites, record, factor, usable)
-            a, b = (jnp.sum(products.scaled(x, factor, usable), 0) for x in added[own.leaf])
+            a, b = (jnp.sum(summation.scaled(x, factor, usable), 0) for x in added[own.leaf])
             value = _of_leaf(own, value + a[:, None] + b[:, None] * at.u)
             totals[own.leaf] += jnp.where(sound, value, 0.0)  # 0 * NaN is NaN
         return totals
@@ -218,7 +218,7 @@ def _columns_part(
 
 def _add_flat(total: dict[int, jax.Array], gradients: dict[int, jax.Array]) -> None:
     for leaf, gradient in gradients.items():
-        gradient = products.flat(gradient)
+        gradient = summation.flat(gradient)
         total[leaf] = total[leaf] + gradient if leaf in total else gradient
 
 
@@ -231,11 +231,11 @@ def _of_leaf(columns: Columns, gradient: jax.Array) -> jax.Array:
 def _weighted(sites: Weight, record: Record, factor: jax.Array, usable: jax.Array) -> jax.Array:
     """The weighted sum of products, `[B, d, p]`."""
     if not forms.sums_as_convolution(sites):
-        return products.weighted_sum(record.tokens(sites), factor, usable)
+        return summation.weighted_sum(record.tokens(sites), factor, usable)
     form = forms.form_of(sites)
     shape = jax.ShapeDtypeStruct((form.B, form.d, form.p), jnp.float32)
     total = sum(
-        forms.conv_sum(site, x, products.scaled(g, factor, usable))
+        forms.conv_sum(site, x, summation.scaled(g, factor, usable))
         for site, (x, g) in zip(sites, record.pairs(sites))
     )
     return jax.linear_transpose(lambda w: forms.restore(sites[0], w), shape)(total)[0]

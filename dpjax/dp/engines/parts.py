@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.dp.engines import forms, products
+from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.plans import Group
 from dpjax.dp.engines.record import Record
@@ -101,7 +101,7 @@ def of_kept(
     def add(
         totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        weighed = [products.weigh(g, *factors[i]) for i, g in zip(members, kept, strict=True)]
+        weighed = [summation.weigh(g, *factors[i]) for i, g in zip(members, kept, strict=True)]
         return place(totals, record, tuple(weighed))
 
     return Part(members, kept, (), within, add, limit)
@@ -145,16 +145,16 @@ def closed_part(
     # What a recorded number may be before a constant factor of the weight, and behind it.
     limit = min(site.limit for site in sites)
     reach = max(1.0, *(1 / abs(site.view.scale) for site in sites if site.view))
-    narrow = limit < products.LARGEST
+    narrow = limit < summation.LARGEST
     largest = limit / 4 / reach
 
     plain, scale = unscaled(sites)
 
     def materialized(record: Record) -> jax.Array:
-        gradients = products.materialize(record.tokens(plain))
+        gradients = summation.materialize(record.tokens(plain))
         gradients = gradients if scale == 1.0 else scale * gradients
         for place, constant in terms.items():
-            gradients += products.scaled(constant[None], record.scalars[place])
+            gradients += summation.scaled(constant[None], record.scalars[place])
         return gradients
 
     def finish(found: products.Measure, record: Record) -> products.Measure:
@@ -175,7 +175,7 @@ def closed_part(
         return (found,), found.mass < largest if narrow else None
 
     def gradients(record: Record) -> tuple[Vectors, jax.Array | None]:
-        vectors = (products.flat(materialized(record)),)
+        vectors = (summation.flat(materialized(record)),)
         if not narrow:
             return vectors, None
         formed = products.outer(record.tokens(sites))[0]
@@ -184,10 +184,10 @@ def closed_part(
 
     def exact(record: Record) -> Vectors:
         if group.norm == "lookup" and not terms:
-            gradients = scale * products.combined(record.tokens(plain))
+            gradients = scale * summation.combined(record.tokens(plain))
         else:
             gradients = materialized(record)
-        return (products.capped(products.flat(gradients), limit / reach if narrow else math.inf),)
+        return (summation.capped(summation.flat(gradients), limit / reach if narrow else math.inf),)
 
     # The leaf itself as a table, or as the transposed of one, can be added to in place.
     table = group.norm == "lookup" and not view.steps and forms.is_table(sites[0])
@@ -213,17 +213,17 @@ def closed_part(
         if forms.sums_as_convolution(sites):
             for site, (x, g) in zip(sites, record.pairs(sites)):
                 # Back through its own view: another use may order the leaf's axes otherwise.
-                value = forms.conv_sum(site, x, products.scaled(g, factor, usable))
+                value = forms.conv_sum(site, x, summation.scaled(g, factor, usable))
                 value = site.view_of_leaf.pull(value).reshape(-1)
                 totals = totals | {leaf: totals[leaf] + value}
         elif group.norm == "lookup":
             t = record.tokens(sites)
-            totals = look_up(totals, t, products.scaled(t.h, factor, usable))
+            totals = look_up(totals, t, summation.scaled(t.h, factor, usable))
         else:
-            value = flat_back(products.weighted_sum(record.tokens(sites), factor, usable))
+            value = flat_back(summation.weighted_sum(record.tokens(sites), factor, usable))
             totals = totals | {leaf: totals[leaf] + value}
         for at, constant in terms.items():
-            weights = products.scaled(record.scalars[at], factor, usable)
+            weights = summation.scaled(record.scalars[at], factor, usable)
             value = flat_back(jnp.sum(weights) * constant)
             totals = totals | {leaf: totals[leaf] + value}
         return totals
@@ -250,7 +250,7 @@ def cleared(sites: Weight, record: Record) -> frozenset[int]:
     places = dict(record.places)
     if forms.sums_as_convolution(sites):
         return frozenset(places[site.key][0] for site in sites)
-    scale_x = products.scales_x(forms.form_of(sites))
+    scale_x = summation.scales_x(forms.form_of(sites))
     products_of = (site for site in sites if site.kind != "embed")
     return frozenset(places[site.key][site.turned != scale_x] for site in products_of)
 

@@ -1,4 +1,4 @@
-"""Squared norms and weighted sums of per-example products G_i = x_i^T g_i.
+"""Squared norms of per-example products G_i = x_i^T g_i, and why they bound what is summed.
 
 Canonical forms only: x `[n, B, T, d]`, g `[n, B, T, p]`, see `forms`. All results are
 float32, and `arithmetic` says what products of float32 numbers are off by on each device.
@@ -33,6 +33,9 @@ a square that was measured on a rounded G_i lacks as much beside the inner produ
 `mass` and `spread` grow by |c_i R| and a few units of it, because sum_i f_i c_i R is one more
 product that the example takes part in.
 
+The same goes for any array A_i of an example in place of c_i R (`with_added`), with what its inner
+product with G_i is off by; `columns` has such arrays.
+
 The engine clips by `sqrt(square + error) + spread`, and does so only where that is close to
 `sqrt(square)` and where mass and peak are moderate; of any other example the gradient is formed,
 measured and summed as one array. The bounds are themselves rounded, by less than the few units that
@@ -41,38 +44,26 @@ are added to every count.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.engines.arithmetic import Contract, dot, full_dot, halves, roundings
+from dpjax.dp.engines import summation
+from dpjax.dp.engines.arithmetic import roundings
 from dpjax.dp.engines.forms import Form, Tokens
 
 __all__ = [
-    "BIAS",
-    "LARGEST",
     "Measure",
-    "applied",
     "can_keep",
-    "capped",
-    "chain",
     "cheapest",
-    "combined",
-    "flat",
     "gram",
     "gram_measure",
     "kept_measure",
     "kept_square",
     "lookup_measure",
-    "materialize",
     "outer",
     "outer_measure",
-    "scaled",
-    "scales_x",
-    "weigh",
-    "weighted_sum",
     "with_added",
     "with_constant",
 ]
@@ -85,16 +76,8 @@ _GRAM = 1.3
 # Gradients are kept if they are at most this many times larger than what they are computed from.
 _KEEP = 2
 
-_FEW = 256  # rows, which a product adds up in less time than a scatter does one by one
-
-# Numbers of a gradient for which a product takes longer to compile, once a leaf, than to run.
-BIAS = 2**13
-
-_BLOCK = 256  # numbers of a long vector that are summed in one go
-
 _UNIT = 2.0**-24  # unit roundoff of float32
 _TINY = 2.0**-126  # products below this are lost
-LARGEST = float(jnp.finfo(jnp.float32).max)
 _REDUCTION = 128  # of any size: XLA reduces in trees of short branches
 
 
@@ -129,58 +112,11 @@ def cheapest(form: Form) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-def _in_blocks(
-    a: jax.Array, b: jax.Array, axes: tuple[int, int], blocks: int, contract: Contract, batch: int
-) -> jax.Array:
-    """`dot`, one block after the other along an axis of each operand that is contracted."""
-    if not blocks:
-        return dot(a, b, contract, batch)
-    pairs = tuple(zip((a, b), axes))
-
-    def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        x, y = (jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis) for x, axis in pairs)
-        return total + dot(x, y, contract, batch), None
-
-    x, y = (jax.lax.slice_in_dim(x, blocks * _BLOCK, x.shape[axis], axis=axis) for x, axis in pairs)
-    return jax.lax.scan(add, dot(x, y, contract, batch), jnp.arange(blocks))[0]
-
-
-def _blocks(size: int, most: int = 4 * _BLOCK) -> int:
-    """The number of blocks that a sum of `size` products is cut into; 0 for one sum."""
-    return size // _BLOCK if size >= most else 0
-
-
-def _token_blocks(tokens: int) -> int:
-    # So few that ordinary examples are trusted: see the margins in `bookkeeping`.
-    return _blocks(tokens, (6 if roundings(1) == 1 else 2) * _BLOCK)
-
-
-def _chain(size: int, blocks: int, *operands: jax.Array) -> int:
-    """How many units roundoff such a sum may be off by."""
-    return int(roundings(_BLOCK if blocks else size, *operands)) + blocks
-
-
-def chain(size: int) -> int:
-    """How many units roundoff a sum of products may be off by, in blocks where it is long."""
-    return _chain(size, _blocks(size))
-
-
-def applied(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Inputs `[n, B, T, d]` times a weight `[B, d, p]`, off by the units of `chain(d)`."""
-    n, B, T, d = x.shape
-    rows = jnp.swapaxes(x, 0, 1).reshape(B, n * T, d)
-    if B == 1:  # without a batch of one, which a CPU takes longer for
-        product = _in_blocks(rows[0], weight[0], (1, 0), _blocks(d), ((1,), (0,)), 0)
-    else:
-        product = _in_blocks(rows, weight, (2, 1), _blocks(d), ((2,), (1,)), 1)
-    return jnp.swapaxes(product.reshape(B, n, T, -1), 0, 1)
-
-
 def _gram(array: jax.Array) -> tuple[jax.Array, int]:
     """Gram matrices `[n, B, T, T]`, and how many units roundoff one of their sums may be off by."""
-    blocks = _blocks(array.shape[3])
-    gram = _in_blocks(array, array, (3, 3), blocks, ((3,), (3,)), 2)
-    return gram, _chain(array.shape[3], blocks, array, array)
+    blocks = summation.blocks_of(array.shape[3])
+    gram = summation.in_blocks(array, array, (3, 3), blocks, ((3,), (3,)), 2)
+    return gram, summation.chain_of(array.shape[3], blocks, array, array)
 
 
 class Measure(NamedTuple):
@@ -315,7 +251,7 @@ class Outer(NamedTuple):
 
 def outer(t: Tokens) -> tuple[Outer, jax.Array]:
     """Forms the gradients x_i^T g_i `[n, B, d, p]`, and what measures them."""
-    gradients = materialize(t)
+    gradients = summation.materialize(t)
     # The gradient that is measured and the one that is summed are both rounded.
     rounding = _rounding(t, times=2)
     square = _total(jnp.square(gradients))
@@ -332,7 +268,7 @@ def _rounding(t: Tokens, *, times: int) -> float:
     chain = t.tokens
     if t.x is not None:  # lookups are added up one by one, in float32
         own = t.x.shape[2]
-        chain += _chain(own, _token_blocks(own), t.x, t.g) - own
+        chain += summation.chain_of(own, summation.token_blocks(own), t.x, t.g) - own
     return times * (chain + 4) * _UNIT + _split(t)
 
 
@@ -357,8 +293,8 @@ def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.
     size = jnp.sqrt(jnp.sum(jnp.square(constant)))
     inner, rounded = jnp.zeros_like(scalar), 0
     if t.x is not None:
-        inner += _total(applied(t.x, constant) * t.g.astype(jnp.float32))
-        rounded = chain(t.d)
+        inner += _total(summation.applied(t.x, constant) * t.g.astype(jnp.float32))
+        rounded = summation.chain(t.d)
     if t.rows is not None:
         inner += _total(constant[0][t.rows[:, 0, :, 0]] * t.h[:, 0].astype(jnp.float32))
     own = jnp.abs(scalar) * size
@@ -389,20 +325,6 @@ def with_added(
         mass=mass,
         peak=jnp.maximum(measure.peak, own),
     )
-
-
-def flat(gradients: jax.Array) -> jax.Array:
-    """Per-example gradients as float32 `[n, entries]`.
-
-    Flat, because XLA adds up an array of many short axes number by number, and a long axis in a
-    tree: in the first case the sum of 16,384 squares can be off by 5e-4.
-    """
-    return gradients.astype(jnp.float32).reshape(gradients.shape[0], -1)
-
-
-def capped(array: jax.Array, limit: float) -> jax.Array:
-    """Numbers beyond the limit as the infinite ones that vmap has there."""
-    return array if limit >= LARGEST else jnp.where(abs(array) <= limit, array, jnp.inf)
 
 
 def _total(array: jax.Array, keep: int = 1) -> jax.Array:
@@ -454,99 +376,10 @@ def _diagonals(matrices: jax.Array) -> jax.Array:
     return matrices.reshape(n, B, T * T)[:, :, :: T + 1]
 
 
-def materialize(t: Tokens) -> jax.Array:
-    """The gradients x_i^T g_i `[n, B, d, p]`."""
-    product = None
-    if t.x is not None:
-        product = _in_blocks(t.x, t.g, (2, 2), _token_blocks(t.x.shape[2]), ((2,), (2,)), 2)
-    if t.rows is None and product is not None:
-        return product
-    rows, h = t.rows[:, 0, :, 0], t.h[:, 0].astype(jnp.float32)
-    if product is None and t.d <= _FEW:  # see `combined`
-        ones = rows[:, :, None] == jnp.arange(t.d)[None, None]
-        return full_dot(ones, h, ((1,), (1,)), 1)[:, None]
-    start = jnp.zeros((h.shape[0], t.d, t.p), jnp.float32) if product is None else product[:, 0]
-    return jax.vmap(lambda start, rows, h: start.at[rows].add(h))(start, rows, h)[:, None]
-
-
-def weigh(gradients: jax.Array, factors: jax.Array, used: jax.Array) -> jax.Array:
-    """Sum over examples of factor * gradient, `[n]` and `[n, entries]`.
-
-    Of at most `BIAS` entries, an example that is not used may hold anything; its factor is 0.
-    """
-    if gradients.shape[1] <= BIAS:
-        return jnp.sum(scaled(gradients, factors, used), 0)
-    # As fast as memory is, which parts of the gradients would take more of.
-    return full_dot(factors, gradients, ((0,), (0,)), 0)
-
-
-def weighted_sum(t: Tokens, factors: jax.Array, usable: jax.Array) -> jax.Array:
-    """Sum over examples of factor * x_i^T g_i.
-
-    Args:
-        t: the canonical arrays.
-        factors: `[n]`.
-        usable: `[n]` bool; where False, the factor must be 0, and the array that is not scaled (see
-            `scales_x`) must be finite. The other one may hold anything.
-
-    Returns:
-        `[B, d, p]`.
-    """
-    both = t.rows is not None
-    total = None if t.x is None else _weighted_product(t.x, t.g, factors, usable, both)
-    if t.rows is None and total is not None:
-        return total
-    total = jnp.zeros((1, t.d, t.h.shape[3]), jnp.float32) if total is None else total
-    return total.at[0, t.rows[:, 0, :, 0]].add(scaled(t.h, factors, usable)[:, 0])
-
-
-def scales_x(form: Form) -> bool:
-    """Whether the input is scaled, being the smaller array, or the cotangent."""
-    return form.d <= form.p
-
-
-def _weighted_product(
-    x: jax.Array, g: jax.Array, factors: jax.Array, usable: jax.Array, in_order: bool
-) -> jax.Array:
-    """The sum of products; with `in_order`, as an array that is read where it is."""
-    scale_x = x.shape[3] <= g.shape[3]
-    small, large = (x, g) if scale_x else (g, x)
-    small = scaled(small, factors, usable)
-    # Two bfloat16 parts carry 16 bits of the scaled array, at twice the cost of one product; one
-    # part alone would sum something measurably different from what was clipped.
-    parts = halves(small) if x.dtype == g.dtype == jnp.bfloat16 else (small,)
-    # A product transposes its first operand: the small one, which is a new array in any case. To
-    # transpose the result would take more memory where that is a whole table.
-    turned = not scale_x and not in_order
-    pairs = [(part, large) if scale_x or turned else (large, part) for part in parts]
-    total = functools.reduce(jnp.add, [_sum_products(*pair) for pair in pairs])
-    return jnp.swapaxes(total, 1, 2) if turned else total
-
-
-def scaled(array: jax.Array, factors: jax.Array, usable: jax.Array | None = None) -> jax.Array:
-    """Factor times each example's part of `array`, float32; zero where not usable."""
-    # In as few operations as there can be: a large model has hundreds of arrays to scale.
-    shape = (*factors.shape, *array.shape[1:])
-    product = array.astype(jnp.float32) * jax.lax.broadcast_in_dim(factors, shape, (0,))
-    if usable is None:
-        return product
-    usable = jax.lax.broadcast_in_dim(usable, shape, (0,))
-    return jax.lax.select(usable, product, jnp.zeros_like(product))
-
-
-def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sum over examples and tokens of the products a_i^T b_i, `[B, ...]`."""
-    blocks = _token_blocks(a.shape[2])
-    if a.shape[1] == 1:
-        return _in_blocks(a[:, 0], b[:, 0], (1, 1), blocks, ((0, 1), (0, 1)), 0)[None]
-    a, b = jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1)
-    return _in_blocks(a, b, (2, 2), blocks, ((1, 2), (1, 2)), 1)
-
-
 def lookup_measure(t: Tokens) -> Measure:
     """Of gradients that are lookups alone; summed by `weighted_sum`."""
     squares = _squares(t.h)
-    square = _total(jnp.square(combined(t)))
+    square = _total(jnp.square(summation.combined(t)))
     lengths = _length(squares, t.p)
     # The squared mass of a row is the sum over pairs of its tokens.
     same = (t.rows == jnp.swapaxes(t.rows, 2, 3))[:, 0]
@@ -554,16 +387,3 @@ def lookup_measure(t: Tokens) -> Measure:
     repeats = jnp.max(jnp.sum(same, 2), 1)  # the most that one row is looked up
     spread = jnp.where(repeats > 1, 2 * (roundings(repeats) + 4) * _UNIT * mass, 0.0)
     return Measure(square, jnp.zeros_like(square), spread, mass, _peak(squares, squares))
-
-
-def combined(t: Tokens) -> jax.Array:
-    """The rows of gradients of lookups, `[n, T, p]`: all of a row's cotangents at its first."""
-    same = t.rows == jnp.swapaxes(t.rows, 2, 3)
-    first = jnp.argmax(same, axis=3)[:, 0]  # the first token that looks up the same row
-    h = t.h[:, 0].astype(jnp.float32)
-    if first.shape[1] == 1:
-        return h
-    if first.shape[1] <= _FEW:  # as a product with ones and zeros, which rounds no more
-        ones = first[:, None] == jnp.arange(first.shape[1])[None, :, None]
-        return full_dot(ones, h, ((2,), (1,)), 1)
-    return jax.vmap(lambda rows, h: jnp.zeros_like(h).at[rows].add(h))(first, h)

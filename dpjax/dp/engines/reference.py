@@ -19,7 +19,7 @@ from jax.extend.core import primitives as P
 
 from dpjax.dp import secure
 from dpjax.dp.clipping import ClipRule, PerExample
-from dpjax.dp.engines import products
+from dpjax.dp.engines import summation
 
 __all__ = [
     "again",
@@ -172,7 +172,7 @@ def _batched(
     groups, num_groups = rule.groups(params), rule.num_groups(params)
     loss, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(params, batch)
     leaves, treedef = jax.tree.flatten(grads)
-    leaves = once([products.flat(g) for g in leaves], count_of_doubts(loss))
+    leaves = once([summation.flat(g) for g in leaves], count_of_doubts(loss))
     loss = loss.astype(jnp.float32)
     squares: list[list[jax.Array]] = [[] for _ in range(num_groups)]
     for group, g in zip(groups, leaves):
