@@ -61,10 +61,10 @@ def backward(
     for site in traced.sites:
         depth, place = places[site.equation]
         both: tuple[Any, Any] = ("input", depth, place), ("cotangent", site.equation)
-        found = inputs[depth][place], cotangents[site.equation]
+        arrays_of = inputs[depth][place], cotangents[site.equation]
         if site.factor:
-            both, found = _of_factor(traced, held, site, *found)
-        for name, x, last in zip(both, found, forms.last_axes(site)):
+            both, arrays_of = _of_factor(traced, held, site, *arrays_of)
+        for name, x, last in zip(both, arrays_of, forms.last_axes(site)):
             if name not in order:
                 order[name] = len(arrays)
                 shape = (*x.shape[:depth], *x.shape[depth + 1 :])
@@ -125,6 +125,6 @@ def constants_of(traced: Traced, held: Held) -> dict[Key, dict[int, jax.Array]]:
     covered = {leaf for site in traced.sites for leaf in site.leaves}
     constants = {}
     for place, needs in traced.scalars.items():
-        found = gradient(place, {i: held.leaf(i) for i in needs})
-        constants[place] = {i: g for i, g in found.items() if i in covered}
+        by_leaf = gradient(place, {i: held.leaf(i) for i in needs})
+        constants[place] = {i: g for i, g in by_leaf.items() if i in covered}
     return constants

@@ -96,7 +96,7 @@ class Columns:
             shift, scale = (jnp.broadcast_to(part, value.columns) for part in value.parts)
             return _canonical(self.sites[0], scale, value), _canonical(self.sites[0], shift, value)
 
-        def turned(array: jax.Array) -> jax.Array:
+        def canonical(array: jax.Array) -> jax.Array:
             value = _weight(self, center, [array, array], others)
             return _canonical(self.sites[0], value.moments[0], value).astype(jnp.float32)
 
@@ -106,15 +106,15 @@ class Columns:
         def back(by_scale: jax.Array, by_shift: jax.Array) -> Any:
             (first, second), own = vjp((by_scale.astype(scale.dtype), by_shift.astype(shift.dtype)))
             own = {i: g.astype(jnp.float32) for i, g in own.items()}
-            return turned(first), 2 * turned(second), own
+            return canonical(first), 2 * canonical(second), own
 
         site, form = self.sites[0], forms.form_of(self.sites)
         pull = site.view_of_leaf.pull
-        (moved,) = jax.linear_transpose(pull, jax.ShapeDtypeStruct(site.shape, u.dtype))(u)
+        (canonical_u,) = jax.linear_transpose(pull, jax.ShapeDtypeStruct(site.shape, u.dtype))(u)
         shape = jax.ShapeDtypeStruct((form.B, form.d, form.p), u.dtype)
-        (moved,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(moved)
-        moments = turned(sums[0]), turned(sums[1])
-        return Scaled(scale.astype(jnp.float32), moved.astype(jnp.float32), moments, back)
+        (canonical_u,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(canonical_u)
+        moments = canonical(sums[0]), canonical(sums[1])
+        return Scaled(scale.astype(jnp.float32), canonical_u.astype(jnp.float32), moments, back)
 
 
 class Products(NamedTuple):
@@ -199,7 +199,7 @@ def _over_tokens(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def with_columns(
-    found: Products, sizes: forms.Form, at: Scaled, a: jax.Array, b: jax.Array
+    product: Products, sizes: forms.Form, at: Scaled, a: jax.Array, b: jax.Array
 ) -> products.Measure:
     """Measures s * x_i^T g_i + a_i * 1 + b_i * u, which is summed term by term.
 
@@ -211,20 +211,20 @@ def with_columns(
     units that `with_added` adds hold.
 
     Args:
-        found: of s * x_i^T g_i.
+        product: of s * x_i^T g_i.
         sizes: of the weight.
         at: the weight.
         a: `[n, B, p]`.
         b: likewise.
     """
-    inner = jnp.sum(at.scale[None] * (a * found.by_shift + b * found.by_scale), (1, 2))
+    inner = jnp.sum(at.scale[None] * (a * product.by_shift + b * product.by_scale), (1, 2))
     total, square = (moment[None] for moment in at.moments)
     of_a, of_b = (jnp.sum(jnp.square(x) * y, (1, 2)) for x, y in ((a, sizes.d), (b, square)))
     own = jnp.sqrt(of_a) + jnp.sqrt(of_b)
     added = of_a + of_b + 2 * jnp.sum(a * b * total, (1, 2))
     chain = summation.chain(sizes.d) + roundings(sizes.T)
     measure = products.with_added(
-        found.scaled, inner, own, added, chain, sizes.B * sizes.d * sizes.p
+        product.scaled, inner, own, added, chain, sizes.B * sizes.d * sizes.p
     )
     # The moments are sums over a column one by one.
     return measure._replace(error=measure.error + sizes.d * 2.0**-23 * own * own)
@@ -306,8 +306,8 @@ def _canonical(site: Site, array: jax.Array, value: Polynomial) -> jax.Array:
     site = dataclasses.replace(site, shape=value.columns)
     form = forms.form_of((site,))
     shape = jax.ShapeDtypeStruct((form.B, 1, form.p), array.dtype)
-    (found,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(array)
-    return found[:, 0]
+    (gradient,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(array)
+    return gradient[:, 0]
 
 
 def _weight(

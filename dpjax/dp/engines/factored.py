@@ -123,18 +123,20 @@ def follow_product(eqn: core.JaxprEqn, key: Key, operands: Sequence[Any]) -> Pro
     if len(own) != 1 or len(eqn.outvars) != 1:
         return None
     (place,) = own  # all others are constant
-    found: Product | None = operands[place].product
-    if found is None or avals[place].shape != eqn.outvars[0].aval.shape:  # type: ignore[attr-defined]
+    product: Product | None = operands[place].product
+    if product is None or avals[place].shape != eqn.outvars[0].aval.shape:  # type: ignore[attr-defined]
         return None
     if name in ("copy", "sharding_constraint", "convert_element_type", "add", "add_any"):
-        return found
+        return product
     if name in ("neg", "sub"):
-        return found._replace(scale=-found.scale if name == "neg" or place == 1 else found.scale)
+        return product._replace(
+            scale=-product.scale if name == "neg" or place == 1 else product.scale
+        )
     if name == "mul" or (name == "div" and place == 0):
         other = eqn.invars[1 - place]
         if isinstance(other, core.Literal) and jnp.ndim(other.val) == 0 and float(other.val):
             factor = float(other.val)
-            return found._replace(scale=found.scale * (factor if name == "mul" else 1 / factor))
+            return product._replace(scale=product.scale * (factor if name == "mul" else 1 / factor))
     return None
 
 
@@ -164,12 +166,12 @@ def split(
     rows, columns = (shape[1 - c] for shape, c in zip(shapes, product.contract))
     if 2 * rank * (rows + columns) > rows * columns:
         return None
-    found = Factored(operand, product, near, contract[1 - operand][0])
+    factored = Factored(operand, product, near, contract[1 - operand][0])
     x: Any = eqn.invars[1 - operand].aval
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def applied(x: jax.Array, near: jax.Array, far: jax.Array) -> jax.Array:
-        return found.second(found.first(x, near), far)
+        return factored.second(factored.first(x, near), far)
 
     x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     jaxpr = jax.make_jaxpr(applied)(x, weights[near], weights[1 - near]).jaxpr
@@ -182,4 +184,4 @@ def split(
     if len(sites) != 2:
         return None
     source = source_of(eqn)
-    return found, [dataclasses.replace(site, factor=True, source=source) for site in sites]
+    return factored, [dataclasses.replace(site, factor=True, source=source) for site in sites]

@@ -185,13 +185,13 @@ def _columns_part(
             return products_of(record.tokens(own.sites), norm, at)
 
         function = functools.partial(measure, own=own, norm=norm, at=at)
-        found = chunked(function, record.of((own.sites,), []), _temporary_of_columns(own, norm))
+        product = chunked(function, record.of((own.sites,), []), _temporary_of_columns(own, norm))
         # Once: they are measured as they are summed.
-        a, b, gains = reference.once(jax.vmap(at.back)(found.by_scale, found.by_shift), doubts)
-        measures[own.leaf] = with_columns(found, forms.form_of(own.sites), at, a, b)
+        a, b, gains = reference.once(jax.vmap(at.back)(product.by_scale, product.by_shift), doubts)
+        measures[own.leaf] = with_columns(product, forms.form_of(own.sites), at, a, b)
         _add_flat(others, gains)
         sound &= jnp.all(jnp.abs(at.scale) < _MODERATE) & jnp.all(jnp.abs(at.u) < _MODERATE)
-        within &= found.mass < limit / 4
+        within &= product.mass < limit / 4
         added[own.leaf] = a, b
     others = reference.once(others, doubts)
     measures |= {leaf: products.kept_measure(gradient) for leaf, gradient in others.items()}

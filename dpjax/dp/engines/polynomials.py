@@ -244,7 +244,7 @@ def _reshaped(eqn: core.JaxprEqn, value: Polynomial, after: tuple[int, ...]) -> 
 def _view(eqn: core.JaxprEqn, value: Polynomial) -> View | None:
     if value.view is None:
         return None
-    found = follow(eqn, [(value.view,)])
-    if found is None or len(found[0]) != 1:
+    views = follow(eqn, [(value.view,)])
+    if views is None or len(views[0]) != 1:
         raise OtherForm
-    return found[0][0]
+    return views[0][0]
