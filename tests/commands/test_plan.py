@@ -392,6 +392,7 @@ def test_the_figure(sizes, tmp_path, monkeypatch):
     assert chosen == plan(500, 8, 1.0, 1e-5, batch_sizes=sizes).batch_size
 
 
+@pytest.mark.slow  # a cold start
 def test_as_a_program_within_its_time(tmp_path, monkeypatch):
     monkeypatch.setenv("DPJAX_CACHE_DIR", "")  # cold
     done = subprocess.run(

@@ -59,6 +59,7 @@ def small(folder, **changes):
     return config
 
 
+@pytest.mark.slow  # a minute; two processes train on it every day
 def test_a_run_trains_on_it_and_its_weights_generate(tmp_path, monkeypatch):
     losses = {}
     for name, changes in {

@@ -533,14 +533,15 @@ def test_sigterm_to_the_command(tmp_path):
     assert Path(tmp_path / "w" / "config.json").is_file()
 
 
-def test_three_rounds_of_kill_9(tmp_path):
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kill_9(rounds, tmp_path):
     """The stress command, which is `kill -9` at random moments; by hand with 20 rounds."""
     done = subprocess.run(
         [sys.executable, "-m", "experiments.bench.stress", f"--workdir={tmp_path / 'w'}",
-         "--rounds=3", "--seed=10"],  # of the three kills, the second falls into the start
+         f"--rounds={rounds}", "--seed=10"],  # of three kills, the second falls into the start
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
         env={**os.environ, **QUICK},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills, " in done.stdout
+    assert f"{rounds} kills, " in done.stdout
     assert ", 0 problems" in done.stdout

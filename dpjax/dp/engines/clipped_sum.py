@@ -126,9 +126,7 @@ def clipped_sum(
             batch, mask = part(whole, i)
             return engine.microbatch_sum(loss_fn, rule, held, batch, mask, start=total, **options)
 
-        if (
-            engine is bookkeeping
-        ):  # flat, as it adds up: XLA copies what changes its shape in a loop
+        if engine is bookkeeping:  # which adds up flat sums: XLA copies what a loop reshapes
             zeros = jax.tree.map(jnp.ravel, zeros)
         whole = cut((batch, mask), micro)
         total, facts = jax.lax.scan(one, zeros, jnp.arange(size // micro))

@@ -158,9 +158,7 @@ def split(
     if batch[0] or len(contract[0]) != 1 or dtypes != {jnp.dtype(jnp.float32)}:
         return None
     (axis,) = contract[operand]
-    near = (
-        axis  # the first operand of the product has the rows of the weight, the second its columns
-    )
+    near = axis  # the product's first operand has the rows of the weight, its second the columns
     shapes = [view.shape for view in product.views]
     rank = shapes[0][product.contract[0]]
     rows, columns = (shape[1 - c] for shape, c in zip(shapes, product.contract))
