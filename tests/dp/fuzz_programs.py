@@ -347,7 +347,9 @@ def _call(*args: jax.Array, how: str, times: int, block: Block, noise: Any) -> j
         "jit": jax.jit(inside),
         "remat": jax.checkpoint(inside),
         "remat_dots": jax.checkpoint(inside, policy=jax.checkpoint_policies.dots_saveable),
-        "custom_vjp": _with_custom_vjp(inside),
+        "custom_vjp": functools.partial(
+            _with_custom_vjp(lambda noise, *args: run(block, args, noise)), noise
+        ),
         "gradient": lambda *args: jax.grad(
             lambda x: _readout(inside(*args[:-2], x, args[-1]), x, "sin", "cos")
         )(args[-2]),
@@ -360,11 +362,13 @@ def _call(*args: jax.Array, how: str, times: int, block: Block, noise: Any) -> j
 
 
 def _with_custom_vjp(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function of noise, floats and rows; JAX allows it to close over no traced number."""
     wrapped = jax.custom_vjp(function)
 
     def backward(args: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-        floats = jax.vjp(lambda *floats: function(*floats, args[-1]), *args[:-1])[1](cotangent)
-        return (*floats, None)  # rows have no cotangent
+        noise, *floats, rows = args
+        pull = jax.vjp(lambda *floats: function(noise, *floats, rows), *floats)[1]
+        return (None, *pull(cotangent), None)
 
     wrapped.defvjp(lambda *args: (function(*args), args), backward)
     return wrapped
