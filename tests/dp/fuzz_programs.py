@@ -1075,8 +1075,9 @@ def _failure(program: Program, rules: tuple[str, ...], options: dict[str, Any]) 
     try:
         result = want | engines.bookkeeping(mask)
     except Exception as error:
-        try:
-            jax.eval_shape(jax.vmap(jax.grad(loss_fn), (None, 0)), params, batch)
+        try:  # some products of bfloat16 numbers are more than XLA can do on a CPU
+            plain = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))
+            jax.block_until_ready(jax.jit(plain, compiler_options=options)(params, batch))
         except Exception as invalid:
             raise Invalid(str(invalid)) from invalid
         return Failure("crash", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
