@@ -14,6 +14,9 @@ from experiments.layers import study as layers
 FILE = "experiments/layers/study.py"
 
 
+of_runs = pytest.mark.slow  # the study's runs take a minute
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The smoke study, run for real."""
@@ -22,7 +25,7 @@ def finished(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow  # the study's runs take a minute
+@of_runs
 def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
     text = (finished / "report.md").read_text()
     assert "4 of 4 runs finished" in text
@@ -36,7 +39,7 @@ def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
     assert (finished / "parameters.png").is_file()
 
 
-@pytest.mark.slow  # the study's runs take a minute
+@of_runs
 def test_all_runs_had_one_mechanism_and_say_what_trained(finished):
     results = study.read(finished)
     assert len({repeat_and_select.mechanisms(r.privacy) for r in results}) == 1
@@ -47,7 +50,7 @@ def test_all_runs_had_one_mechanism_and_say_what_trained(finished):
     assert len({sum(r.measured.values()) for r in results}) == 1
 
 
-@pytest.mark.slow  # the study's runs take a minute
+@of_runs
 def test_the_price_is_that_of_repeat_and_select(finished):
     results = study.read(finished)
     rows = layers._costs(results)
@@ -63,7 +66,7 @@ def test_the_price_is_that_of_repeat_and_select(finished):
         layers._costs([*results, other])
 
 
-@pytest.mark.slow  # the study's runs take a minute
+@of_runs
 def test_the_best_rate_of_each_set_is_shown_and_losses_are_paired(finished):
     base = study.read(finished)[0]
 
@@ -100,7 +103,7 @@ def test_after_a_vote_what_moved_is_what_trained():
     assert found == {"trainable": want, "frozen": sum(v.size for v in plain.values()) - want}
 
 
-@pytest.mark.slow  # the study's runs take a minute
+@of_runs
 def test_what_a_vote_picked_is_in_the_report_and_not_in_the_price(finished, tmp_path):
     base = study.read(finished)[0]
     phases = [{**base.privacy["phases"][0], "noise_multiplier": s} for s in (9.0, 1.0)]
@@ -156,7 +159,7 @@ def test_the_whole_search_would_have_kept_its_budget():
     assert 1.96 < spent <= 2.0
 
 
-@pytest.mark.slow  # the study's runs take a minute
+@of_runs
 def test_searches_that_are_charged_are_told_from_the_declared_choice(finished, monkeypatch):
     base = study.read(finished)[0]
     facts = {"num_examples": 2000, "batch_size": 256, "steps": 23, "delta": 1e-5}

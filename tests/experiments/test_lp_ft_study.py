@@ -8,13 +8,15 @@ from finished_study import report_rebuilt, smoke, table
 from experiments import study
 from experiments.lp_ft import study as lp_ft
 
+of_runs = pytest.mark.slow  # the study's runs take a minute
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return smoke("lp_ft", tmp_path_factory.mktemp("study") / "w")
 
 
-@pytest.mark.slow  # the study's runs take most of a minute
+@of_runs
 def test_the_report_is_whole_and_rebuilt_from_the_files(finished):
     text = report_rebuilt(
         finished,
@@ -24,7 +26,7 @@ def test_the_report_is_whole_and_rebuilt_from_the_files(finished):
     assert "missing" not in text
 
 
-@pytest.mark.slow  # the study's runs take most of a minute
+@of_runs
 def test_both_phases_share_the_budget_and_sigma(finished):
     found = study.read(finished)
     assert len(found) == 4
@@ -36,7 +38,7 @@ def test_both_phases_share_the_budget_and_sigma(finished):
         assert 1.9 < result.privacy["epsilon"] <= 2
 
 
-@pytest.mark.slow  # the study's runs take most of a minute
+@of_runs
 def test_distortion_tells_the_ways_apart(finished):
     rows = {(r["then"], r["head"], float(r["LP share"])): r for r in table(finished, "shares")}
     zero, lora = rows["full", "zero", 0.0], rows["lora:8", "random", 0.5]
@@ -48,7 +50,7 @@ def test_distortion_tells_the_ways_apart(finished):
         assert 0 < float(row["CKA to initial"]) <= 1
 
 
-@pytest.mark.slow  # the study's runs take most of a minute
+@of_runs
 def test_simulated_losses_are_inside_the_bounds(finished):
     rows = table(finished, "theory_best")
     assert len(rows) == 8  # networks, heads, epsilons
@@ -60,7 +62,7 @@ def test_simulated_losses_are_inside_the_bounds(finished):
         assert error < 2 * float(row["2 s.e."]) + 0.2 * float(row["measured"])
 
 
-@pytest.mark.slow  # the study's runs take most of a minute
+@of_runs
 def test_a_larger_budget_wants_no_more_probing(finished):
     best = {
         (r["network"], r["head"], float(r["epsilon"])): float(r["predicted, linearized"])
@@ -98,7 +100,7 @@ def test_a_tuned_size_tries_every_rate_once_and_repeats_the_preferred_ones(size)
     assert lp_ft.theory(size) == {}
 
 
-@pytest.mark.slow  # the study's runs take most of a minute
+@of_runs
 def test_the_rate_is_chosen_by_the_tuning_seed_and_shares_are_compared_by_the_others(finished):
     base = next(r for r in study.read(finished) if r.config["finetune"] == "full")
 

@@ -105,7 +105,7 @@ def valid(draw):
     return changes
 
 
-@hp.settings(max_examples=3)
+@hp.settings(max_examples=5)
 @hp.given(changes=valid())
 def test_valid_configs_calibrate_and_trace(changes):
     run = build.build(config_of(**changes))

@@ -126,7 +126,7 @@ def clipped_sum(
             batch, mask = part(whole, i)
             return engine.microbatch_sum(loss_fn, rule, held, batch, mask, start=total, **options)
 
-        if engine is bookkeeping:  # which adds up flat sums: XLA copies what a loop reshapes
+        if engine is bookkeeping:  # its sums are flat, because XLA copies what a loop reshapes
             zeros = jax.tree.map(jnp.ravel, zeros)
         whole = cut((batch, mask), micro)
         total, facts = jax.lax.scan(one, zeros, jnp.arange(size // micro))

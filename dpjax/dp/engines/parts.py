@@ -42,8 +42,8 @@ Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
 Totals = dict[int, jax.Array]  # by leaf, sums over examples, flat
 Factors = list[tuple[jax.Array, jax.Array]]  # by group, `[n]` factors and which are above 0
 
-# Numbers in a temporary of one chunk of examples: what a CPU's caches hold while products have rows
-# enough to be fast, or enough to fill an accelerator.
+# Numbers in a temporary of one chunk of examples. On a CPU, few enough for its caches, and enough
+# for products of many rows, which are faster by the row; elsewhere, enough to fill an accelerator.
 _CHUNK = {"cpu": 2**20}
 _LARGE_CHUNK = 2**27
 
