@@ -10,6 +10,9 @@ from experiments import run_study
 
 ROOT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "..")
 
+# For tests that need a study's runs, which take up to a minute.
+of_runs = pytest.mark.slow
+
 
 def smoke(name, path):
     """Runs experiments/NAME/study.py at its smallest size into `path`."""

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from finished_study import ROOT, report_rebuilt, smoke, table
+from finished_study import ROOT, of_runs, report_rebuilt, smoke, table
 
 from experiments import cached_heads, run_study, study
 from experiments.calibration import tables
@@ -15,6 +15,7 @@ def finished(tmp_path_factory):
     return smoke("calibration", tmp_path_factory.mktemp("study") / "w")
 
 
+@of_runs
 def test_the_report_is_whole_and_rebuilt_from_the_files(finished):
     text = report_rebuilt(
         finished,
@@ -40,6 +41,7 @@ def test_the_report_is_whole_and_rebuilt_from_the_files(finished):
     assert "missing" not in text
 
 
+@of_runs
 def test_equal_products_of_rate_and_bound_train_alike_while_all_is_clipped(finished):
     cells = {(float(r["R"]), float(r["eta"])): r for r in table(finished, "grid")}
     assert len(cells) == 9
@@ -52,6 +54,7 @@ def test_equal_products_of_rate_and_bound_train_alike_while_all_is_clipped(finis
     assert abs(loose - tight) > 0.05
 
 
+@of_runs
 def test_all_variants_are_in_their_tables(finished):
     styles = {r["clipping"] for r in table(finished, "clipping")}
     assert styles == {"flat", "global", "per_layer"}
@@ -62,6 +65,7 @@ def test_all_variants_are_in_their_tables(finished):
     assert float(row["NLL [nats]"]) != float(row["NLL before [nats]"])
 
 
+@of_runs
 def test_differences_are_paired_by_seed(finished):
     (row, *_) = (r for r in table(finished, "large") if float(r["R"]) == 10)
     small = next(r for r in table(finished, "best") if float(r["R"]) == 0.1)
@@ -77,6 +81,7 @@ def test_differences_are_paired_by_seed(finished):
     assert (float(row["NLL [nats]"]), float(row["NLL [nats] ±"])) == pytest.approx((mean, half))
 
 
+@of_runs
 def test_the_next_bound_trains_alike_only_while_all_is_clipped(finished):
     rows = {(float(r["R"]), float(r["eta R"])): r for r in table(finished, "equal")}
     assert set(rows) == {(0.1, 1.0), (1.0, 1.0), (0.1, 0.1), (1.0, 10.0)}
@@ -102,12 +107,14 @@ def test_all_runs_on_text_train_heads_on_features(tmp_path):
     assert len(cached_heads.groups(batched)) == 4  # flat, per layer, global, normalized
 
 
+@of_runs
 def test_the_late_switch_costs_no_privacy(finished):
     late = [r for r in study.read(finished) if r.config["dp"]["normalized"]]
     epsilons = {r.privacy["epsilon"] for r in late if not r.config["dp"]["temperature"]["share"]}
     assert max(epsilons) - min(epsilons) < 1e-6
 
 
+@of_runs
 def test_predictions_are_near_the_measured_losses(finished):
     for row in table(finished, "dynamics"):
         assert float(row["largest gap, relative to the start"]) < 0.04
@@ -115,6 +122,7 @@ def test_predictions_are_near_the_measured_losses(finished):
         assert error < float(row["excess predicted"]) + 2 * float(row["2 s.e."])
 
 
+@of_runs
 def test_bins_are_pooled_over_seeds(finished):
     """The report's pooled diagram has the accuracy of all seeds together."""
     flat = [r for r in study.read(finished) if r.overrides.get("dp.bound") == 10.0

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from finished_study import of_runs
 
 from dpjax import build, config, dp, heads, models
 from dpjax.build import fields, planner
@@ -72,6 +73,7 @@ def brute_gradients(run, params, rows):
 # --- The smoke study ------------------------------------------------------------------------------
 
 
+@of_runs
 def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
     text = (finished / "report.md").read_text()
     assert "32 of 32 runs finished" in text
@@ -89,6 +91,7 @@ def test_everything_is_there_and_rebuilt_from_files(finished, capsys):
     assert sorted(p.name for p in finished.glob("*.png")) == made
 
 
+@of_runs
 def test_epochs_are_fixed_and_budgets_met(finished):
     for result in study.read(finished):
         facts, settings = result.privacy, result.config
@@ -97,6 +100,7 @@ def test_epochs_are_fixed_and_budgets_met(finished):
         assert 0.99 * settings["dp"]["epsilon"] < facts["epsilon"] <= settings["dp"]["epsilon"]
 
 
+@of_runs
 def test_what_reads_gradients_says_that_it_is_not_private(finished):
     found = looked_at(finished)
     assert {(r.config["batch_size"], r.config["private_seed"]) for r in found} == {(100, 0)}
@@ -110,6 +114,7 @@ def test_what_reads_gradients_says_that_it_is_not_private(finished):
     assert "nonprivate_" not in before
 
 
+@of_runs
 def test_weights_and_errors_are_those_of_brute_force(finished):
     """w_y(C), clipped fraction, C* and MSE(C) from the gradients of the whole model."""
     result = next(r for r in looked_at(finished) if study.field(r, "dp.bound") == 3.0)
@@ -139,6 +144,7 @@ def test_weights_and_errors_are_those_of_brute_force(finished):
     assert result.measured["clipping"][-1][place] == pytest.approx(bias, rel=1e-3, abs=1e-9)
 
 
+@of_runs
 def test_the_head_in_between_is_on_the_way_of_the_run(finished):
     result = looked_at(finished)[0]
     run, last = rebuilt(result)
@@ -151,6 +157,7 @@ def test_the_head_in_between_is_on_the_way_of_the_run(finished):
     assert result.measured["steps"] == sorted(set(result.measured["steps"]))
 
 
+@of_runs
 def test_class_accuracy_counts(finished):
     result = looked_at(finished)[0]
     run, last = rebuilt(result)

@@ -1,6 +1,7 @@
 """The study of layer sets: equal budgets, sizes, and what the search would have cost."""
 
 import pytest
+from finished_study import of_runs
 from tiny import tiny_config
 
 from dpjax import build, dp, models
@@ -12,9 +13,6 @@ from experiments import run_study, study
 from experiments.layers import study as layers
 
 FILE = "experiments/layers/study.py"
-
-
-of_runs = pytest.mark.slow  # the study's runs take a minute
 
 
 @pytest.fixture(scope="module")

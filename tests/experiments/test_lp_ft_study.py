@@ -3,12 +3,10 @@
 import math
 
 import pytest
-from finished_study import report_rebuilt, smoke, table
+from finished_study import of_runs, report_rebuilt, smoke, table
 
 from experiments import study
 from experiments.lp_ft import study as lp_ft
-
-of_runs = pytest.mark.slow  # the study's runs take a minute
 
 
 @pytest.fixture(scope="module")
