@@ -28,6 +28,7 @@ def commands(text):
     return re.findall(r"(?:python -m|\bdpjax) (\S+)(.*?)(?:#.*|&& .*)?$", joined, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_api_reference_builds(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pdoc", "dpjax", "--docformat",
@@ -78,6 +79,7 @@ def test_the_optax_example_of_the_readme_runs():
     assert names["statement"]["epsilon"] <= 2.0
 
 
+@pytest.mark.slow
 def test_the_recipes_for_heads_run(monkeypatch):
     monkeypatch.chdir(ROOT)  # they name a config of the repository
     text = (GUIDE / "recipes.md").read_text().split("## A loop of your own")[0]
@@ -86,6 +88,7 @@ def test_the_recipes_for_heads_run(monkeypatch):
     assert max(r["accuracy"] for r in names["results"]) > 0.5  # of ten classes
 
 
+@pytest.mark.slow
 def test_the_worked_example_runs(tmp_path, monkeypatch):
     text = (GUIDE / "own_model_and_data.md").read_text()
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,14 @@
 """The smallest real run: one-block ViT on the UCI digits, a few steps."""
 
+import os
+
 from dpjax.config import default
+
+
+def on_devices(count):
+    """The environment of a process that compiles as fast as the tests, on host devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flags}
 
 
 def tiny_config(**changes):

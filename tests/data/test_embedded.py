@@ -21,7 +21,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name, train, test, side",
-    [("digits", 1617, 180, 8), ("mnist5k", 4000, 1000, 28)],
+    [("digits", 1617, 180, 8), pytest.param("mnist5k", 4000, 1000, 28, marks=pytest.mark.slow)],
 )
 def test_embedded_sets_are_what_the_packages_hold(data_dir, name, train, test, side):
     parts = {split: data.load(name, split=split, data_dir=data_dir) for split in ("train", "test")}

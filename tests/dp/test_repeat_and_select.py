@@ -102,6 +102,7 @@ def attained(mu, mean, epsilon):
     return max(delta(f.x) for f in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [2.0, 10.0])
 def test_scores_exist_that_cost_nearly_as_much(mean):
     sigma, delta = 4.0, 1e-5
@@ -114,7 +115,8 @@ def test_scores_exist_that_cost_nearly_as_much(mean):
     assert bound > 1.1 * run.epsilon(delta)
 
 
-@pytest.mark.parametrize("mean", [1.5, 3.0, 10.0, 300.0])
+@pytest.mark.parametrize("mean", [
+    1.5, 10.0, *(pytest.param(m, marks=pytest.mark.slow) for m in (3.0, 300.0))])  # fmt: skip
 @pytest.mark.parametrize("changes", [{}, {"batch_size": 1000}, {"epsilon": 8.0}, {"delta": 1e-9}])
 def test_it_is_below_the_general_theorem(mean, changes):
     """Theorem 2 of arXiv 2110.03620, as dp_accounting has it."""

@@ -54,6 +54,7 @@ def test_groups_share_all_but_what_is_batched(tmp_path):
     assert [[job.path.name for job in group] for group in found] == [["0", "1"], ["2"], ["3"]]
 
 
+@pytest.mark.slow
 def test_files_and_head_are_those_of_the_loop(tmp_path):
     configs = [head_config(dp__bound=b, dp__epsilon=e) for b, e in ((1.0, 2.0), (0.3, 4.0))]
     jobs = [Job(c, tmp_path / f"{i:03d}") for i, c in enumerate(configs)]
@@ -89,7 +90,7 @@ def test_files_and_head_are_those_of_the_loop(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dp__bound_schedule": ((0.0, 0.1), (0.5, 20.0))},
+        pytest.param({"dp__bound_schedule": ((0.0, 0.1), (0.5, 20.0))}, marks=pytest.mark.slow),
         {"dp__temperature__share": 0.3, "data__subset": 0.5},
     ],
     ids=str,

@@ -168,6 +168,7 @@ def test_class_accuracy_counts(finished):
     assert right.mean() == pytest.approx(result.evaluation["accuracy"], abs=1e-6)
 
 
+@of_runs
 def test_a_run_through_the_whole_model_is_looked_at_too():
     settings = fields.load(f"{FILE}:smoke")
     sweep.apply(settings, {"finetune": "film", "private_seed": 0, "dp.bound": 0.5})

@@ -25,6 +25,7 @@ def simulated(theta, task, noise, share, paths=PATHS):
     return runs, runs.loss.mean(axis=0), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("head", ["random", "zero"])
 @pytest.mark.parametrize("noise", [0.05, 0.2])

@@ -148,6 +148,7 @@ def test_points_are_layer_sets_by_rates_and_can_be_charged(size):
     proposals.axes(found)  # a full product
 
 
+@of_runs
 def test_the_whole_search_would_have_kept_its_budget():
     """The other way round: at the epsilon of one run in the table, the search costs the budget."""
     facts = {"num_examples": 1600, "batch_size": 200, "steps": 16, "delta": 1e-4}

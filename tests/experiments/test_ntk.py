@@ -71,6 +71,7 @@ def test_the_kernel_is_the_one_of_the_clipped_gradients():
         assert np.abs(want - sum(each) @ error).max() > 0.05  # something is clipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [dp.flat(0.5), dp.per_layer(0.5)], ids=["flat", "layerwise"])
 def test_predicted_loss_is_the_measured_one(rule):
     data, params = network(64, 12, 4, 3)

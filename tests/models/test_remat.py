@@ -65,6 +65,7 @@ def test_gradients_are_those_of_the_plain_model(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), want, got)
 
 
+@pytest.mark.slow
 def test_lora_reaches_checkpointed_blocks():
     nets = [finetune.lora(rank=2)(make("vit", remat)).model for remat in (False, True)]
     params = nets[0].init(jax.random.key(0))

@@ -13,7 +13,7 @@ import pytest
 import two_processes
 import yaml
 from causal import causal_config
-from tiny import tiny_config
+from tiny import on_devices, tiny_config
 
 from dpjax import build, models
 from dpjax.dp import sampling, seeds
@@ -35,8 +35,7 @@ def start(*command, **environment):
             **os.environ,
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
             "PYTHONPATH": f"{here}:{os.path.dirname(here)}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-            "--xla_backend_optimization_level=0",
+            **on_devices(2),
             **environment,
         },
     )  # fmt: skip
@@ -106,6 +105,12 @@ def language_config(folder, **changes):
     return config
 
 
+def in_two_processes(path):
+    """Runs `two_processes.py`."""
+    script, where = two_processes.__file__, f"localhost:{free_port()}"
+    said([start(sys.executable, script, where, str(k), str(path)) for k in range(2)])
+
+
 @pytest.fixture(scope="module")
 def two(run, tmp_path_factory):
     """The directory in which `two_processes.py` took over from eight devices and one; reports."""
@@ -117,9 +122,7 @@ def two(run, tmp_path_factory):
                 Workdir(path / "resumed"),
                 stop=lambda now, step=step: now == step,
             )
-    (path / "language.json").write_text(language_config(path, sharding="fsdp").to_json())
-    script, where = two_processes.__file__, f"localhost:{free_port()}"
-    said([start(sys.executable, script, where, str(k), str(path)) for k in range(2)])
+    in_two_processes(path)
     return path, [json.loads((path / f"result_{k}.json").read_text()) for k in range(2)]
 
 
@@ -144,12 +147,15 @@ def test_other_devices_and_layouts_give_them_too(run, eight, devices, text, tmp_
     assert_close(tmp_path / "w", eight)
 
 
-def test_a_language_model_too(two, tmp_path):
+@pytest.mark.slow
+def test_a_language_model_too(tmp_path):
     """Two processes that share out its parameters, eight devices and one."""
+    (tmp_path / "language.json").write_text(language_config(tmp_path, sharding="fsdp").to_json())
+    in_two_processes(tmp_path)
     run = build.build(language_config(tmp_path))
     for devices in (8, 1):
         loop.train(on(run, devices), Workdir(tmp_path / f"{devices}"))
-        got = models.read_tensors(two[0] / "language" / "weights.safetensors")
+        got = models.read_tensors(tmp_path / "language" / "weights.safetensors")
         for name, value in models.read_tensors(tmp_path / f"{devices}/weights.safetensors").items():
             np.testing.assert_allclose(got[name], value, err_msg=name, rtol=1e-4, atol=1e-5)
 

@@ -73,6 +73,8 @@ def language_model(directory):
 def main(address, process, directory):
     compilation.keep_on_disk()
     hosts.start(address, 2, process)
+    if (directory / "language.json").exists():
+        return language_model(directory)
     hosts.start, start = lambda *arguments: None, hosts.start
     result = {"mistake": mistake_of_one(process, directory)}
     hosts.start = start
@@ -106,7 +108,6 @@ def main(address, process, directory):
     except loop.Preempted as error:
         result["preempted"] = str(error)
     result["rows"] = rows
-    language_model(directory)
     (directory / f"result_{process}.json").write_text(json.dumps(result))
 
 

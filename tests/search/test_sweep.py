@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from tiny import tiny_config
+from tiny import on_devices, tiny_config
 
 from dpjax.commands import cli
 from dpjax.search import sweep
@@ -27,7 +27,7 @@ def sweep():
 def study(tmp_path, monkeypatch):
     here = os.path.dirname(os.path.dirname(__file__))
     monkeypatch.setenv("PYTHONPATH", f"{here}:{os.path.dirname(here)}")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # quicker
+    monkeypatch.setenv("XLA_FLAGS", on_devices(1)["XLA_FLAGS"])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     file = tmp_path / "study.py"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import on_devices
 
 from dpjax import dp
 from dpjax.commands import cli
@@ -69,7 +70,7 @@ def sweep(arg):
 def file(tmp_path, monkeypatch):
     here = os.path.dirname(os.path.dirname(__file__))
     monkeypatch.setenv("PYTHONPATH", f"{here}:{os.path.dirname(here)}")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # quicker
+    monkeypatch.setenv("XLA_FLAGS", on_devices(1)["XLA_FLAGS"])
     monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "study.py"
     path.write_text(STUDY)

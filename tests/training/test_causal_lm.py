@@ -42,6 +42,7 @@ def test_a_private_run_of_windows_states_its_unit(tmp_path):
     assert set(results) >= {f"nonprivate/{kind}" for kind in kinds}
 
 
+@pytest.mark.slow
 def test_it_learns_and_generates(tmp_path, capsys):
     config = causal_config(tmp_path, dp=None, epochs=25.0)
     config.optimizer.learning_rate = 5e-3

@@ -49,6 +49,7 @@ def test_gradients_are_close_to_those_of_float32():
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)))
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_its_weights_predict_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "_LEAST", 1)
     run = built(model__frozen_dtype="bfloat16", model__remat=True, sharding="fsdp")

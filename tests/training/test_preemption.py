@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_workdir import files_no_longer_than
-from tiny import tiny_config
+from tiny import on_devices, tiny_config
 
 from dpjax import build, dp, models
 from dpjax.commands import cli
@@ -30,7 +30,6 @@ from dpjax.search import sweep
 from dpjax.training import loop, phases, results
 
 STEPS = 10
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # children compile in half the time
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +512,7 @@ def command(tmp_path, epochs):
         [sys.executable, "-m", "dpjax.train", f"--config={tmp_path / 'c.py'}",
          f"--workdir={tmp_path / 'w'}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", **QUICK},
+        env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", **on_devices(1)},
     )  # fmt: skip
 
 
@@ -540,7 +539,7 @@ def test_kill_9(rounds, tmp_path):
         [sys.executable, "-m", "experiments.bench.stress", f"--workdir={tmp_path / 'w'}",
          f"--rounds={rounds}", "--seed=10"],  # of three kills, the second falls into the start
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-        env={**os.environ, **QUICK},
+        env={**os.environ, **on_devices(1)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{rounds} kills, " in done.stdout

@@ -114,6 +114,7 @@ def test_stages_share_one_budget(stages):
     assert max(sizes[:6]) < 150 < 250 < min(sizes[6:])
 
 
+@pytest.mark.slow
 def test_stages_resume_bit_for_bit(stages, tmp_path):
     _, whole = stages
     for step in (4, 5, 6, 7):  # between trainings, within a stage, between stages
@@ -201,6 +202,7 @@ def test_the_temperature_is_in_the_weights_and_in_the_statement(adaptive):
     assert "Parts" in (path / "privacy.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_adaptive_run_resumes_bit_for_bit(adaptive, tmp_path):
     _, found, whole = adaptive
     for step in (2, 4):
@@ -300,6 +302,7 @@ def test_kept_moments_have_their_age_whatever_the_optimizer(name):
     assert np.all(np.abs(got["head"]["w"] - fresh["head"]["w"]) > 1e-3)
 
 
+@pytest.mark.slow
 def test_kept_moments_are_those_of_the_head_and_fresh_ones_the_rest(tmp_path):
     """One step after linear probing: with moments kept, the head's differ by b1 times them."""
     changes = {"finetune": "film", "lp__fraction": 0.8, "epochs": 0.62, "ema": 0.9}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import on_devices, tiny_config
 
 from dpjax import build, dp, guide, models
 from dpjax.commands import report
@@ -463,7 +463,7 @@ def command(tmp_path, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "dpjax", "train", f"--config={tmp_path / 'c.py'}", *arguments],
         capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", **on_devices(1)},
     )  # fmt: skip
 
 
