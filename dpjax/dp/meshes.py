@@ -7,13 +7,14 @@ device leaves placement to the compiler, and so do the engines; Auto axes do exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["closes_over_explicit", "mesh_of", "on_mesh"]
+__all__ = ["closes_over_explicit", "devices_of", "mesh_of", "on_mesh"]
 
 PyTree = Any
 
@@ -64,6 +65,19 @@ def mesh_of(tree: PyTree) -> Any:
         if not mesh.empty and set(mesh.axis_types) != {AxisType.Manual}:
             return mesh
     return None
+
+
+def devices_of(tree: PyTree, n: int) -> int:
+    """How many devices of the leaves' mesh `n` examples may be divided among; 1 without a mesh.
+
+    With Auto axes nobody knows before compilation whether they are. Axes of a `shard_map` do not
+    count: each of their devices has its own examples.
+    """
+    mesh = mesh_of(tree)
+    if mesh is None:
+        return 1
+    own = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual]
+    return math.gcd(n, math.prod(mesh.shape[name] for name in own))
 
 
 def closes_over_explicit(function: Callable[..., Any], mesh: Any, *args: PyTree) -> bool:

@@ -1,6 +1,8 @@
 """`clipped_sum` and the noise on a caller's mesh of eight devices: the numbers of one device."""
 
 import contextlib
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpjax import dp
+from dpjax.dp.engines import parts
 
 SIZE = 16
 NUMBERS = np.random.default_rng(0)
@@ -161,3 +164,64 @@ def test_int64_rows_of_numpy_are_taken_without_a_warning():
     clipped = dp.clipped_sum(loss_fn(FROZEN), dp.flat(1.0))
     have = jax.eval_shape(lambda: clipped(PARAMS, batch, MASK))  # traced: NumPy comes as it is
     assert have[0].value["table"].dtype == jnp.float32
+
+
+def every_route(params, example):
+    """Products by Gram matrices and by gradients, lookups, functions of weights, biases."""
+    x, g = example["tokens"], example["cotangents"]
+    gain = params["scaled"] / jnp.linalg.norm(params["scaled"], axis=0, keepdims=True)
+    derived = jnp.tanh(params["derived"])  # of no known function
+    looked_up = params["table"][example["rows"]] @ params["dense"]
+    products = [x @ params["wide"], x @ gain, x @ derived, x + params["bias"][None]]
+    return sum(jnp.sum(out * g) for out in products) + jnp.sum(jnp.tanh(looked_up))
+
+
+def odd_examples(n=SIZE, tokens=6, width=12):
+    """One is not finite, of one the tokens cancel, of one they are huge and cancel, one is zero."""
+    draw = np.random.default_rng(2)
+    x, g = draw.standard_normal((2, n, tokens, width), np.float32)
+    x[3, 0, 0] = np.nan
+    x[5, 1::2], g[5, 1::2] = x[5, ::2], -g[5, ::2] * np.float32(1 + 1e-5)
+    x[9, 1::2], g[9, 1::2] = 1e18 * x[9, ::2], -g[9, ::2]
+    x[9, ::2] *= 1e18
+    x[11], g[12] = 0, 0
+    rows = draw.integers(0, 32, (n, 5)).astype(np.int32)
+    return {"tokens": x, "cotangents": g, "rows": rows}
+
+
+def square(name, width=12):
+    return 0.3 * np.random.default_rng(len(name)).standard_normal((width, width), np.float32)
+
+
+ROUTES = PARAMS | {name: square(name) for name in ("wide", "scaled", "derived")}
+ROUTES["bias"] = np.zeros(12, np.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 3000, 2**20])
+def test_examples_that_are_set_apart_are_so_on_a_mesh(chunk, monkeypatch):
+    """Whatever number of examples is measured at a time: some of every device."""
+    monkeypatch.setattr(parts, "_CHUNK", {"cpu": chunk})
+    batch, mesh = odd_examples(), MESHES["plain"]()
+    clipped = dp.clipped_sum(every_route, dp.per_layer(0.5))
+    want = jax.jit(clipped)(ROUTES, batch, MASK)
+    there = jax.device_put((batch, MASK), NamedSharding(mesh, P("data")))
+    have = jax.jit(clipped)(jax.device_put(ROUTES, NamedSharding(mesh, P())), *there)
+    assert_close(have[0].value, want[0].value)
+    np.testing.assert_allclose(have[1].factors, want[1].factors, rtol=1e-4)
+    np.testing.assert_array_equal(np.isfinite(have[1].norms), np.isfinite(want[1].norms))
+    assert np.sum(np.asarray(want[1].factors) == 0) > 3 * 7  # padding, and what is not finite
+
+
+def test_what_is_recorded_stays_where_it_is():
+    """No device gathers the examples of others: only facts of one number each."""
+    batch, mesh = odd_examples(n=64), MESHES["plain"]()
+    there = jax.device_put((batch, np.ones(64, bool)), NamedSharding(mesh, P("data")))
+    params = jax.device_put(ROUTES, NamedSharding(mesh, P()))
+    clipped = jax.jit(dp.clipped_sum(every_route, dp.flat(0.5)))
+    text = clipped.lower(params, *there).compile().as_text()
+    gathered = re.findall(
+        r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", text
+    )
+    assert all(math.prod(int(x) for x in shape.split(",") if x) <= 64 for shape in gathered), (
+        gathered
+    )

@@ -102,11 +102,12 @@ def test_one_record_per_unit_is_the_record_level_run():
 @pytest.mark.parametrize("flip", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bookkeeping_gives_the_numbers_of_vmap_on_units(flip):
     run = made(10, 4, data__flip=flip, data__multiplicity=2 if flip else 1)
-    batch = examples(run, np.arange(12))
-    one, two = (sums(run, run.loss_fn, batch, m) for m in ("bookkeeping", "vmap"))
+    one, two = (  # each with keys of its own, which are used once
+        sums(run, run.loss_fn, examples(run, np.arange(12)), m) for m in ("bookkeeping", "vmap")
+    )
     for a, b in zip(*map(jax.tree.leaves, (one, two))):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
-    unit = jax.tree.map(lambda x: x[0], batch)
+    unit = jax.tree.map(lambda x: x[0], examples(run, np.arange(12)))
     record = {"input": unit["input"][0], "label": unit["label"][0], "key": unit["key"]}
     slow = [
         {leaf.path for leaf in plan(run.loss_fn, run.params, example) if leaf.route == "direct"}

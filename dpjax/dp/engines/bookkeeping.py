@@ -53,7 +53,8 @@ from dpjax.dp.engines.parts import (
     measured_together,
 )
 from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
-from dpjax.dp.engines.record import Record
+from dpjax.dp.engines.record import Record, cleared
+from dpjax.dp.meshes import devices_of
 
 __all__ = ["LeafPlan", "microbatch_sum", "plan"]
 
@@ -104,6 +105,7 @@ def microbatch_sum(
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     planned = planned or make_plan(loss_fn, params, example)
     loss, record, direct = backward(planned.traced, held, batch)
+    record = dataclasses.replace(record, devices=devices_of(batch, mask.shape[0]))
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
     doubts = reference.count_of_doubts(loss)
@@ -391,9 +393,7 @@ def _cleared(
         arrays = dataclasses.replace(record, arrays=state[0]).without(row)
         kept = []
         for g in state[1]:
-            own = jax.lax.dynamic_slice_in_dim(g, row, 1)
-            own = jnp.where(used[row], own, jnp.zeros_like(own))
-            kept.append(jax.lax.dynamic_update_slice_in_dim(g, own, row, 0))
+            kept.append(cleared(g, row, record.devices, unless=used[row]))
         return arrays, kept
 
     # In place: a copy of all recorded arrays would take about 4% of a step.

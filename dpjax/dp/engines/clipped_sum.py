@@ -18,7 +18,7 @@ from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 from dpjax.dp.engines import bookkeeping, memory, reference
 from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.plans import make_plan
-from dpjax.dp.meshes import closes_over_explicit, mesh_of, on_mesh
+from dpjax.dp.meshes import closes_over_explicit, devices_of, mesh_of, on_mesh
 
 __all__ = ["METHODS", "clipped_sum", "cut"]
 
@@ -117,7 +117,9 @@ def clipped_sum(
             planned = make_plan(loss_fn, params, example)
             engine, options = bookkeeping, {"planned": planned}
             if microbatch_size is None:
-                micro = memory.microbatch(memory.sizes_of(planned, params), size)
+                devices = devices_of(batch, size)
+                sizes = memory.sizes_of(planned, params)
+                micro = devices * memory.microbatch(sizes, size // devices)
         if micro == size:
             total, facts = engine.microbatch_sum(loss_fn, rule, held, batch, mask, **options)
             return made(total), facts

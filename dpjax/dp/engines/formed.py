@@ -29,7 +29,7 @@ from dpjax.dp.engines.parts import (
     unscaled,
 )
 from dpjax.dp.engines.plans import Mixed
-from dpjax.dp.engines.record import Record
+from dpjax.dp.engines.record import Record, taken
 from dpjax.dp.engines.sites import Key, Site, Weight
 from dpjax.dp.engines.taps import function_of_leaves
 from dpjax.dp.engines.tracing import Traced
@@ -111,27 +111,26 @@ def formed_part(
         own = record.of(mixed.weights, list(terms))
         chunk = chunk_of(own, size)
 
-        def part(array: jax.Array, first: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(array, first, chunk)
-
         def turn(i: jax.Array, totals: Totals) -> Totals:
-            first = i * chunk
+            def part(array: jax.Array) -> jax.Array:
+                return taken(array, i, chunk, own.devices)
+
             weighed = []
-            vectors = reference.once(gradients(own.take(first, chunk))[0], doubts)
+            vectors = reference.once(gradients(own.take(i, chunk))[0], doubts)
             for member, measured, g in zip(members, measures, vectors, strict=True):
-                square = part(measured.square, first)
+                square = part(measured.square)
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
                 again = products.kept_square(g)
                 shrink = jnp.where(again > square, jnp.sqrt(square / again), 1.0)
                 finite = jnp.isfinite(again)
                 g = jnp.where(finite[:, None], g, 0.0)
-                factor = jnp.where(finite, part(factors[member][0], first) * shrink, 0.0)
+                factor = jnp.where(finite, part(factors[member][0]) * shrink, 0.0)
                 weighed.append(summation.weigh(g, factor, factor > 0))
             return place(totals, record, tuple(weighed))
 
         start = {leaf: totals[leaf] for leaf in mixed.leaves}
-        return totals | jax.lax.fori_loop(0, own.size // chunk, turn, start)
+        return totals | jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(own.size // chunk), turn, start)
 
     return Part(members, (), measures, within, add, min(limits), exact, place)
 

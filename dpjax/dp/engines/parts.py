@@ -20,7 +20,7 @@ import numpy as np
 from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.plans import Group
-from dpjax.dp.engines.record import Record
+from dpjax.dp.engines.record import Record, in_order
 from dpjax.dp.engines.sites import Key, Weight
 
 __all__ = [
@@ -356,11 +356,13 @@ def _temporary(group: Group) -> int:
 def chunk_of(record: Record, size: int, share: int = 1) -> int:
     """How many examples are measured at a time, such that temporaries of `size` each are small.
 
-    No chunk has more than one of `share` parts of the examples.
+    No chunk has more than one of `share` parts of the examples. On a mesh, every device has as many
+    examples of a chunk, and each has memory of its own.
     """
-    n, budget = record.size, _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
-    fits = (c for c in range(2, n // share + 1) if n % c == 0 and c * size <= budget)
-    return max(fits, default=1)
+    n, least = record.size, record.devices
+    budget = least * _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
+    choices = (c for c in range(least, n // share + 1, least) if n % c == 0)
+    return max((c for c in choices if c * size <= budget), default=least if n % least == 0 else n)
 
 
 def chunked(function: Callable[[Record], Any], record: Record, size: int, share: int = 1) -> Any:
@@ -369,6 +371,6 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
     if chunk == n:
         return function(record)
     # XLA reads a slice where it is; of arrays reshaped to `[chunks, chunk, ...]` it copies some.
-    firsts = jnp.arange(0, n, chunk, dtype=jnp.uint32)
-    results = jax.lax.map(lambda first: function(record.take(first, chunk)), firsts)
-    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)
+    parts = jnp.arange(n // chunk, dtype=jnp.uint32)
+    results = jax.lax.map(lambda part: function(record.take(part, chunk)), parts)
+    return jax.tree.map(lambda x: in_order(x, record.devices), results)
