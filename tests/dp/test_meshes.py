@@ -158,6 +158,25 @@ def test_examples_of_a_sharded_batch_keep_their_channels_in_convolutions(kind, m
     assert_close(have, one_device["conv"])
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 8, 2])
+@pytest.mark.parametrize("kind", ["explicit", "plain"])
+def test_a_kernel_that_depends_on_the_example_is_computed_whole(kind, microbatch_size):
+    """The one place where the engine itself has a convolution with a group for each example."""
+
+    def loss(params, example):
+        dims, kernel = ("NHWC", "HWIO", "NHWC"), params["kernel"] * example["x"][0]
+        image = example["image"][None]
+        out = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", None, None, dims)
+        return jnp.sum(jnp.tanh(out + params["bias"].reshape(1, 1, 1, 4)))
+
+    mesh, params = MESHES[kind](), {"kernel": KERNEL, "bias": np.zeros(4, np.float32)}
+    clipped = jax.jit(dp.clipped_sum(loss, dp.flat(0.5), microbatch_size=microbatch_size))
+    want = clipped(params, BATCH, MASK)
+    there = jax.device_put((BATCH, MASK), NamedSharding(mesh, P("data")))
+    have = clipped(jax.device_put(params, NamedSharding(mesh, P())), *there)
+    assert_close((have[0].value, have[1].norms), (want[0].value, want[1].norms))
+
+
 @pytest.mark.filterwarnings("error")
 def test_int64_rows_of_numpy_are_taken_without_a_warning():
     batch = BATCH | {"rows": BATCH["rows"].astype(np.int64)}
@@ -212,12 +231,35 @@ def test_examples_that_are_set_apart_are_so_on_a_mesh(chunk, monkeypatch):
     assert np.sum(np.asarray(want[1].factors) == 0) > 3 * 7  # padding, and what is not finite
 
 
-def test_what_is_recorded_stays_where_it_is():
+def normed_convolution(params, example):
+    """A kernel by book-keeping, and direct leaves behind it."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    image = example["image"][None]
+    out = jax.lax.conv_general_dilated(image, params["kernel"], (1, 1), "SAME", None, None, dims)
+    out = (out - out.mean((1, 2), keepdims=True)) / (out.std((1, 2), keepdims=True) + 0.1)
+    return jnp.sum(jnp.tanh(out * params["scale"].reshape(1, 1, 1, 4)) ** 2)
+
+
+CONVOLUTION = {"kernel": KERNEL, "scale": np.ones(4, np.float32)}
+IMAGES = {"image": np.random.default_rng(4).standard_normal((64, 6, 6, 2), np.float32)}
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 16, 4])
+@pytest.mark.parametrize(
+    ("loss", "params", "batch"),
+    [(every_route, ROUTES, odd_examples(n=64)), (normed_convolution, CONVOLUTION, IMAGES)],
+    ids=["products", "convolution"],
+)
+def test_what_is_recorded_stays_where_it_is(loss, params, batch, microbatch_size):
     """No device gathers the examples of others: only facts of one number each."""
-    batch, mesh = odd_examples(n=64), MESHES["plain"]()
-    there = jax.device_put((batch, np.ones(64, bool)), NamedSharding(mesh, P("data")))
-    params = jax.device_put(ROUTES, NamedSharding(mesh, P()))
-    clipped = jax.jit(dp.clipped_sum(every_route, dp.flat(0.5)))
+    mesh, mask = MESHES["plain"](), np.ones(64, bool)
+    clipped = jax.jit(dp.clipped_sum(loss, dp.flat(0.5), microbatch_size=microbatch_size))
+    want, _ = clipped(params, batch, mask)
+    there = jax.device_put((batch, mask), NamedSharding(mesh, P("data")))
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    assert_close(clipped(params, *there)[0].value, want.value)
+    if microbatch_size == 4:
+        return  # fewer than there are devices: these have to be moved
     text = clipped.lower(params, *there).compile().as_text()
     gathered = re.findall(
         r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", text

@@ -7,6 +7,7 @@ engine materializes one microbatch of per-example gradients; the book-keeping en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,8 @@ def clipped_sum(
         scalar = jnp.zeros(())
         unit = None if secure_noise is None else scalar
         like = ClippedSum(params, scalar, unit=unit), PerExample(*[args[2]] * 4)
-        return on_mesh(summed, args, like, replicate=_replicate(loss_fn, method, params, batch))
+        at_once = math.gcd(microbatch_size or 0, devices_of(args, mask.shape[0]))
+        return on_mesh(summed, args, like, replicate=_replicate(loss_fn, summed, args, at_once))
 
     def summed(held: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
         params = held.shapes if isinstance(held, Held) else held
@@ -154,11 +156,21 @@ def _parameters(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(checked, params)
 
 
-def _replicate(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree) -> bool:
-    """Whether every device of the caller's mesh must compute the whole sum."""
-    mesh = mesh_of((params, batch))
+def _replicate(
+    loss_fn: LossFn, summed: Callable[..., Any], args: tuple[Any, ...], at_once: int
+) -> bool:
+    """Whether every device of the caller's mesh must compute the whole sum.
+
+    Args:
+        loss_fn: of one example.
+        summed: the function of `args` that sums.
+        args: parameters, batch and mask.
+        at_once: a divisor of the number of examples that are differentiated at once.
+    """
+    mesh = mesh_of(args)
     if mesh is None:
         return False
+    params, batch, mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     if mesh.explicit_axes and closes_over_explicit(loss_fn, mesh, params, example):
         return True
@@ -167,8 +179,8 @@ def _replicate(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree) -> b
     # example to another. (`jax.vmap(jax.grad(...))` alone shows it, on jax 0.10.2.)
     if not reference.differentiates_convolutions(loss_fn, params, batch):
         return False
-    routes = bookkeeping.plan(loss_fn, params, example) if method != "vmap" else ()
-    return method == "vmap" or any(leaf.route == "direct" for leaf in routes)
+    program = jax.make_jaxpr(summed)(params, batch, mask).jaxpr
+    return reference.groups_examples(program, at_once)
 
 
 def _check_sizes(batch: PyTree, mask: jax.Array) -> None:

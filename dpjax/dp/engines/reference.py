@@ -9,7 +9,7 @@ all the others. The book-keeping engine needs it only where it leaves a kernel t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -100,18 +100,32 @@ def count_of_doubts(loss: jax.Array) -> jax.Array:
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
     """Whether the loss of one example, or its gradient (a custom one included), convolves."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    return _has_convolutions(jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, example).jaxpr)
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, example).jaxpr
+    return next(_convolutions(jaxpr), None) is not None
 
 
-def _has_convolutions(jaxpr: core.Jaxpr) -> bool:
+def groups_examples(jaxpr: core.Jaxpr, divisor: int) -> bool:
+    """Whether a convolution in a program may have a group for each of some examples.
+
+    The number of its groups is then a multiple of theirs, and so of a divisor of theirs. Where it
+    is one for another reason, the answer is yes as well.
+    """
+    counts = (
+        eqn.params[kind]
+        for eqn in _convolutions(jaxpr)
+        for kind in ("feature_group_count", "batch_group_count")
+    )
+    return any(count > 1 and count % divisor == 0 for count in counts)
+
+
+def _convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
     for eqn in jaxpr.eqns:
         if eqn.primitive is P.conv_general_dilated_p:
-            return True
+            yield eqn
         for part in jax.tree.leaves(list(eqn.params.values())):
             inner = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
-            if isinstance(inner, core.Jaxpr) and _has_convolutions(inner):
-                return True
-    return False
+            if isinstance(inner, core.Jaxpr):
+                yield from _convolutions(inner)
 
 
 def one_by_one(
