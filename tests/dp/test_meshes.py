@@ -158,6 +158,21 @@ def test_examples_of_a_sharded_batch_keep_their_channels_in_convolutions(kind, m
     assert_close(have, one_device["conv"])
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("method", ["auto", "vmap"])
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_a_convolution_below_a_mesh_that_was_set(kind, method, channels):
+    params = CONVOLUTION | {"kernel": KERNEL[:, :, :channels]}
+    clipped = dp.clipped_sum(normed_convolution, dp.flat(0.5), method=method)
+    mesh, mask = MESHES[kind](), np.ones(64, bool)
+    want, _ = jax.jit(clipped)(params, IMAGES, mask)
+    with jax.set_mesh(mesh):
+        there = jax.device_put((IMAGES, mask), NamedSharding(mesh, P("data")))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        for function in (clipped, jax.jit(clipped)):
+            assert_close(function(params, *there)[0].value, want.value)
+
+
 @pytest.mark.parametrize("microbatch_size", [None, 8, 2])
 @pytest.mark.parametrize("kind", ["explicit", "plain"])
 def test_a_kernel_that_depends_on_the_example_is_computed_whole(kind, microbatch_size):
@@ -233,9 +248,11 @@ def test_examples_that_are_set_apart_are_so_on_a_mesh(chunk, monkeypatch):
 
 def normed_convolution(params, example):
     """A kernel by book-keeping, and direct leaves behind it."""
-    dims = ("NHWC", "HWIO", "NHWC")
-    image = example["image"][None]
-    out = jax.lax.conv_general_dilated(image, params["kernel"], (1, 1), "SAME", None, None, dims)
+    image, kernel = example["image"][None], params["kernel"]
+    out = jax.lax.conv_general_dilated(
+        image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=2 // kernel.shape[2],
+    )  # fmt: skip
     out = (out - out.mean((1, 2), keepdims=True)) / (out.std((1, 2), keepdims=True) + 0.1)
     return jnp.sum(jnp.tanh(out * params["scale"].reshape(1, 1, 1, 4)) ** 2)
 

@@ -7,7 +7,6 @@ engine materializes one microbatch of per-example gradients; the book-keeping en
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +90,11 @@ def clipped_sum(
         scalar = jnp.zeros(())
         unit = None if secure_noise is None else scalar
         like = ClippedSum(params, scalar, unit=unit), PerExample(*[args[2]] * 4)
-        at_once = math.gcd(microbatch_size or 0, devices_of(args, mask.shape[0]))
-        return on_mesh(summed, args, like, replicate=_replicate(loss_fn, summed, args, at_once))
+
+        def divided(*args: Any) -> Any:
+            return on_mesh(summed, args, like)
+
+        return on_mesh(summed, args, like, replicate=_replicate(loss_fn, divided, args))
 
     def summed(held: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
         params = held.shapes if isinstance(held, Held) else held
@@ -156,31 +158,28 @@ def _parameters(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(checked, params)
 
 
-def _replicate(
-    loss_fn: LossFn, summed: Callable[..., Any], args: tuple[Any, ...], at_once: int
-) -> bool:
+def _replicate(loss_fn: LossFn, divided: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether every device of the caller's mesh must compute the whole sum.
 
     Args:
         loss_fn: of one example.
-        summed: the function of `args` that sums.
+        divided: the function of `args` that sums on divided batches.
         args: parameters, batch and mask.
-        at_once: a divisor of the number of examples that are differentiated at once.
     """
     mesh = mesh_of(args)
     if mesh is None:
         return False
-    params, batch, mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    params, batch, _ = args
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     if mesh.explicit_axes and closes_over_explicit(loss_fn, mesh, params, example):
         return True
     # XLA's partitioner miscompiles the gradient of a convolution's kernel for each example of a
     # sharded batch, a convolution with a group for each example: it gives the channels of one
-    # example to another. (`jax.vmap(jax.grad(...))` alone shows it, on jax 0.10.2.)
+    # example to another. (`jax.vmap(jax.grad(...))` alone shows it, on jax 0.10.2.) With groups of
+    # other kinds it may stop the process.
     if not reference.differentiates_convolutions(loss_fn, params, batch):
         return False
-    program = jax.make_jaxpr(summed)(params, batch, mask).jaxpr
-    return reference.groups_examples(program, at_once)
+    return reference.has_grouped_convolutions(jax.make_jaxpr(divided)(*args).jaxpr)
 
 
 def _check_sizes(batch: PyTree, mask: jax.Array) -> None:

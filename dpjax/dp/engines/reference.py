@@ -104,18 +104,10 @@ def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) 
     return next(_convolutions(jaxpr), None) is not None
 
 
-def groups_examples(jaxpr: core.Jaxpr, divisor: int) -> bool:
-    """Whether a convolution in a program may have a group for each of some examples.
-
-    The number of its groups is then a multiple of theirs, and so of a divisor of theirs. Where it
-    is one for another reason, the answer is yes as well.
-    """
-    counts = (
-        eqn.params[kind]
-        for eqn in _convolutions(jaxpr)
-        for kind in ("feature_group_count", "batch_group_count")
-    )
-    return any(count > 1 and count % divisor == 0 for count in counts)
+def has_grouped_convolutions(jaxpr: core.Jaxpr) -> bool:
+    """Whether a convolution in a program has groups, of channels or of examples."""
+    kinds = ("feature_group_count", "batch_group_count")
+    return any(eqn.params[kind] > 1 for eqn in _convolutions(jaxpr) for kind in kinds)
 
 
 def _convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
