@@ -1080,7 +1080,7 @@ def _failure(program: Program, rules: tuple[str, ...], options: dict[str, Any]) 
             jax.block_until_ready(jax.jit(plain, compiler_options=options)(params, batch))
         except Exception as invalid:
             raise Invalid(str(invalid)) from invalid
-        return Failure("crash", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        return Failure("crash", f"{type(error).__name__}: {str(error)[:200]}")
     real = np.flatnonzero(mask)
     alone = {i: engines.bookkeeping(np.arange(SIZE) == i) for i in real}
     without = {i: engines.bookkeeping(mask & (np.arange(SIZE) != i)) for i in real}
