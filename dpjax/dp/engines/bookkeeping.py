@@ -53,7 +53,7 @@ from dpjax.dp.engines.parts import (
     measured_together,
 )
 from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
-from dpjax.dp.engines.record import Record, cleared
+from dpjax.dp.engines.record import Record, zeroed
 from dpjax.dp.meshes import devices_of
 
 __all__ = ["LeafPlan", "microbatch_sum", "plan"]
@@ -393,7 +393,7 @@ def _cleared(
         arrays = dataclasses.replace(record, arrays=state[0]).without(row)
         kept = []
         for g in state[1]:
-            kept.append(cleared(g, row, record.devices, unless=used[row]))
+            kept.append(zeroed(g, row, record.devices, unless=used[row]))
         return arrays, kept
 
     # In place: a copy of all recorded arrays would take about 4% of a step.

@@ -20,7 +20,7 @@ from dpjax.dp.engines import forms
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.sites import Key, Weight
 
-__all__ = ["Record", "cleared", "in_order", "taken"]
+__all__ = ["Record", "in_order", "taken", "zeroed"]
 
 
 @functools.partial(
@@ -79,7 +79,7 @@ class Record:
     def without(self, row: jax.Array) -> dict[int, jax.Array]:
         """The arrays, with zeros for one example."""
         return {
-            i: cleared(x, row, self.devices, self.rows[i], self.axes[i])
+            i: zeroed(x, row, self.devices, self.rows[i], self.axes[i])
             for i, x in self.arrays.items()
         }
 
@@ -123,6 +123,7 @@ def taken(
     parts = n // (count * rows)
     cut = array.reshape(*before, count, parts, rows, *after)
     if count == 1:
+        # Exact: what is added to the example's numbers are zeros.
         own = _is_row(part, parts, (*before, 1, parts, rows, *after), axis + 1)
         chosen = jnp.sum(jnp.where(own, cut, jnp.zeros_like(cut)), axis + 1, dtype=array.dtype)
     else:
@@ -136,7 +137,7 @@ def in_order(results: jax.Array, devices: int) -> jax.Array:
     return results.reshape(-1, *results.shape[2:])
 
 
-def cleared(
+def zeroed(
     array: jax.Array,
     row: jax.Array,
     devices: int,

@@ -25,6 +25,7 @@ __all__ = [
     "again",
     "count_of_doubts",
     "differentiates_convolutions",
+    "has_grouped_convolutions",
     "microbatch_sum",
     "once",
     "one_by_one",
