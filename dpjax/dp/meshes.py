@@ -7,14 +7,18 @@ device leaves placement to the compiler, and so do the engines; Auto axes do exa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["closes_over_explicit", "devices_of", "mesh_of", "on_mesh"]
+__all__ = ["closes_over_explicit", "devices_of", "may_be_divided", "mesh_of", "on_mesh"]
 
 PyTree = Any
 
@@ -30,14 +34,14 @@ def on_mesh(
         like: a prefix of that tree, an array for each result (or tree of results): on Explicit
             axes a result is sharded as that array is.
         replicate: gathers the arguments and lets every device compute everything. Explicit axes
-            stay Explicit then.
+            stay Explicit then. Without a mesh, see `may_be_divided`.
 
     Returns:
         The results. Without a mesh, or inside of `shard_map`, those of the plain call.
     """
     mesh = mesh_of(args)
     if mesh is None:
-        return function(*args)
+        return _undivided(function, args) if replicate else function(*args)
     if not (mesh.explicit_axes or replicate):
         return jax.jit(function)(*args)
     out = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), like)
@@ -56,6 +60,66 @@ def on_mesh(
     # Outside of jit, JAX asks for the mesh as a context, which a caller need not have entered. A
     # new jit object each time: `function` may close over what has changed since.
     return jax.jit(replicated if replicate else auto)(*args)
+
+
+def _undivided(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Calls the function such that each device of a mesh that comes to light later computes it all.
+
+    A constraint needs the mesh; an operation that XLA may not partition does not.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    # Such an operation takes plain arrays, and nothing else from outside.
+    inputs = [jnp.asarray(x) for x in (*closed.consts, *jax.tree.leaves(args))]
+    are_keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in inputs]
+    kinds = [jax.random.key_impl(x) if key else None for x, key in zip(inputs, are_keys)]
+
+    def plain(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        own = [
+            jax.random.wrap_key_data(x, impl=kind) if key else x
+            for x, key, kind in zip(arrays, are_keys, kinds)
+        ]
+        consts, leaves = own[: len(closed.consts)], own[len(closed.consts) :]
+        return tuple(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*leaves))
+
+    def everywhere(mesh: Any, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+
+    def partition(mesh: Any, args: PyTree, results: PyTree) -> tuple[Any, ...]:
+        return mesh, plain, everywhere(mesh, results), everywhere(mesh, args)
+
+    axes = itertools.count()
+
+    def names(arrays: list[Any]) -> str:
+        return ", ".join(" ".join(f"d{next(axes)}" for _ in x.shape) for x in arrays)
+
+    arrays = [jax.random.key_data(x) if key else x for x, key in zip(inputs, are_keys)]
+    rule = f"{names(arrays)} -> {names(jax.tree.leaves(shapes))}"
+    whole = custom_partitioning(plain)
+    whole.def_partition(
+        partition,
+        infer_sharding_from_operands=lambda mesh, args, results: everywhere(mesh, results),
+        sharding_rule=rule,
+        need_replication_factors=tuple(f"d{i}" for i in range(next(axes))),
+    )
+    batched = jax.custom_batching.custom_vmap(lambda *arrays: whole(*arrays))
+
+    @batched.def_vmap
+    def _(size: int, are_batched: Any, *arrays: jax.Array) -> Any:
+        results = jax.vmap(plain, [0 if own else None for own in are_batched])(*arrays)
+        return results, (True,) * len(results)
+
+    return jax.tree.unflatten(jax.tree.structure(shapes), batched(*arrays))
+
+
+def may_be_divided(tree: PyTree) -> bool:
+    """Whether the leaves may be divided among devices for all that JAX knows while it traces.
+
+    `jax.jit(step, in_shardings=...)` divides arrays that were on no mesh, and does not tell.
+    """
+    if mesh_of(tree) is not None:
+        return True
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return traced and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty
 
 
 def mesh_of(tree: PyTree) -> Any:

@@ -158,6 +158,41 @@ def test_examples_of_a_sharded_batch_keep_their_channels_in_convolutions(kind, m
     assert_close(have, one_device["conv"])
 
 
+@pytest.mark.parametrize("method", ["auto", "vmap"])
+def test_a_mesh_that_only_jit_knows(method):
+    """`in_shardings` divides arrays of one device, of which JAX's tracers say nothing."""
+
+    def loss(scale):
+        def loss_fn(params, example):
+            dims, noise = ("NHWC", "HWIO", "NHWC"), jax.random.normal(example["key"], (6, 6, 2))
+            image, kernel = example["image"] + 0.1 * noise, example["x"][0] * params["kernel"]
+            out = jax.lax.conv_general_dilated(
+                image[None], kernel, (1, 1), "SAME", None, None, dims
+            )
+            return scale * jnp.sum(jnp.tanh(out))
+
+        return loss_fn
+
+    def of_scale(scale, *args):
+        summed, facts = dp.clipped_sum(loss(scale), dp.flat(0.5), method=method)(*args)
+        return summed.value, facts
+
+    def scaled(scales, *args):
+        return jax.vmap(of_scale, (0, None, None, None))(scales, *args)
+
+    def args():  # no key is used twice
+        return {"kernel": KERNEL}, BATCH | {"key": jax.random.split(jax.random.key(1), SIZE)}, MASK
+
+    for mesh in (MESHES["plain"](), MESHES["explicit"]()):
+        divided, whole = (NamedSharding(mesh, P(*axes)) for axes in (("data",), ()))
+        jitted = jax.jit(of_scale, in_shardings=(whole, whole, divided, divided))
+        assert_close(jitted(2.0, *args()), jax.jit(of_scale)(2.0, *args()))
+        assert "all-to-all" not in jitted.lower(2.0, *args()).compile().as_text()
+    scales = np.array([0.5, 2.0], np.float32)
+    of_two = jax.tree.map(lambda x: x[1], jax.jit(scaled)(scales, *args()))
+    assert_close(of_two, jitted(2.0, *args()))
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("method", ["auto", "vmap"])
 @pytest.mark.parametrize("kind", ["explicit", "auto"])

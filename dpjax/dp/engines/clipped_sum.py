@@ -18,7 +18,7 @@ from dpjax.dp.clipping import ClippedSum, ClipRule, PerExample
 from dpjax.dp.engines import bookkeeping, memory, reference
 from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.plans import make_plan
-from dpjax.dp.meshes import closes_over_explicit, devices_of, mesh_of, on_mesh
+from dpjax.dp.meshes import closes_over_explicit, devices_of, may_be_divided, mesh_of, on_mesh
 
 __all__ = ["METHODS", "clipped_sum", "cut"]
 
@@ -161,17 +161,23 @@ def _parameters(params: PyTree) -> PyTree:
 def _replicate(loss_fn: LossFn, divided: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether every device of the caller's mesh must compute the whole sum.
 
+    The mesh may be one that comes to light later, see `may_be_divided`.
+
     Args:
         loss_fn: of one example.
         divided: the function of `args` that sums on divided batches.
         args: parameters, batch and mask.
     """
-    mesh = mesh_of(args)
-    if mesh is None:
+    if not may_be_divided(args):
         return False
+    mesh = mesh_of(args)
     params, batch, _ = args
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    if mesh.explicit_axes and closes_over_explicit(loss_fn, mesh, params, example):
+    if (
+        mesh is not None
+        and mesh.explicit_axes
+        and closes_over_explicit(loss_fn, mesh, params, example)
+    ):
         return True
     # XLA's partitioner miscompiles the gradient of a convolution's kernel for each example of a
     # sharded batch, a convolution with a group for each example: it gives the channels of one
