@@ -224,6 +224,7 @@ def test_a_head_alone_stands_on_the_weights_it_was_trained_on(tmp_path):
     np.testing.assert_allclose(got.probabilities, jax.nn.softmax(logits), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_of_texts(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     words = {"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3}

@@ -110,6 +110,7 @@ def test_a_bar_is_shown_on_stderr_only(tmp_path, capsys):
     assert "Reading digits train: 100%" in shown.err
 
 
+@pytest.mark.slow
 def test_three_processes_prepare_at_once(tmp_path):
     script = """
         import json, sys

@@ -87,6 +87,7 @@ def test_files_and_head_are_those_of_the_loop(tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -216,7 +216,8 @@ def scaled_state(stability, steps=2):
     return state, transform
 
 
-@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 3])
 def test_scaled_gradients_are_clipped_as_after_a_change_of_variables(steps):
     stability, bound = 1e-2, 0.05
     state, _ = scaled_state(stability, steps)

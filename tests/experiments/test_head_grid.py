@@ -49,6 +49,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_files(finished):
     tuned, final = rows(finished / "tuning.jsonl"), rows(finished / "final.jsonl")
     block = head_blocks.grid(private=True, quick=True)[0]

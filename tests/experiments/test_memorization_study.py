@@ -65,6 +65,7 @@ def test_the_command_reads_a_folder(tmp_path, capsys):
     assert set(mails) <= {f"mail {number}" for number in range(30)}
 
 
+@pytest.mark.slow
 def test_the_tree_of_digits_gives_every_code_the_likelihood_of_its_tokens(tmp_path):
     pytest.importorskip("tokenizers")
     corpus.write_byte_tokenizer(tmp_path / "t.json")

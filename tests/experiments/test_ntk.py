@@ -57,6 +57,7 @@ def test_the_noes_are_not_rounding(table):
     assert table["layerwise"]["least real part"] < -1e-4
 
 
+@pytest.mark.slow
 def test_the_kernel_is_the_one_of_the_clipped_gradients():
     """-K (f - y) / n is what the library's clipped sum does to the outputs, to first order."""
     data, params = network(16, 8, 3, 0)

@@ -101,6 +101,7 @@ def test_points_of_every_size_are_valid(name, size):
     assert all(p["private_seed"] is not None for p in points)
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_values_share_functions_and_nothing_else(tmp_path):
     def config(**changes):
         return tiny_config(**{"epochs": 0.4, "dp__method": "vmap", **changes})

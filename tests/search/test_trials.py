@@ -242,6 +242,7 @@ def test_a_run_that_fails_is_told(file, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "wc/privacy.json").exists()
 
 
+@pytest.mark.slow
 def test_a_charged_search_keeps_the_budget(file, tmp_path, monkeypatch):
     """A real run, at a small epsilon; what is said to be spent is the whole budget."""
     monkeypatch.setattr(repeat_and_select, "draw", lambda points, mean, *, generator: [4])

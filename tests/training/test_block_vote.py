@@ -58,6 +58,7 @@ def test_the_plan_counts_the_blocks_that_can_be_picked(run):
     assert line in build.describe.describe(run)
 
 
+@pytest.mark.slow
 def test_what_the_vote_picks_trains_with_the_head_and_nothing_else(run, finished):
     known = read(finished, "vote.json")
     best = max(known["votes"], key=known["votes"].get)

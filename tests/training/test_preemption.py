@@ -383,6 +383,7 @@ def two_phases(keep_optimizer=False):
     return run._replace(phases=(first, body))
 
 
+@pytest.mark.slow
 def test_phases_resume_bit_for_bit_and_share_no_draw(tmp_path, monkeypatch):
     run = two_phases()
     assert [phase.steps for phase in run.phases] == [5, 5]
@@ -532,7 +533,8 @@ def test_sigterm_to_the_command(tmp_path):
     assert Path(tmp_path / "w" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [1, 3])
 def test_kill_9(rounds, tmp_path):
     """The stress command, which is `kill -9` at random moments; by hand with 20 rounds."""
     done = subprocess.run(

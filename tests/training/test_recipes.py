@@ -56,7 +56,7 @@ SCHEDULED = {
 }
 
 
-@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("private", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_schedule_that_changes_nothing_changes_nothing(private, tmp_path):
     """Moments, counters, learning rate, average, batches and noise go on across stages."""
     plain = dict(SCHEDULED)
@@ -257,6 +257,7 @@ def test_recipes_are_part_of_what_a_run_is(adaptive, change):
     assert run.train.digest not in str(loop.identity(run, 5))
 
 
+@pytest.mark.slow
 def test_a_kept_optimizer_goes_on_as_if_linear_probing_had_not_ended(tmp_path):
     """Moments and their age: a head that is trained in both phases takes the steps of one phase."""
     train(tmp_path / "one", dp=None, optimizer__learning_rate=0.03)

@@ -482,6 +482,7 @@ def test_command_line(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_refuted_claim_is_an_exit_code(tmp_path):
     flags = [f"--workdir={tmp_path / 'w'}", "--config.audit.count=20"]
     assert command(tmp_path, *flags).returncode == 0

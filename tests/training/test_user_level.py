@@ -99,7 +99,8 @@ def test_one_record_per_unit_is_the_record_level_run():
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("flip", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flip", [False, True])
 def test_bookkeeping_gives_the_numbers_of_vmap_on_units(flip):
     run = made(10, 4, data__flip=flip, data__multiplicity=2 if flip else 1)
     one, two = (  # each with keys of its own, which are used once
@@ -116,6 +117,7 @@ def test_bookkeeping_gives_the_numbers_of_vmap_on_units(flip):
     assert slow[0] <= slow[1], "a unit costs what its records cost"
 
 
+@pytest.mark.slow
 def test_a_run_states_samples_and_accounts_units(tmp_path):
     run = made(10, 4, dp__temperature__share=0.2, dp__temperature__steps=2)
     loop.train(run, Workdir(tmp_path / "w"))
