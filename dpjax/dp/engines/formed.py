@@ -189,7 +189,9 @@ def _columns_part(
         a, b, gains = reference.once(jax.vmap(at.back)(product.by_scale, product.by_shift), doubts)
         measures[own.leaf] = with_columns(product, forms.form_of(own.sites), at, a, b)
         _add_flat(others, gains)
-        sound &= jnp.all(jnp.abs(at.scale) < _MODERATE) & jnp.all(jnp.abs(at.u) < _MODERATE)
+        # The square of no number in a column exceeds their sum.
+        columns = (jnp.abs(at.scale) < _MODERATE) & (at.moments[1] < _MODERATE**2)
+        sound &= jnp.all(columns)
         within &= product.mass < limit / 4
         added[own.leaf] = a, b
     others = reference.once(others, doubts)

@@ -301,15 +301,16 @@ def _patches(site: Site, x: jax.Array) -> jax.Array:
         spatial = range(1, x.ndim - 1)
         x = x.transpose(0, *spatial[::2], *spatial[1::2], x.ndim - 1)
         return x.reshape(m, *out, math.prod(kernel), channels)
-    # Position k of the kernel sees, for all output positions at once, a strided slice of the input.
-    steps = list(zip(out, p["window_strides"], p["rhs_dilation"]))
-    slices = []
-    for offset in itertools.product(*map(range, kernel)):
-        start = [o * dilation for o, (_, _, dilation) in zip(offset, steps)]
-        limit = [a + (size - 1) * stride + 1 for a, (size, stride, _) in zip(start, steps)]
-        strides = [stride for _, stride, _ in steps]
-        slices.append(jax.lax.slice(x, [0, *start, 0], [m, *limit, channels], [1, *strides, 1]))
-    return jnp.stack(slices, axis=-2)
+    # Position k along an axis of the kernel sees, for all outputs at once, a strided slice. Axis by
+    # axis: each slice is a program to be compiled, and those of a large kernel are many.
+    strides, dilations = p["window_strides"], p["rhs_dilation"]
+    for i in reversed(range(len(kernel))):
+        step, reach = strides[i], (out[i] - 1) * strides[i] + 1
+        starts = [k * dilations[i] for k in range(kernel[i])]
+        slices = [jax.lax.slice_in_dim(x, a, a + reach, step, 1 + i) for a in starts]
+        x = jnp.stack(slices, axis=-2)
+        x = x.reshape(*x.shape[:-2], -1)
+    return x.reshape(m, *out, math.prod(kernel), channels)
 
 
 def _conv_restore(site: Site, w: jax.Array) -> jax.Array:
