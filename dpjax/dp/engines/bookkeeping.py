@@ -21,8 +21,9 @@ of weights of one length are therefore measured by one loop (`parts.measured_tog
 recorded has the shape in which the model computed it, sums and small gradients are flat, and a
 direct leaf has as few operations as possible.
 
-**Memory.** Inputs and cotangents of all products are kept up to the end; where a plain gradient
-keeps much less, the batch is taken in parts (`memory`).
+**Memory.** Inputs and cotangents of products are kept up to the end, but for those of which the
+gradients are kept in their place; where a plain gradient keeps much less, the batch is taken in
+parts (`memory`).
 
 Source: Bu et al. 2022, arXiv 2210.00038 (book-keeping); Li et al. 2021, arXiv 2110.05679 (ghost
 norms); Goodfellow 2015, arXiv 1510.01799.
@@ -52,7 +53,7 @@ from dpjax.dp.engines.parts import (
     kept_part,
     measured_together,
 )
-from dpjax.dp.engines.plans import LeafPlan, Plan, make_plan, plan
+from dpjax.dp.engines.plans import LeafPlan, Mixed, Plan, make_plan, plan
 from dpjax.dp.engines.record import Record, zeroed
 from dpjax.dp.meshes import devices_of
 
@@ -109,28 +110,35 @@ def microbatch_sum(
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
     doubts = reference.count_of_doubts(loss)
-    # One recording for the norms and for the sums. Direct gradients go with it, so that nothing
-    # else reads the cotangents, of which XLA would make a copy.
-    record, direct = reference.once((record, direct), doubts)
     constants = constants_of(planned.traced, held)
+
+    def formed(mixed: Mixed, record: Record) -> Part:
+        return formed_part(planned.traced, mixed, record, constants, held, groups, doubts)
+
     # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
     parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
+    parts += [closed_part(g, record, constants, groups) for g in planned.groups if g.is_kept]
+    parts += [formed(mixed, record) for mixed in planned.mixed if mixed.kept]
+    weights = [group.sites for group in planned.groups if not group.is_kept]
+    weights += [sites for mixed in planned.mixed if not mixed.kept for sites in mixed.weights]
+    # One recording for the norms and for the sums. Gradients that are kept go with it, so that
+    # nothing else reads the cotangents, of which XLA would make a copy.
+    record, kept = reference.once(
+        (record.of(tuple(weights), list(record.scalars)), [part.kept for part in parts]), doubts
+    )
     together = measured_together(planned.groups, record, constants)
     masses = {
         i: functools.partial(_row, measure.mass, k)
         for members, measure in together
         for k, i in enumerate(members)
     }
-    parts += [
+    measured = [
         closed_part(group, record, constants, groups, masses.get(i))
         for i, group in enumerate(planned.groups)
+        if not group.is_kept
     ]
-    parts += [
-        formed_part(planned.traced, mixed, record, constants, held, groups, doubts)
-        for mixed in planned.mixed
-    ]
-    formed = [part.kept for part in parts[len(direct) :]]
-    kept = [part.kept for part in parts[: len(direct)]] + reference.once(formed, doubts)
+    measured += [formed(mixed, record) for mixed in planned.mixed if not mixed.kept]
+    parts, kept = parts + measured, kept + [part.kept for part in measured]
 
     most = _cancellation(planned.tokens)
     squares = _kept_squares(parts, kept, num_groups, mask.shape[0])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.forms import Tokens
@@ -370,7 +371,23 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
     chunk, n = chunk_of(record, size, share), record.size
     if chunk == n:
         return function(record)
+    parts = n // chunk
     # XLA reads a slice where it is; of arrays reshaped to `[chunks, chunk, ...]` it copies some.
-    parts = jnp.arange(n // chunk, dtype=jnp.uint32)
-    results = jax.lax.map(lambda part: function(record.take(part, chunk)), parts)
-    return jax.tree.map(lambda x: in_order(x, record.devices), results)
+    closed, shapes = jax.make_jaxpr(lambda i: function(record.take(i, chunk)), return_shape=True)(
+        jnp.uint32(0)
+    )
+
+    def turn(i: jax.Array, results: list[jax.Array]) -> list[jax.Array]:
+        found = core.jaxpr_as_fun(closed)(i.astype(jnp.uint32))
+        return [
+            jax.lax.dynamic_update_index_in_dim(all, own, i, 0)
+            for all, own in zip(results, found, strict=True)
+        ]
+
+    # Some number of the record in place of zeros, which XLA would hold from its first program on.
+    _, (_, cotangent) = record.places[-1]
+    some = record.arrays[cotangent].reshape(-1)[0]
+    leaves, treedef = jax.tree.flatten(shapes)
+    start = [jnp.full((parts, *x.shape), some, x.dtype) for x in leaves]
+    results = jax.lax.fori_loop(0, parts, turn, start)
+    return jax.tree.unflatten(treedef, [in_order(x, record.devices) for x in results])

@@ -62,6 +62,11 @@ class Group(NamedTuple):
     norm: str
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the gradients are kept for the sum."""
+        return self.norm == "outer"
+
+    @property
     def route(self) -> str:
         """The name in the plan."""
         kinds = {site.kind for site in self.sites}
