@@ -101,11 +101,13 @@ def _undivided(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         sharding_rule=rule,
         need_replication_factors=tuple(f"d{i}" for i in range(next(axes))),
     )
+    # JAX does not know what such an operation is under vmap.
     batched = jax.custom_batching.custom_vmap(lambda *arrays: whole(*arrays))
 
     @batched.def_vmap
     def _(size: int, are_batched: Any, *arrays: jax.Array) -> Any:
-        results = jax.vmap(plain, [0 if own else None for own in are_batched])(*arrays)
+        every = jax.vmap(plain, [0 if own else None for own in are_batched])
+        results = _undivided(every, arrays)
         return results, (True,) * len(results)
 
     return jax.tree.unflatten(jax.tree.structure(shapes), batched(*arrays))

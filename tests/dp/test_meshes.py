@@ -188,9 +188,9 @@ def test_a_mesh_that_only_jit_knows(method):
         jitted = jax.jit(of_scale, in_shardings=(whole, whole, divided, divided))
         assert_close(jitted(2.0, *args()), jax.jit(of_scale)(2.0, *args()))
         assert "all-to-all" not in jitted.lower(2.0, *args()).compile().as_text()
-    scales = np.array([0.5, 2.0], np.float32)
-    of_two = jax.tree.map(lambda x: x[1], jax.jit(scaled)(scales, *args()))
-    assert_close(of_two, jitted(2.0, *args()))
+        jitted = jax.jit(scaled, in_shardings=(whole, whole, divided, divided))
+        of_two = jax.tree.map(lambda x: x[1], jitted(np.array([0.5, 2.0], np.float32), *args()))
+        assert_close(of_two, jax.jit(of_scale)(2.0, *args()))
 
 
 @pytest.mark.parametrize("channels", [1, 2])

@@ -173,11 +173,8 @@ def _replicate(loss_fn: LossFn, divided: Callable[..., Any], args: tuple[Any, ..
     mesh = mesh_of(args)
     params, batch, _ = args
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    if (
-        mesh is not None
-        and mesh.explicit_axes
-        and closes_over_explicit(loss_fn, mesh, params, example)
-    ):
+    explicit = mesh is not None and mesh.explicit_axes
+    if explicit and closes_over_explicit(loss_fn, mesh, params, example):
         return True
     # XLA's partitioner miscompiles the gradient of a convolution's kernel for each example of a
     # sharded batch, a convolution with a group for each example: it gives the channels of one
