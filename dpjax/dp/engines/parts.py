@@ -231,7 +231,7 @@ def closed_part(
 
     own = record.of((sites,), list(terms))
     size = _temporary(group)
-    if group.norm == "outer":
+    if group.is_kept:
         kept, within = chunked(gradients, own, size)
         return of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
     if mass is not None:
@@ -373,6 +373,7 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
         return function(record)
     parts = n // chunk
     # XLA reads a slice where it is; of arrays reshaped to `[chunks, chunk, ...]` it copies some.
+    # Traced once, for the shapes of the results and for the loop.
     closed, shapes = jax.make_jaxpr(lambda i: function(record.take(i, chunk)), return_shape=True)(
         jnp.uint32(0)
     )
@@ -384,7 +385,8 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
             for all, own in zip(results, found, strict=True)
         ]
 
-    # Some number of the record in place of zeros, which XLA would hold from its first program on.
+    # All of it is written over. Some number of the record in place of zeros, because XLA makes
+    # zeros before the forward pass and holds them all through it.
     _, (_, cotangent) = record.places[-1]
     some = record.arrays[cotangent].reshape(-1)[0]
     leaves, treedef = jax.tree.flatten(shapes)
