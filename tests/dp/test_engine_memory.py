@@ -54,11 +54,7 @@ def test_gradients_that_are_kept_take_the_place_of_what_they_are_formed_from():
     assert ours < 1.5 * plain
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "queries")]
-# Its gradients are kept and, since they are formed during the backward pass, take the memory of a
-# plain gradient; the estimate still counts the cotangents of the lookups, and is twice that.
-HIGH = pytest.mark.xfail(strict=True, reason="the estimate is twice what XLA takes")
-SLOW += [pytest.param("experts", marks=[pytest.mark.slow, HIGH])]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "queries", "experts")]
 
 
 @pytest.mark.parametrize("name", ["sliced", "gru", *SLOW])
