@@ -19,6 +19,11 @@ __all__ = ["Checkpoints", "Unreadable", "Unwritable", "fingerprint"]
 
 PyTree = Any
 
+# An array that all devices hold is written by all of them, a slice each. Taking a slice out is a
+# program for every shape and place: compiling them took ten seconds of a first checkpoint on eight
+# devices. Smaller slices than this many bytes are not worth it.
+_LEAST_SLICE = 2**24
+
 
 class Unreadable(ValueError):
     """Raised when a checkpoint is truncated or damaged."""
@@ -58,7 +63,10 @@ class Checkpoints:
             path.chmod(0o700)
             for leftover in path.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-        self._orbax = ocp.training.Checkpointer(path, preservation_policy=self._keep)
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_SLICE
+        with context:
+            self._orbax = ocp.training.Checkpointer(path, preservation_policy=self._keep)
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, the latest first."""

@@ -77,6 +77,16 @@ def test_the_same_bits_come_back_on_any_number_of_devices(three, text, devices):
     assert fingerprint(got) == fingerprint(tree(2)) != fingerprint(tree(3))
 
 
+def test_a_save_compiles_nothing_for_each_array(tmp_path, caplog):
+    layout = sharding.layout("replicated", jax.devices())
+    arrays = {str(n): np.ones((n, 32), np.float32) for n in range(16, 144, 16)}
+    arrays = jax.device_put(arrays, layout.shardings(arrays))
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints, jax.log_compiles():
+        checkpoints.save(1, arrays, {"step": 1})
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA compil" in r.getMessage()]
+    assert len(compiled) == 1, compiled  # the fingerprint
+
+
 def test_the_latest_and_the_best_are_kept(tmp_path):
     path = saved(tmp_path / "c", steps=(1, 2, 3, 4, 5), keep=2, keep_best=1)
     assert sorted(p.name for p in path.iterdir()) == ["2", "4", "5"]
