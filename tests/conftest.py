@@ -60,6 +60,18 @@ def _collect_cycles_once_a_file():
     gc.freeze()
 
 
+_cases = collections.Counter()
+
+
+def pytest_itemcollected(item):
+    """Of the cases of a test with `one_in(n)`, leaves all but each n-th to the tests on demand."""
+    share = item.get_closest_marker("one_in")
+    if share:
+        if _cases[item.function] % share.args[0]:
+            item.add_marker(pytest.mark.slow)
+        _cases[item.function] += 1
+
+
 def _stage(nodeid):
     if nodeid.startswith("dpjax/"):
         return "doctests"

@@ -401,6 +401,7 @@ def test_the_product_passes_every_check(product):
 
 
 @pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.one_in(3)
 def test_broken_trainers_are_caught(name):
     broken = BROKEN[name]
     trainer = FROM_OPTAX._replace(**broken.parts)

@@ -36,6 +36,7 @@ def start(config, finetune="full"):
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("chunk", [2**22, 67 * 16])
+@pytest.mark.one_in(3)
 def test_chunks_do_not_change_the_loss(config, chunk, monkeypatch):
     monkeypatch.setattr(next_token, "_CHUNK", chunk)  # 40 tokens in chunks of 16, with padding
     tuning, params = start(config)
@@ -101,6 +102,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "chunk"), [*((case, 67 * 16) for case in CASES), ("lora", 2**22), ("tied", 2**22)]
 )
+@pytest.mark.one_in(2)
 def test_the_engine_gives_the_numbers_of_vmap(case, chunk, monkeypatch):
     monkeypatch.setattr(next_token, "_CHUNK", chunk)
     tuning, params = start(*CASES[case])

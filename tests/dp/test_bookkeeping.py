@@ -26,6 +26,7 @@ PROGRAMS = [list(LAYERS)[i : i + TOGETHER] for i in range(0, len(LAYERS), TOGETH
 
 
 @pytest.mark.parametrize("names", PROGRAMS, ids=lambda names: names[0])
+@pytest.mark.one_in(3)
 def test_layers(names):
     """Every leaf is clipped on its own, so that each is compared in a loss of several layers."""
     losses, params = zip(*(as_loss(*LAYERS[name]) for name in names))
@@ -40,6 +41,7 @@ def test_layers(names):
 @pytest.mark.parametrize(
     "name", [name for name in RULES if "/" not in name or name == "auto_s_per_layer/normalized"]
 )
+@pytest.mark.one_in(2)
 def test_rule(name):
     loss_fn, params, batch = small()
     assert sorted(routes(loss_fn, params, batch).values()) == ["embed", "gram"]
@@ -244,6 +246,7 @@ PATCHES, INPUTS = forms._patches, site_products._input_gram
         ("penalty", (site_products, "with_constant", wrong_constant)),
     ],
 )
+@pytest.mark.one_in(2)
 def test_battery_catches_a_wrong_rule(monkeypatch, layer, patch):
     if layer in ("tied", "penalty"):  # as it is chosen for large models
         monkeypatch.setattr(site_products, "cheapest", lambda form: "gram")

@@ -129,6 +129,7 @@ def test_summed_gradients_are_those_that_were_measured(dtype):
 @pytest.mark.parametrize("method", ["bookkeeping", "vmap"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("make", [in_half, all_in_half, half_way, hidden])
+@pytest.mark.one_in(3)
 def test_many_examples_move_no_sum_by_more_than_the_bound(make, dtype, method):
     """A sum that is rounded to few bits moves by its own rounding, which grows with its size."""
     numbers = np.random.default_rng(0)
@@ -203,6 +204,7 @@ CHUNKED = {
 
 @pytest.mark.parametrize("name", CHUNKED)
 @pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.one_in(4)
 def test_chunks_of_examples(monkeypatch, name, chunk):
     """What is too large for all examples at once is done a few at a time, with the same result."""
     layer, inputs, size = CHUNKED[name]

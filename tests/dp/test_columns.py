@@ -108,6 +108,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.one_in(4)
 def test_functions_of_columns(kernel, way):
     tokens = 1 if kernel is in_a_function else TOKENS
     params, batch = parameters(kernel), normal(5, tokens, D, seed=9)
@@ -159,6 +160,7 @@ def test_other_functions(kernel):
     [((3, 3, 4, 6), "HWIO", 1, jnp.float16), ((3, 3, 4, 6), "HWIO", 1, jnp.bfloat16),
      ((6, 4, 3, 1), "OIHW", 1, jnp.float32), ((3, 2, 2, 6), "HWIO", 2, jnp.float32)],
 )  # fmt: skip
+@pytest.mark.one_in(3)
 def test_standardized_kernels(shape, spec, groups, dtype, way):
     axes = tuple(spec.index(axis) for axis in "HWI")
     gains = tuple(6 if axis == "O" else 1 for axis in spec)
@@ -237,7 +239,7 @@ def test_small_kernels_of_half_precision_products(way):
     params, batch = {"w": 1e-6 * normal(D, D)}, normal(3, TOKENS, D, seed=9)
     assert by_columns(loss_fn, params, batch)
     agree(loss_fn, params, batch, mask=np.ones(3, bool), tolerance=1e-2, slack=1e-2)
-    facts = dp.clipped_sum(loss_fn, dp.flat(1.0))(params, batch, np.ones(3, bool))[1]
+    facts = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0)))(params, batch, np.ones(3, bool))[1]
     assert np.all(facts.factors > 0)
 
 

@@ -431,6 +431,7 @@ def test_a_row_beyond_int32():
     [(scale, False) for scale in (0.0, 1e-38, 1e-23, 1e-12, 3.0, 1e12, 1e18, 1e30)]
     + [(scale, True) for scale in (0.0, 1e-38, 1e-23, 3.0, 1e30)],
 )
+@pytest.mark.one_in(2)
 def test_weights_scaled_by_constants(scale, divide):
     def loss_fn(params, e):
         w = params["w"] / scale if divide else params["w"] * scale

@@ -85,6 +85,7 @@ BASES = [
      lambda x, w: jnp.einsum("tsi,ij->stj", x.reshape(1, 7, D), w),
      lambda x, w: (w @ jnp.sin(x[:, :P]).T).T, lambda x, w: x[0] @ w],
 )  # fmt: skip
+@pytest.mark.one_in(5)
 def test_factors_of_a_weight(weight, use):
     def loss_fn(params, x):
         return jnp.sum(jnp.sin(use(x, weight(params))))

@@ -219,6 +219,7 @@ def test_batches_are_cut_at_the_size_accounted():
     assert min(sizes) < 45
 
 
+@pytest.mark.slow
 def test_batches_can_be_of_one_example():
     assert make(batch_size=1, steps=1).expected_batch_size == 1
     single = make("fixed_size", batch_size=1)

@@ -149,6 +149,7 @@ def test_a_loss_may_close_over_arrays_on_the_mesh_and_need_not_be_jitted(kind, o
 
 @pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
+@pytest.mark.one_in(3)
 def test_examples_of_a_sharded_batch_keep_their_channels_in_convolutions(kind, method, one_device):
     """XLA's partitioner alone mixes them up: a wrong gradient without a word."""
     mesh = MESHES[kind]()
@@ -196,6 +197,7 @@ def test_a_mesh_that_only_jit_knows(method):
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("method", ["auto", "vmap"])
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
+@pytest.mark.one_in(3)
 def test_a_convolution_below_a_mesh_that_was_set(kind, method, channels):
     params = CONVOLUTION | {"kernel": KERNEL[:, :, :channels]}
     clipped = dp.clipped_sum(normed_convolution, dp.flat(0.5), method=method)
@@ -302,6 +304,7 @@ IMAGES = {"image": np.random.default_rng(4).standard_normal((64, 6, 6, 2), np.fl
     [(every_route, ROUTES, odd_examples(n=64)), (normed_convolution, CONVOLUTION, IMAGES)],
     ids=["products", "convolution"],
 )
+@pytest.mark.one_in(2)
 def test_what_is_recorded_stays_where_it_is(loss, params, batch, microbatch_size):
     """No device gathers the examples of others: only facts of one number each."""
     mesh, mask = MESHES["plain"](), np.ones(64, bool)

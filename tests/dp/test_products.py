@@ -52,6 +52,7 @@ DTYPES = [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.float32,
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("products", [1, 2, 3])
+@pytest.mark.one_in(5)
 def test_products_are_those_of_exact_arithmetic(products, dtypes):
     """Also of several products an example, on both sides and of numbers of 16 bits."""
     x = jnp.asarray(normal(products, 6, 5), dtypes[0])

@@ -294,6 +294,7 @@ ALLOWED = {"learned query": ["u"]}
 
 
 @pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.one_in(2)
 def test_parts_of_leaves(name):
     """No kernel is direct, and all have vmap's numbers."""
     shapes = {"w": (5, 6), "v": (5, 5), "u": (5, 5), "k": (1, 5, 4), "k2": (2, 5, 4)}

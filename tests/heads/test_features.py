@@ -154,6 +154,7 @@ def test_an_interrupted_computation_goes_on(net, params, dataset, made, tmp_path
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "flag", "empty", "text", "shape"])
+@pytest.mark.one_in(3)
 def test_damaged_shards_are_computed_again(net, params, dataset, made, tmp_path, damage, capsys):
     compute(net, params, dataset, tmp_path)
     (shard,) = tmp_path.glob("*/00000.npz")

@@ -110,6 +110,7 @@ def prepared(loss, trainable, frozen, text, devices, **options):
     pytest.param(convolve, CONVOLUTION, CONVOLVED, "bookkeeping", marks=pytest.mark.slow),
     (convolve, CONVOLUTION, CONVOLVED, "vmap"),
 ])  # fmt: skip
+@pytest.mark.one_in(2)
 def test_same_numbers_on_one_device(loss, trainable, frozen, method, monkeypatch):
     monkeypatch.setattr(sharding, "_LEAST", 1)
     results = []

@@ -97,10 +97,10 @@ def test_the_vote_is_the_norm_of_a_block_s_gradient_over_the_root_of_its_size():
     assert not np.any(run.params["head"]["kernel"])
     names = models.finetune.block_names(run.model)
     batch = some.train.get(rows)
-    want = []
+    gradient_of, want = jax.jit(jax.grad(run.loss_fn)), []
     for place in rows:
         example = {k: v[place] for k, v in batch.items()} | {"key": jax.random.key(0)}
-        gradient = jax.grad(run.loss_fn)(params, example)
+        gradient = gradient_of(params, example)
         flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient[n])]) for n in names]
         want.append([np.linalg.norm(g) / np.sqrt(g.size) for g in flat])
     want = np.array(want) / np.linalg.norm(want, axis=1, keepdims=True)

@@ -245,6 +245,7 @@ def test_the_temperature_is_charged_before_it_is_fitted(adaptive, tmp_path, monk
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.one_in(3)
 def test_recipes_are_part_of_what_a_run_is(adaptive, change):
     """The config is compared first; a checkpoint is compared besides, whatever the config says."""
     run, _, path = adaptive
