@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare_engines import agree, both, routes
+from jax.experimental.ode import odeint
 from losses import (
     LAYERS,
     MODELS,
@@ -164,10 +165,73 @@ def test_weights_that_come_out_of_a_scan():
     agree(loss_fn, {"w": normal(2, 5, 3)[0]}, normal(3))
 
 
-@pytest.mark.parametrize("loss", [lambda w, x: x * w, lambda w, x: (x.sum() * w, x.sum())])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: x * w,
+        lambda w, x: (x.sum() * w, x.sum()),
+        lambda w, x: {"loss": x.sum() * w},
+        lambda w, x: None,
+        lambda w, x: (x.sum() * w).astype(int),
+    ],
+)
 def test_a_loss_that_is_no_scalar_is_refused(loss):
-    with pytest.raises(TypeError, match="one scalar"):
+    """By one line, from everything that takes a loss."""
+    with pytest.raises(TypeError, match=r"loss_fn must return one (real )?scalar"):
         bookkeeping.plan(loss, jnp.float32(1.0), jnp.ones(3))
+    for method in ("vmap", "bookkeeping"):
+        with pytest.raises(TypeError, match=r"loss_fn must return one (real )?scalar"):
+            dp.clipped_sum(loss, dp.flat(1.0), method=method)(
+                jnp.float32(1.0), jnp.ones((2, 3)), jnp.ones(2, bool)
+            )
+
+
+@jax.custom_vjp
+def times_first(x, t):
+    return x * t[0]
+
+
+times_first.defvjp(lambda x, t: (x * t[0], t), lambda t, g: (g * t.at[0].get(), jnp.zeros_like(t)))
+
+
+@jax.custom_vjp
+def times(x, factor):
+    return x * factor
+
+
+times.defvjp(
+    lambda x, factor: (x * factor, factor), lambda factor, g: (g * factor, jnp.zeros_like(factor))
+)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, w: times_first(y, jnp.array([2.0, 1.0])),
+        lambda y, w: odeint(lambda z, t, w: jnp.tanh(z @ w), y, jnp.array([0.0, 1.0]), w),
+        # A Python number promotes nothing.
+        lambda y, w: times(y.astype(jnp.bfloat16), 2.0),
+    ],
+)
+def test_rules_of_the_model_see_constants_as_arrays(function):
+    agree(lambda p, x: jnp.sum(function(x @ p["w"], p["w"])), {"w": normal(3, 3)[0]}, normal(3))
+
+
+def test_branches_of_other_platforms_are_not_compiled():
+    def elsewhere(x, w):
+        return jnp.dot(x, w, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32)
+
+    def loss_fn(params, x):
+        w = params["w"]
+        y = jax.lax.platform_dependent(x, w, cuda=elsewhere, cpu=lambda x, w: jnp.sin(x @ w))
+        z = jax.lax.platform_dependent(y, w, cuda=elsewhere, default=jnp.dot)
+        return jnp.sum(jnp.tanh(z))
+
+    params = {"w": normal(3, 3)[0]}
+    with pytest.raises(Exception, match="TF32"):  # or the test says nothing
+        jax.jit(elsewhere)(normal(3)[0], params["w"])
+    assert set(routes(loss_fn, params, normal(3))) == {"w"}  # it has sites inside
+    agree(loss_fn, params, normal(3))
 
 
 def test_filled_indices_look_up_nothing():

@@ -17,6 +17,7 @@ import numpy as np
 
 from dpjax.dp.clipping import by_leaf, per_layer
 from dpjax.dp.engines import bookkeeping, reference
+from dpjax.dp.engines.clipped_sum import clipped_sum
 
 __all__ = ["EngineMismatch", "check_engine"]
 
@@ -72,10 +73,11 @@ def check_engine(
     @jax.jit
     def both(params: PyTree, examples: PyTree, frozen: PyTree) -> Any:
         loss, same = bound(frozen), jax.tree.map(reference.again, examples)
-        want = reference.microbatch_sum(loss, rule, params, examples, mask)
+        want, facts = clipped_sum(loss, rule, method="vmap")(params, examples, mask)
         if engine is not None:
-            return want, engine(loss_fn, rule, params, frozen, same, mask)
-        return want, bookkeeping.microbatch_sum(loss, rule, params, same, mask)
+            return (want.value, facts), engine(loss_fn, rule, params, frozen, same, mask)
+        have, other = clipped_sum(loss, rule, method="bookkeeping")(params, same, mask)
+        return (want.value, facts), (have.value, other)
 
     def bound(frozen: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
         if frozen is None:

@@ -76,6 +76,7 @@ def clipped_sum(
             raise ValueError("method='bookkeeping' sums in float32; secure noise needs 'vmap'.")
         method = "vmap"
     dtype = jnp.float32 if secure_noise is None else jnp.int32
+    loss_fn = reference.scalar(loss_fn)
 
     def clipped_sum_fn(
         params: PyTree, batch: PyTree, mask: jax.Array

@@ -93,6 +93,21 @@ def _turned(array: jax.Array) -> jax.Array:
     return jnp.logical_not(array) if array.dtype == bool else jnp.negative(array)
 
 
+def scalar(loss_fn: LossFn) -> LossFn:
+    """The loss function, which raises TypeError where it does not return one real scalar."""
+
+    def checked(params: PyTree, example: PyTree) -> jax.Array:
+        loss = loss_fn(params, example)
+        if not jax.tree_util.all_leaves([loss]):
+            kind = type(loss).__name__
+            raise TypeError(f"loss_fn must return one scalar, got {kind}: return the loss alone.")
+        if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise TypeError(f"loss_fn must return one real scalar, got {jax.typeof(loss)}.")
+        return loss
+
+    return checked
+
+
 def count_of_doubts(loss: jax.Array) -> jax.Array:
     """The number of examples whose loss is not finite, from `[n]` losses."""
     return jnp.sum(~jnp.isfinite(loss), dtype=jnp.int32)
@@ -101,6 +116,8 @@ def count_of_doubts(loss: jax.Array) -> jax.Array:
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
     """Whether the loss of one example, or its gradient (a custom one included), convolves."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    # Without their shardings: of Explicit axes, a loss for one device need not know anything.
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, example).jaxpr
     return next(_convolutions(jaxpr), None) is not None
 

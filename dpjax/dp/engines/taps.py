@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as P
 
@@ -66,6 +67,14 @@ def _int32(index: Any) -> jax.Array:
 def _array(value: Any) -> jax.Array:
     """The value itself, if it is traced: what several equations read is recorded once."""
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _constant(value: Any, aval: Any) -> jax.Array:
+    """A value that may be a constant of the jaxpr, in a form of JAX's own."""
+    if isinstance(value, jax.Array):
+        return value
+    weak = getattr(aval, "weak_type", False) and np.ndim(value) == 0
+    return jnp.asarray(np.asarray(value).item() if weak else value)
 
 
 def function_of_leaves(traced: Traced, place: Key, operand: int, leaves: dict[int, Any]) -> Any:
@@ -137,6 +146,9 @@ def _evaluate(
             elif unknown:
                 outs, more = [_UNKNOWN] * len(eqn.outvars), {}
             else:
+                if eqn.primitive.name.startswith("custom_"):
+                    # The model's own rules see these values, and expect what JAX would give them.
+                    values = [_constant(v, atom.aval) for v, atom in zip(values, eqn.invars)]
                 params = eqn.primitive.get_bind_params(eqn.params)
                 outs, more = eqn.primitive.bind(*values, **params), {}
                 outs = outs if eqn.primitive.multiple_results else [outs]
@@ -207,5 +219,11 @@ def _evaluate_cond(
 
         return call
 
-    outs, own = jax.lax.switch(values[0], [padded(run) for run in branches], values[1:], taps)
+    calls, platforms = [padded(run) for run in branches], eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs, own = jax.lax.switch(values[0], calls, values[1:], taps)
+    else:  # `jax.lax.platform_dependent`: a branch may be of no use on other platforms
+        own_of = {name: call for names, call in zip(platforms, calls) for name in names or ()}
+        default = next((call for names, call in zip(platforms, calls) if names is None), None)
+        outs, own = jax.lax.platform_dependent(values[1:], taps, default=default, **own_of)
     return outs, own
