@@ -117,6 +117,43 @@ def test_complex_products(make):
     np.testing.assert_allclose(have.value["w"], want.value["w"], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "x, g",
+    [
+        (np.full((2, 1, 3), 1e40), np.full((2, 1, 2), 1e-40)),  # beyond float32
+        (np.full((2, 2, 3), 1e5), np.array([1e5, -1e5 + 1e-3])[None, :, None] * np.ones((2, 2, 2))),
+    ],
+)
+@pytest.mark.parametrize("scalar", [False, True])
+def test_no_product_drops_the_bits_of_float64(x, g, scalar):
+    def loss_fn(w, e):
+        return jnp.sum((e["x"] @ w["w"]) * e["g"]) * (w["gain"] if scalar else 1.0)
+
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones((3, 2)), "gain": jnp.ones(())}
+        mask = jnp.ones(2, bool)
+        one, other = (
+            dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)(params, {"x": x, "g": g}, mask)
+            for method in METHODS
+        )
+    assert np.all(one[1].factors > 0)
+    np.testing.assert_allclose(other[1].norms, one[1].norms, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(one[0].value), jax.tree.leaves(other[0].value), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-6)
+
+
+def test_products_and_lookups_promote_nothing_implicitly():
+    def loss_fn(params, e):
+        return jnp.sum((params["table"][e["rows"]] @ params["w"]) * e["x"])
+
+    params = {"table": numbers("float32", 7, 5), "w": numbers("float32", 5, 4)}
+    batch = {"rows": jnp.array([[0, 1], [2, 2], [6, 6]]), "x": numbers("float32", 3, 2, 4)}
+    with jax.numpy_dtype_promotion("strict"):
+        for method in METHODS:
+            clip = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
+            assert np.all(clip(params, batch, jnp.ones(3, bool))[1].factors > 0)
+
+
 def test_float16_loses_small_numbers_by_vmap_only():
     def loss_fn(w, e):
         return jnp.sum((e["x"] @ w) * e["g"], dtype=jnp.float32)

@@ -322,3 +322,29 @@ def test_what_is_recorded_stays_where_it_is(loss, params, batch, microbatch_size
     assert all(math.prod(int(x) for x in shape.split(",") if x) <= 64 for shape in gathered), (
         gathered
     )
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: jnp.sum(jax.lax.top_k(x @ w, 3)[0]),
+        lambda w, x: jnp.sum(jnp.sin((x @ w).reshape(-1)[:7])),
+    ],
+)
+def test_a_loss_need_not_know_how_its_parameters_are_sharded(loss, method):
+    """On Explicit axes, JAX itself has no sharding for the results of these operations."""
+    mesh = MESHES["explicit"]()
+    w, x = NUMBERS.standard_normal((8, 8)), NUMBERS.standard_normal((SIZE, 5, 8))
+    w, x = np.float32(w), np.float32(x)
+    arrays = [w, x, np.ones(SIZE, bool)]
+    clipped = jax.jit(dp.clipped_sum(loss, dp.flat(0.5), method=method))
+    want = clipped(*arrays)
+    specs = [P(None, "data"), P(), P()]
+    arrays = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs)]
+    with pytest.raises(Exception, match="shard"):  # or the test says nothing
+        jax.eval_shape(loss, arrays[0], arrays[1][0])
+    assert_close(clipped(*arrays), want)
+    if method == "bookkeeping":
+        dp.check_engine(loss, *arrays[:2])
+        assert str(dp.explain(loss, arrays[0], arrays[1][0])) == str(dp.explain(loss, w, x[0]))

@@ -98,7 +98,7 @@ def microbatch_sum(
         The numbers of the vmap engine, up to rounding. Padding and examples with a non-finite loss
         or gradient contribute exactly zero. Where a weight has 16 bits, vmap rounds each gradient
         to them, and float16 loses numbers below 6e-8; this engine multiplies in float32 and keeps
-        them. Where it has 64, this engine multiplies in float32 all the same.
+        them. What meets a weight in float64 is differentiated per example, as by vmap.
     """
     held = here(params)
     params = held.shapes

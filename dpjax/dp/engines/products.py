@@ -382,7 +382,7 @@ def lookup_measure(t: Tokens) -> Measure:
     square = _total(jnp.square(summation.combined(t)))
     lengths = _length(squares, t.p)
     # The squared mass of a row is the sum over pairs of its tokens.
-    same = (t.rows == jnp.swapaxes(t.rows, 2, 3))[:, 0]
+    same = (t.rows == jnp.swapaxes(t.rows, 2, 3))[:, 0].astype(jnp.float32)
     mass = jnp.sqrt(jnp.sum(same * _outer(lengths[:, 0]), (1, 2)))
     repeats = jnp.max(jnp.sum(same, 2), 1)  # the most that one row is looked up
     spread = jnp.where(repeats > 1, 2 * (roundings(repeats) + 4) * _UNIT * mass, 0.0)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-from dpjax.dp.engines.views import Factors, View, is_float, limit_of, split
+from dpjax.dp.engines.views import Factors, View, can_multiply, limit_of, split
 
 __all__ = ["Key", "Site", "Weight", "are_disjoint", "joined", "layout", "sites_of", "source_of"]
 
@@ -125,7 +125,7 @@ def sites_of(
     weight = eqn.invars[operand]
     aval: Any = weight.aval
     output: Any = eqn.outvars[0].aval
-    if len(eqn.outvars) != 1 or not is_float(aval) or not is_float(output):
+    if len(eqn.outvars) != 1 or not can_multiply(aval) or not can_multiply(output):
         return []  # a complex product has a conjugate in its derivative
     params = dict(eqn.params)
     if eqn.primitive is P.dot_general_p:
@@ -156,7 +156,7 @@ def sites_of(
         inputs: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     else:
         inputs = eqn.invars[1 - operand].aval
-        if not is_float(inputs):
+        if not can_multiply(inputs):
             return []
     if 0 in (*aval.shape, *inputs.shape, *output.shape, *lengths):
         return []  # an empty product, whose patches have no shape

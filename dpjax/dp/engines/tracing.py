@@ -38,7 +38,7 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jax.interpreters import partial_eval
 
-from dpjax.dp.engines import factored
+from dpjax.dp.engines import factored, reference
 from dpjax.dp.engines.factored import Factored, Product, follow_product
 from dpjax.dp.engines.sites import (
     Key,
@@ -49,7 +49,7 @@ from dpjax.dp.engines.sites import (
     sites_of,
     source_of,
 )
-from dpjax.dp.engines.views import View, follow, is_float, limit_of
+from dpjax.dp.engines.views import View, can_multiply, follow, is_float, limit_of
 
 __all__ = ["Traced", "inlined", "scan_parts", "trace"]
 
@@ -155,12 +155,11 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
         The jaxpr with its sites.
 
     Raises:
-        TypeError: the loss is not a scalar.
+        TypeError: the loss is not one real scalar.
     """
-    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, example)
-    outputs = jax.tree.leaves(shape)
-    if len(outputs) != 1 or outputs[0].shape != ():
-        raise TypeError(f"loss_fn must return one scalar, got {shape}.")
+    # Without their shardings: of Explicit axes, a loss for one device need not know anything.
+    values = jax.tree.map(_abstract, (params, example))
+    closed = jax.make_jaxpr(reference.scalar(loss_fn))(*values)
     # Scans that return parameters nobody reads, heads whose logits nobody reads: not uses.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     leaves = jax.tree.leaves(params)
@@ -192,6 +191,13 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
 
     found = walked(early=False)
     return min(found, walked(early=True), key=formed) if formed(found) else found
+
+
+def _abstract(value: Any) -> Any:
+    if not hasattr(value, "dtype"):
+        return value  # a Python number
+    weak = getattr(value, "weak_type", False)
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=weak)
 
 
 def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
@@ -370,7 +376,7 @@ def _meet(
             found = sites_of(eqn, operand, info.views, info.leaves, key, lengths)
     walk.add(found, lengths, eqn.outvars[0].aval)
     for i in positions if not found else ():
-        scalar = _size(eqn.invars[i]) == 1 and is_float(eqn.invars[i].aval)
+        scalar = _size(eqn.invars[i]) == 1 and can_multiply(eqn.invars[i].aval)
         if scalar and not inside and args[i].reads <= args[i].leaves:
             walk.scalars[(*key, -1 - i)] = args[i].leaves
             aval: Any = eqn.invars[i].aval
@@ -380,7 +386,8 @@ def _meet(
 
 
 def _reason(eqn: core.JaxprEqn) -> tuple[str, str]:
-    return f"used by {eqn.primitive.name}", source_of(eqn)
+    wide = any(is_float(v.aval) and not can_multiply(v.aval) for v in (*eqn.invars, *eqn.outvars))
+    return f"used by {eqn.primitive.name}" + " in float64" * wide, source_of(eqn)
 
 
 def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:

@@ -30,7 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-__all__ = ["Factors", "Step", "View", "follow", "is_float", "limit_of", "split", "strides"]
+__all__ = [
+    "Factors",
+    "Step",
+    "View",
+    "can_multiply",
+    "follow",
+    "is_float",
+    "limit_of",
+    "split",
+    "strides",
+]
 
 Factors = list[tuple[int, int]]  # sizes and strides, outermost first
 
@@ -344,8 +354,13 @@ def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View |
 
 
 def is_float(value: Any) -> bool:
-    """Whether a value consists of real floating-point numbers, as the engine's products need."""
+    """Whether a value consists of real floating-point numbers."""
     return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def can_multiply(value: Any) -> bool:
+    """Whether the engine's products, which are float32, lose nothing of a value's numbers."""
+    return is_float(value) and jnp.finfo(value.dtype).bits <= 32
 
 
 def limit_of(value: Any) -> float:
