@@ -108,6 +108,21 @@ def scalar(loss_fn: LossFn) -> LossFn:
     return checked
 
 
+def unplaced(tree: PyTree) -> PyTree:
+    """Arrays as abstract values without shardings.
+
+    Of Explicit axes, whose shardings are part of a type, a loss for one device need not know.
+    """
+
+    def abstract(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        weak = getattr(x, "weak_type", False)  # random keys have none
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
+
+    return jax.tree.map(abstract, tree)
+
+
 def count_of_doubts(loss: jax.Array) -> jax.Array:
     """The number of examples whose loss is not finite, from `[n]` losses."""
     return jnp.sum(~jnp.isfinite(loss), dtype=jnp.int32)
@@ -116,9 +131,7 @@ def count_of_doubts(loss: jax.Array) -> jax.Array:
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
     """Whether the loss of one example, or its gradient (a custom one included), convolves."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    # Without their shardings: of Explicit axes, a loss for one device need not know anything.
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, example).jaxpr
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(unplaced(params), example).jaxpr
     return next(_convolutions(jaxpr), None) is not None
 
 

@@ -157,8 +157,7 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     Raises:
         TypeError: the loss is not one real scalar.
     """
-    # Without their shardings: of Explicit axes, a loss for one device need not know anything.
-    values = jax.tree.map(_abstract, (params, example))
+    values = reference.unplaced((params, example))
     closed = jax.make_jaxpr(reference.scalar(loss_fn))(*values)
     # Scans that return parameters nobody reads, heads whose logits nobody reads: not uses.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
@@ -191,13 +190,6 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
 
     found = walked(early=False)
     return min(found, walked(early=True), key=formed) if formed(found) else found
-
-
-def _abstract(value: Any) -> Any:
-    if not hasattr(value, "dtype"):
-        return value  # a Python number
-    weak = getattr(value, "weak_type", False)
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=weak)
 
 
 def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
