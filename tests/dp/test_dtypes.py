@@ -136,6 +136,7 @@ def test_no_product_drops_the_bits_of_float64(x, g, scalar):
             dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)(params, {"x": x, "g": g}, mask)
             for method in METHODS
         )
+        assert "compute it in float32" in dp.explain(loss_fn, params, {"x": x[0], "g": g[0]})
     assert np.all(one[1].factors > 0)
     np.testing.assert_allclose(other[1].norms, one[1].norms, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(one[0].value), jax.tree.leaves(other[0].value), strict=True):

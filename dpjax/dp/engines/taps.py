@@ -73,8 +73,11 @@ def _constant(value: Any, aval: Any) -> jax.Array:
     """A value that may be a constant of the jaxpr, in a form of JAX's own."""
     if isinstance(value, jax.Array):
         return value
-    weak = getattr(aval, "weak_type", False) and np.ndim(value) == 0
-    return jnp.asarray(np.asarray(value).item() if weak else value)
+    if getattr(aval, "weak_type", False) and np.ndim(value) == 0:
+        number = jnp.asarray(np.asarray(value).item())  # as a Python number, which promotes nothing
+        if number.dtype == aval.dtype:
+            return number
+    return jnp.asarray(value)
 
 
 def function_of_leaves(traced: Traced, place: Key, operand: int, leaves: dict[int, Any]) -> Any:
