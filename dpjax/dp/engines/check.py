@@ -17,7 +17,7 @@ import numpy as np
 
 from dpjax.dp.clipping import by_leaf, per_layer
 from dpjax.dp.engines import bookkeeping, reference
-from dpjax.dp.engines.clipped_sum import clipped_sum
+from dpjax.dp.meshes import mesh_of, on_mesh
 
 __all__ = ["EngineMismatch", "check_engine"]
 
@@ -72,19 +72,22 @@ def check_engine(
 
     @jax.jit
     def both(params: PyTree, examples: PyTree, frozen: PyTree) -> Any:
-        loss, same = bound(frozen), jax.tree.map(reference.again, examples)
-        want, facts = clipped_sum(loss, rule, method="vmap")(params, examples, mask)
+        loss, same = reference.scalar(bound(frozen)), jax.tree.map(reference.again, examples)
+        want = reference.microbatch_sum(loss, rule, params, examples, mask)
         if engine is not None:
-            return (want.value, facts), engine(loss_fn, rule, params, frozen, same, mask)
-        have, other = clipped_sum(loss, rule, method="bookkeeping")(params, same, mask)
-        return (want.value, facts), (have.value, other)
+            return want, engine(loss_fn, rule, params, frozen, same, mask)
+        return want, bookkeeping.microbatch_sum(loss, rule, params, same, mask)
 
     def bound(frozen: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
         if frozen is None:
             return loss_fn
         return lambda params, example: loss_fn(params, frozen, example)
 
-    (want, facts), (have, other) = jax.tree.map(np.asarray, both(moved, examples, frozen))
+    args, like = (moved, examples, frozen), (moved, mask)
+    mesh = mesh_of(args)
+    whole = mesh is not None and bool(mesh.explicit_axes)
+    results = on_mesh(both, args, (like, like), replicate=whole)
+    (want, facts), (have, other) = jax.tree.map(np.asarray, results)
     # What the sum of the clipped parts can reach; examples that both drop (0 * NaN) take no part.
     parts = np.where(facts.factors > 0, facts.factors * facts.norms, 0.0)
     scale = np.maximum(np.sum(parts, 0), 1e-30)
