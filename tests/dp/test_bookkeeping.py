@@ -120,6 +120,20 @@ def test_sharded_over_devices():
     assert_close((want, expected), (dp.ClippedSum(value, want.sensitivity), facts))
 
 
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+def test_gradients_that_jax_adds_up_before_they_are_clipped_are_refused(method):
+    """With `check_vma`, JAX's default, each device's gradient is that of all devices' examples."""
+    clipped = dp.clipped_sum(lambda w, x: jnp.sum(w * x), dp.flat(1.0), method=method)
+    rows, everywhere = PartitionSpec(AXIS), PartitionSpec()
+
+    def local(w, x, mask):
+        return clipped(w, x, mask)[1].norms
+
+    run = jax.shard_map(local, mesh=make_mesh(), in_specs=(everywhere, rows, rows), out_specs=rows)
+    with pytest.raises(ValueError, match="needs check_vma=False"):
+        jax.jit(run)(jnp.ones(2), jnp.ones((8, 2)), jnp.ones(8, bool))
+
+
 KERNEL = st.integers(1, 3)
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare_engines import agree, both, routes
+from compare_engines import MASK, agree, assert_close, both, routes
+from jax.experimental import io_callback
 from jax.experimental.ode import odeint
 from losses import (
     LAYERS,
@@ -184,6 +185,82 @@ def test_a_loss_that_is_no_scalar_is_refused(loss):
             dp.clipped_sum(loss, dp.flat(1.0), method=method)(
                 jnp.float32(1.0), jnp.ones((2, 3)), jnp.ones(2, bool)
             )
+
+
+def add_to(array):
+    return lambda value: jax.ref.addupdate(array, ..., value)
+
+
+def collects_weight(params, x):
+    total = jax.new_ref(jnp.zeros((3, 3)))
+    add_to(total)(params["w"])
+    return jnp.sum(jnp.sin(x @ total[...]))
+
+
+def collects_example(params, x):
+    scale = jax.new_ref(jnp.ones(3))
+    add_to(scale)(x)
+    return jnp.sum(jnp.sin(x @ (params["w"] * scale[...][:, None])))
+
+
+def collects_penalty(params, x):
+    penalty = jax.new_ref(jnp.zeros(()))
+
+    @jax.jit
+    def layer(w, x, penalty):
+        add_to(penalty)(jnp.sum(w**2))
+        return x @ w
+
+    return jnp.sum(jnp.sin(layer(params["w"], x, penalty))) + penalty[...]
+
+
+def collects_in_a_scan(params, x):
+    total = jax.new_ref(jnp.zeros((3, 3)))
+
+    def turn(carry, _):
+        total[...] = total[...] + jnp.sin(params["w"])
+        return carry, None
+
+    jax.lax.scan(turn, 0.0, length=2)
+    return jnp.sum(x @ total[...])
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [collects_weight, collects_example, collects_penalty, collects_in_a_scan]
+)
+@pytest.mark.parametrize("size", [None, 1])
+def test_losses_that_write_to_arrays_in_place(loss_fn, size):
+    params = {"w": normal(3, 3)[0]}
+    rule = dp.flat(0.5)
+    assert_close(*both(loss_fn, rule, params, normal(3), microbatch_size=size))
+    assert "in place" in dp.explain(loss_fn, params, normal(3)[0])
+
+
+@pytest.mark.parametrize("function", [lambda w, s: w * s, lambda w, s: jnp.sin(w) * s])
+def test_effects_of_a_loss_happen_once(function):
+    """Or the loss is that of one number from the host, and the gradient that of another."""
+    calls = []
+
+    def number():
+        calls.append(1)
+        return np.float32(len(calls))
+
+    def loss_fn(params, x):
+        jax.debug.callback(lambda w: calls.append(0), params["w"])
+        scale = io_callback(number, jax.ShapeDtypeStruct((), jnp.float32))
+        return jnp.sum(x @ function(params["w"], scale)) + jnp.sum(jnp.sin(x @ params["v"].T))
+
+    params, batch = {"v": normal(3, 3)[0], "w": normal(3, 3)[0]}, normal(3)
+    found = {}
+    for method in ("vmap", "bookkeeping"):
+        calls.clear()
+        _, facts = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))(
+            params, batch, MASK
+        )
+        jax.effects_barrier()
+        found[method] = np.asarray(facts.norms), len(calls), sum(calls)
+    np.testing.assert_allclose(found["bookkeeping"][0], found["vmap"][0], rtol=1e-5)
+    assert found["bookkeeping"][1:] == found["vmap"][1:] == (2, 1)
 
 
 @jax.custom_vjp

@@ -105,6 +105,11 @@ def microbatch_sum(
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     planned = planned or make_plan(loss_fn, params, example)
+    if planned.traced.writes:
+        total, facts = reference.microbatch_sum(loss_fn, rule, held.whole(), batch, mask)
+        if start is not None:
+            total = jax.tree.map(lambda sums, own: sums + own.reshape(sums.shape), start, total)
+        return total, facts
     loss, record, direct = backward(planned.traced, held, batch)
     record = dataclasses.replace(record, devices=devices_of(batch, mask.shape[0]))
     groups, num_groups = rule.groups(params), rule.num_groups(params)

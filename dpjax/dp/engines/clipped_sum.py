@@ -88,6 +88,7 @@ def clipped_sum(
             return summed(params.whole() if method == "vmap" else params, batch, mask)
         params = _parameters(params)
         args = params, batch, jnp.asarray(mask)
+        _check_axes(args)
         scalar = jnp.zeros(())
         unit = None if secure_noise is None else scalar
         like = ClippedSum(params, scalar, unit=unit), PerExample(*[args[2]] * 4)
@@ -184,6 +185,21 @@ def _replicate(loss_fn: LossFn, divided: Callable[..., Any], args: tuple[Any, ..
     if not reference.differentiates_convolutions(loss_fn, params, batch):
         return False
     return reference.has_grouped_convolutions(jax.make_jaxpr(divided)(*args).jaxpr)
+
+
+def _check_axes(args: PyTree) -> None:
+    """Raises ValueError where JAX would add up gradients of different devices before clipping."""
+    axes: set[Any] = set()
+    for leaf in jax.tree.leaves(args):
+        kind = jax.typeof(leaf)
+        kind = getattr(kind, "manual_axis_type", kind)
+        axes |= getattr(kind, "varying", getattr(kind, "vma", frozenset()))  # by JAX's version
+    if axes:
+        raise ValueError(
+            f"clipped_sum inside of jax.shard_map over {sorted(map(str, axes))} needs "
+            "check_vma=False: otherwise JAX adds up the gradients of all devices' examples before "
+            "they are clipped."
+        )
 
 
 def _check_sizes(batch: PyTree, mask: jax.Array) -> None:

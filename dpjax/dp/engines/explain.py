@@ -20,6 +20,7 @@ _LARGEST = 5  # direct leaves that are listed
 
 _ADVICE = (
     ("ways", "use it in one layout, or keep a parameter for each use"),
+    ("in place", "return what it would write, and read that"),
     ("in float64", "compute it in float32, as the norms and the sum are"),
     ("without the example", "leave a term without the example, such as decay, to the optimizer"),
     ("gather", "look up whole rows with an integer array: table[rows]"),

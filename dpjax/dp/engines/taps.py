@@ -109,8 +109,8 @@ def _evaluate(
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
     """Evaluates `jaxpr` with taps; also returns what is wanted of the equations.
 
-    Equations with unknown arguments are skipped and have unknown results. With `widen`, a wanted
-    operand that is a conversion is returned as it was before.
+    Equations with unknown arguments are skipped and have unknown results. With `widen`, so are
+    those with effects, and a wanted operand that is a conversion is returned as it was before.
     """
     env: dict[Any, Any] = {**dict(zip(jaxpr.constvars, consts)), **dict(zip(jaxpr.invars, args))}
     returned: dict[Key, jax.Array] = {}
@@ -123,6 +123,8 @@ def _evaluate(
         key = (*prefix, i)
         values = [read(atom) for atom in eqn.invars]
         unknown = any(value is _UNKNOWN for value in values)
+        # The function of a weight runs beside the loss itself: no effect may happen twice.
+        unknown |= widen is not None and bool(eqn.effects) and inlined(eqn) is None
         if key in wanted:
             returned[key] = wanted[key](values)
             if widen is not None:

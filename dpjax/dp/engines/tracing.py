@@ -76,6 +76,8 @@ class Traced:
         spreads: whether a batched gradient may spread one example's NaN over the others.
         taps: shape and dtype of the cotangent of each site's equation and of each scalar.
         factored: equations that are two sites each, see `factored`.
+        writes: whether the loss writes to arrays in place (`jax.new_ref`), which nothing here
+            follows; all leaves are direct then.
     """
 
     jaxpr: core.Jaxpr
@@ -89,6 +91,7 @@ class Traced:
 
     taps: dict[Key, jax.ShapeDtypeStruct]
     factored: dict[Key, Factored]
+    writes: bool = False
 
     @property
     def sites(self) -> list[Site]:
@@ -162,6 +165,9 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     # Scans that return parameters nobody reads, heads whose logits nobody reads: not uses.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     leaves = jax.tree.leaves(params)
+    if _writes(jaxpr):
+        direct = dict.fromkeys(range(len(leaves)), "the loss writes to an array in place")
+        return Traced(jaxpr, closed.consts, (), (), direct, {}, {}, False, {}, {}, writes=True)
     infos = [
         _Info(
             False,
@@ -323,7 +329,8 @@ def _without_example(
                 rest = [a for i, a in enumerate(args) if i != operand]
                 walk.give_up(_leaves(rest), *_reason(eqn))
                 return [_Info(True)]
-    full = all(a.full for a in args) and not _is_closed(eqn)
+    # What has an effect must not run again, as the function of a derived weight does.
+    full = all(a.full for a in args) and not _is_closed(eqn) and not eqn.effects
     full = full and all(_is_full(v.aval) for v in eqn.outvars)
     if eqn.primitive is P.convert_element_type_p and args[0].full:
         narrowed.add(eqn.outvars[0])
@@ -386,6 +393,15 @@ def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     parts = jax.tree.leaves(list(eqn.params.values()))
     closed = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in parts]
     return [p for p in closed if isinstance(p, core.Jaxpr)]
+
+
+def _writes(jaxpr: core.Jaxpr) -> bool:
+    """Whether an equation writes to a mutable array; kernels of Pallas have their own."""
+    return any(
+        eqn.primitive.name in ("swap", "addupdate") or any(map(_writes, _inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name != "pallas_call"
+    )
 
 
 def _convolves_inside(eqn: core.JaxprEqn) -> bool:
