@@ -166,8 +166,9 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     leaves = jax.tree.leaves(params)
     if _writes(jaxpr):
+        found = _resolve(jaxpr, closed.consts, _empty(early=False))  # of no equation
         direct = dict.fromkeys(range(len(leaves)), "the loss writes to an array in place")
-        return Traced(jaxpr, closed.consts, (), (), direct, {}, {}, False, {}, {}, writes=True)
+        return dataclasses.replace(found, direct=direct, writes=True)
     infos = [
         _Info(
             False,
