@@ -23,9 +23,9 @@ from jax.extend.core import primitives as P
 
 from dpjax.dp.engines.arithmetic import backend
 from dpjax.dp.engines.forms import form_of
+from dpjax.dp.engines.jaxprs import inlined, scan_parts
 from dpjax.dp.engines.plans import Plan, make_plan
 from dpjax.dp.engines.sites import Key, Weight
-from dpjax.dp.engines.tracing import inlined, scan_parts
 
 __all__ = ["Sizes", "estimate_memory", "microbatch", "sizes_of"]
 

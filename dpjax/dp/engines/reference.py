@@ -9,7 +9,7 @@ all the others. The book-keeping engine needs it only where it leaves a kernel t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jax.extend.core import primitives as P
 from dpjax.dp import secure
 from dpjax.dp.clipping import ClipRule, PerExample
 from dpjax.dp.engines import summation
+from dpjax.dp.engines.jaxprs import equations
 
 __all__ = [
     "again",
@@ -132,7 +133,7 @@ def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) 
     """Whether the loss of one example, or its gradient (a custom one included), convolves."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(unplaced(params), example).jaxpr
-    return next(_convolutions(jaxpr), None) is not None
+    return bool(_convolutions(jaxpr))
 
 
 def has_grouped_convolutions(jaxpr: core.Jaxpr) -> bool:
@@ -141,14 +142,8 @@ def has_grouped_convolutions(jaxpr: core.Jaxpr) -> bool:
     return any(eqn.params[kind] > 1 for eqn in _convolutions(jaxpr) for kind in kinds)
 
 
-def _convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is P.conv_general_dilated_p:
-            yield eqn
-        for part in jax.tree.leaves(list(eqn.params.values())):
-            inner = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
-            if isinstance(inner, core.Jaxpr):
-                yield from _convolutions(inner)
+def _convolutions(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    return [eqn for eqn in equations(jaxpr) if eqn.primitive is P.conv_general_dilated_p]
 
 
 def one_by_one(

@@ -16,8 +16,9 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 
 from dpjax.dp.engines.factored import Factored
+from dpjax.dp.engines.jaxprs import inlined, scan_parts
 from dpjax.dp.engines.sites import Key, Site
-from dpjax.dp.engines.tracing import Traced, inlined, scan_parts
+from dpjax.dp.engines.tracing import Traced
 
 __all__ = ["evaluate", "function_of_leaves"]
 

@@ -40,6 +40,7 @@ from jax.interpreters import partial_eval
 
 from dpjax.dp.engines import factored, reference
 from dpjax.dp.engines.factored import Factored, Product, follow_product
+from dpjax.dp.engines.jaxprs import equations, inlined, inner_jaxprs, scan_parts
 from dpjax.dp.engines.sites import (
     Key,
     Site,
@@ -51,12 +52,11 @@ from dpjax.dp.engines.sites import (
 )
 from dpjax.dp.engines.views import View, can_multiply, follow, is_float, limit_of
 
-__all__ = ["Traced", "inlined", "scan_parts", "trace"]
+__all__ = ["Traced", "trace"]
 
 PyTree = Any
 
-_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-
+_WRITES = {"swap", "addupdate"}  # to mutable arrays, `jax.new_ref`
 _MOST_SCALARS = 4  # of one leaf: each needs an array of the leaf's size
 
 
@@ -165,7 +165,7 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     # Scans that return parameters nobody reads, heads whose logits nobody reads: not uses.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     leaves = jax.tree.leaves(params)
-    if _writes(jaxpr):
+    if any(eqn.primitive.name in _WRITES for eqn in equations(jaxpr)):
         found = _resolve(jaxpr, closed.consts, _empty(early=False))  # of no equation
         direct = dict.fromkeys(range(len(leaves)), "the loss writes to an array in place")
         return dataclasses.replace(found, direct=direct, writes=True)
@@ -390,36 +390,19 @@ def _reason(eqn: core.JaxprEqn) -> tuple[str, str]:
     return f"used by {eqn.primitive.name}" + " in float64" * wide, source_of(eqn)
 
 
-def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    parts = jax.tree.leaves(list(eqn.params.values()))
-    closed = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in parts]
-    return [p for p in closed if isinstance(p, core.Jaxpr)]
-
-
-def _writes(jaxpr: core.Jaxpr) -> bool:
-    """Whether an equation writes to a mutable array; kernels of Pallas have their own."""
-    return any(
-        eqn.primitive.name in ("swap", "addupdate") or any(map(_writes, _inner_jaxprs(eqn)))
-        for eqn in jaxpr.eqns
-        if eqn.primitive.name != "pallas_call"
-    )
-
-
-def _convolves_inside(eqn: core.JaxprEqn) -> bool:
-    inner = [e for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
-    # The derivative that a custom rule has is not in its parameters in readable form.
-    custom = eqn.primitive.name.startswith("custom_vjp")
-    return custom or any(
-        e.primitive is P.conv_general_dilated_p or _convolves_inside(e) for e in inner
-    )
-
-
 def _is_closed(eqn: core.JaxprEqn) -> bool:
     """Whether an equation has an inside (a loop, a custom derivative) that the walk skips.
 
     What it computes inside may have fewer bits than its inputs and outputs show.
     """
-    return bool(_inner_jaxprs(eqn))
+    return bool(inner_jaxprs(eqn))
+
+
+def _convolves_inside(eqn: core.JaxprEqn) -> bool:
+    # The derivative that a custom rule has is not in its parameters in readable form.
+    inner = [e for jaxpr in inner_jaxprs(eqn) for e in equations(jaxpr)]
+    custom = any(e.primitive.name.startswith("custom_vjp") for e in [eqn, *inner])
+    return custom or any(e.primitive is P.conv_general_dilated_p for e in inner)
 
 
 def _size(atom: Any) -> int:
@@ -436,27 +419,6 @@ def _is_full(value: Any) -> bool:
 
 def _leaves(args: Iterable[_Info]) -> frozenset[int]:
     return frozenset(leaf for a in args for leaf in a.leaves)
-
-
-def inlined(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
-    """The inner jaxpr and constants of a call that only groups equations, remat included."""
-    if eqn.primitive is P.remat_p:
-        return eqn.params["jaxpr"], ()
-    name = _CALLS.get(eqn.primitive.name)
-    return None if name is None else (eqn.params[name].jaxpr, eqn.params[name].consts)
-
-
-def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """The numbers of constants and of carried values of a scan.
-
-    Read from shapes, because the equation's parameters that say it changed their names between
-    versions of JAX: what is scanned or stacked has one axis more outside of the body than inside.
-    """
-    body = eqn.params["jaxpr"].jaxpr
-    ndim = lambda atom: len(atom.aval.shape)  # noqa: E731
-    num_scanned = sum(ndim(v) > ndim(w) for v, w in zip(eqn.invars, body.invars))
-    num_carry = sum(ndim(v) == ndim(w) for v, w in zip(eqn.outvars, body.outvars))
-    return len(eqn.invars) - num_scanned - num_carry, num_carry
 
 
 def _walk_scan(

@@ -1,0 +1,54 @@
+"""Reads jaxprs: what is inside of an equation, whatever JAX's version calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.extend.core import primitives as P
+
+__all__ = ["equations", "inlined", "inner_jaxprs", "scan_parts"]
+
+_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """The bodies, branches and functions that an equation has."""
+    parts = jax.tree.leaves(list(eqn.params.values()))
+    closed = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in parts]
+    return [p for p in closed if isinstance(p, core.Jaxpr)]
+
+
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All equations of a jaxpr, those inside of others included.
+
+    Not those of Pallas kernels, which write to arrays of their own as a matter of course.
+    """
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name != "pallas_call":
+            for inner in inner_jaxprs(eqn):
+                yield from equations(inner)
+
+
+def inlined(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+    """The inner jaxpr and constants of a call that only groups equations, remat included."""
+    if eqn.primitive is P.remat_p:
+        return eqn.params["jaxpr"], ()
+    name = _CALLS.get(eqn.primitive.name)
+    return None if name is None else (eqn.params[name].jaxpr, eqn.params[name].consts)
+
+
+def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan.
+
+    Read from shapes, because the equation's parameters that say it changed their names between
+    versions of JAX: what is scanned or stacked has one axis more outside of the body than inside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    ndim = lambda atom: len(atom.aval.shape)  # noqa: E731
+    num_scanned = sum(ndim(v) > ndim(w) for v, w in zip(eqn.invars, body.invars))
+    num_carry = sum(ndim(v) == ndim(w) for v, w in zip(eqn.outvars, body.outvars))
+    return len(eqn.invars) - num_scanned - num_carry, num_carry
