@@ -105,7 +105,7 @@ def microbatch_sum(
     leaves, treedef = jax.tree.flatten(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     planned = planned or make_plan(loss_fn, params, example)
-    if planned.traced.writes:
+    if planned.traced.writes:  # which JAX alone can follow
         total, facts = reference.microbatch_sum(loss_fn, rule, held.whole(), batch, mask)
         if start is not None:
             total = jax.tree.map(lambda sums, own: sums + own.reshape(sums.shape), start, total)

@@ -61,8 +61,8 @@ def clipped_sum(
         a non-finite loss or gradient contribute exactly zero.
 
     Raises:
-        ValueError: an unknown method, a microbatch size that does not divide the batch, or a batch
-            and a mask that do not fit.
+        ValueError: an unknown method, a microbatch size that does not divide the batch, a batch and
+            a mask that do not fit, or a `jax.shard_map` around it without `check_vma=False`.
         TypeError: a rule, a parameter or a mask of the wrong type, named.
     """
     if not isinstance(rule, ClipRule):
