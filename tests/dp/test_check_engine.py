@@ -83,3 +83,13 @@ def test_a_wrong_engine_is_refused(fault, monkeypatch):
 def test_what_is_not_finite_in_both_is_no_mismatch():
     loss, params, x = DENSE
     dp.check_engine(loss, params, np.where(np.arange(3)[:, None, None] == 1, np.nan, x))
+
+
+@pytest.mark.parametrize(
+    "scale", [0.5, jnp.ones(4, jnp.float8_e4m3fn), jnp.ones(4, jnp.bfloat16)], ids=str
+)
+def test_parameters_of_any_kind_that_can_be_clipped(scale):
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(x @ params["w"] * jnp.asarray(params["scale"], jnp.float32)))
+
+    dp.check_engine(loss, {"w": np.ones((3, 4), np.float32), "scale": scale}, np.ones((2, 3)))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from test_clipping import RULES
 
 from dpjax import dp
@@ -384,3 +385,58 @@ def test_a_gradient_is_computed_once(method, options):
         x = (size * numbers.standard_normal((4, 1, 2, 3))).astype(np.float32)
         total, _ = engine(params, x, np.arange(4) == 2)
         assert np.linalg.norm(np.float64(total.value)) <= 1
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("coefficient", [lambda x: 0.1, lambda x: x[0]])
+def test_a_penalty_without_a_finite_gradient_leaves_the_sum_zero(method, coefficient):
+    """That of a norm at zero is NaN, for all examples alike."""
+
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(x @ w)) + coefficient(x) * jnp.sqrt(jnp.sum(w**2))
+
+    engine = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
+    total, facts = engine(np.zeros((4, 3), np.float32), np.ones((2, 4), np.float32), np.ones(2, bool))
+    np.testing.assert_array_equal(facts.factors, 0)
+    np.testing.assert_array_equal(total.value, 0)
+
+
+def three_layers(params, x):
+    centered = params["a"] - jnp.mean(params["a"], 0, keepdims=True)
+    scaled = centered / jnp.sqrt(jnp.var(params["a"], 0, keepdims=True) + 1e-5)
+    return jnp.sum(jnp.tanh(jnp.tanh(jnp.tanh(x @ scaled) @ params["b"]) @ params["c"]))
+
+
+THREE_LAYERS = {
+    "a": np.random.default_rng(0).standard_normal((8, 40), np.float32),
+    "b": np.random.default_rng(1).standard_normal((40, 40), np.float32),
+    "c": np.random.default_rng(2).standard_normal((40, 5), np.float32),
+}
+
+
+@pytest.mark.parametrize("mode", [jax.disable_jit, jax.debug_nans])
+def test_what_looks_at_every_operation_changes_nothing(mode):
+    x = np.random.default_rng(2).standard_normal((4, 3, 8), np.float32)
+    engine = dp.clipped_sum(three_layers, dp.flat(1.0))
+    want, facts = engine(THREE_LAYERS, x, np.ones(4, bool))
+    with mode(True):
+        found, other = engine(THREE_LAYERS, x, np.ones(4, bool))
+    np.testing.assert_allclose(other.norms, facts.norms, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(want.value), jax.tree.leaves(found.value), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_export_for_batches_of_any_size():
+    def summed(*args):
+        total, facts = dp.clipped_sum(three_layers, dp.flat(1.0))(*args)
+        return total.value, facts.norms
+
+    (n,) = export.symbolic_shape("n")
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), THREE_LAYERS)
+    batch = jax.ShapeDtypeStruct((n, 3, 8), jnp.float32), jax.ShapeDtypeStruct((n,), bool)
+    exported = export.export(jax.jit(summed))(shapes, *batch)
+    for size in (1, 5):
+        x = np.random.default_rng(2).standard_normal((size, 3, 8), np.float32)
+        args = THREE_LAYERS, x, np.ones(size, bool)
+        for a, b in zip(*map(jax.tree.leaves, (exported.call(*args), summed(*args))), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

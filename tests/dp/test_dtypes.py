@@ -188,3 +188,42 @@ def test_products_of_16_bits_keep_their_route():
         params = {"w": numbers(dtype, 5, 4), "b": numbers(dtype, 4)}
         plan = bookkeeping.plan(loss_of("float32"), params, numbers(dtype, 6, 5))
         assert {leaf.path: leaf.route for leaf in plan}["w"] == "gram"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_weakly_typed_batch_promotes_no_weight(dtype):
+    """Python numbers are weakly typed, and what JAX makes of them: the product has 16 bits."""
+    batch = jnp.full((3, 5), 30.0)
+    loss_fn = lambda w, x: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32)  # noqa: E731
+    params, mask = numbers(dtype, 5, 4), jnp.ones(3, bool)
+    want, found = (
+        dp.clipped_sum(loss_fn, dp.flat(1.0), method=method)(params, batch, mask)
+        for method in METHODS
+    )
+    assert batch.weak_type
+    np.testing.assert_array_equal(found[1].loss, want[1].loss)
+    np.testing.assert_allclose(found[1].norms, want[1].norms, rtol=1e-2)
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+@pytest.mark.parametrize("narrow", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_uses_of_a_weight_in_several_dtypes(promotion, narrow, looked_up):
+    def loss_fn(w, x):
+        rows = (x[:, 0] > 0).astype(jnp.int32)
+        low = w.astype(narrow)
+        one = low[rows] if looked_up else x.astype(narrow) @ low
+        return jnp.sum(jnp.sin(one.astype(jnp.float32))) + jnp.sum(jnp.sin(x @ w))
+
+    params, batch, mask = numbers("float32", 5, 5), numbers("float32", 3, 2, 5), jnp.ones(3, bool)
+    with jax.numpy_dtype_promotion(promotion):
+        want, found = (
+            jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))(params, batch, mask)
+            for method in METHODS
+        )
+    # vmap rounds gradients to the few bits of the conversion.
+    tolerance = 0.05 if narrow == "float8_e4m3fn" else 0.01
+    np.testing.assert_allclose(found[1].loss, want[1].loss, rtol=1e-5)
+    np.testing.assert_allclose(found[1].norms, want[1].norms, rtol=tolerance)
+    difference = np.linalg.norm(found[0].value - want[0].value)
+    assert difference <= tolerance * np.linalg.norm(want[0].value)

@@ -57,3 +57,7 @@ def test_a_model_without_direct_leaves_has_no_advice():
     text = dp.explain(lambda p, x: jnp.sum(x @ p), jnp.ones((8, 4)), jnp.ones((5, 8)))
     assert "direct" not in text
     assert "100.0 %" in text
+
+
+def test_no_parameters():
+    assert dp.explain(lambda params, x: jnp.sum(x), {}, jnp.ones(3)).startswith("route")

@@ -199,3 +199,21 @@ def test_the_bound():
         x[3 + i] *= np.float32(scale)
     ordinary = {"x": BATCH[1], "g": g[3]}
     check(loss_fn, PARAMS, ordinary, {"x": x, "g": 100 * g}, rtol=np.float32([5e-2] + [1e-3] * 5))
+
+
+def of_a_leaf_without_numbers(p):
+    return FROZEN + p["a"] @ jnp.concatenate([p["none"], p["b"]], 1)
+
+
+@pytest.mark.parametrize("function", [merged, on_a_derived_base, of_a_leaf_without_numbers])
+def test_checkpointed_functions_of_weights(function):
+    """`jax.checkpoint` around what depends on parameters alone changes nothing."""
+    params = PARAMS | {"c": FROZEN, "none": np.zeros((RANK, 0), np.float32)}
+
+    def loss_fn(params, x):
+        decay = jax.checkpoint(lambda a: jnp.tanh(jnp.sum(a**2)))(params["a"])
+        return jnp.sum(jnp.tanh(x @ jax.checkpoint(function)(params))) + decay * x[0, 0]
+
+    agree(loss_fn, params, BATCH[:4], tolerance=3e-5)
+    plan = bookkeeping.plan(loss_fn, params, BATCH[0])
+    assert "direct" not in {leaf.route for leaf in plan}

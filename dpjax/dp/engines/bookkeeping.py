@@ -103,7 +103,7 @@ def microbatch_sum(
     held = here(params)
     params = held.shapes
     leaves, treedef = jax.tree.flatten(params)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    example = reference.example_of(batch)
     planned = planned or make_plan(loss_fn, params, example)
     if planned.traced.writes:  # which JAX alone can follow
         total, facts = reference.microbatch_sum(loss_fn, rule, held.whole(), batch, mask)

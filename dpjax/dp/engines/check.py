@@ -64,9 +64,14 @@ def check_engine(
     >>> check_engine(loss, {"w": jax.numpy.ones((3, 2))}, jax.numpy.ones((2, 3)))
     """
     numbers = np.random.default_rng(0)
-    moved = jax.tree.map(
-        lambda p: p + 0.02 * numbers.standard_normal(np.shape(p)).astype(p.dtype), params
-    )
+
+
+    def away(parameter: jax.typing.ArrayLike) -> jax.Array:
+        at = jnp.asarray(parameter)
+        step = jnp.asarray(0.02 * numbers.standard_normal(at.shape), at.dtype)
+        return step if 0 in at.shape else (at + step).astype(at.dtype)
+
+    moved = jax.tree.map(away, params)
     rule = per_layer(1.0, grouping=by_leaf)
     mask = jnp.ones(jax.tree.leaves(examples)[0].shape[0], bool)
 
@@ -103,7 +108,7 @@ def check_engine(
     wrong = ~np.all(same, 0) | ~(np.array(sums) <= _TOLERANCE * scale + 1e-12)
     if not np.any(wrong):
         return
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+    example = reference.example_of(examples)
     leaf = int(np.argmax(wrong * (np.array(sums) / scale + 1.0)))
     plan = bookkeeping.plan(bound(frozen), params, example)[leaf]
     raise EngineMismatch(

@@ -58,7 +58,8 @@ def clipped_sum(
     Guarantees:
         The sum is float32 whatever the dtype of the model, or int32 for secure noise. Adding or
         removing one example moves it by at most `ClippedSum.sensitivity`; padding and examples with
-        a non-finite loss or gradient contribute exactly zero.
+        a non-finite loss or gradient contribute exactly zero. The function can be vmapped, scanned
+        over and differentiated forward, not in reverse.
 
     Raises:
         ValueError: an unknown method, a microbatch size that does not divide the batch, a batch and
@@ -96,7 +97,10 @@ def clipped_sum(
         def divided(*args: Any) -> Any:
             return on_mesh(summed, args, like)
 
-        return on_mesh(summed, args, like, replicate=_replicate(loss_fn, divided, args))
+        # Outside of jit, `jax_debug_nans` looks at every operation. The engines, which compute NaN on
+        # the way to a sum that has none, would raise for losses that have none either.
+        with jax.debug_nans(False):
+            return on_mesh(summed, args, like, replicate=_replicate(loss_fn, divided, args))
 
     def summed(held: PyTree, batch: PyTree, mask: jax.Array) -> tuple[ClippedSum, PerExample]:
         params = held.shapes if isinstance(held, Held) else held
@@ -119,7 +123,7 @@ def clipped_sum(
             raise ValueError(f"microbatch_size={micro} must divide the batch size {size}.")
         engine: Any = reference
         if method != "vmap":
-            example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+            example = reference.example_of(batch)
             planned = make_plan(loss_fn, params, example)
             engine, options = bookkeeping, {"planned": planned}
             if microbatch_size is None:
@@ -174,7 +178,7 @@ def _replicate(loss_fn: LossFn, divided: Callable[..., Any], args: tuple[Any, ..
         return False
     mesh = mesh_of(args)
     params, batch, _ = args
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    example = reference.example_of(batch)
     explicit = mesh is not None and mesh.explicit_axes
     if explicit and closes_over_explicit(loss_fn, mesh, params, example):
         return True

@@ -85,7 +85,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     plan = leaf_plans(planned, params)
     leaves = jax.tree.leaves(params)
     counts = collections.Counter(leaf.route for leaf in plan)
-    width = max(5, *(len(route) for route in counts))
+    width = max([5, *(len(route) for route in counts)])
     lines = [f"{'route':<{width}}   share  leaves"]
     lines += [
         f"{route:<{width}}  {100 * share:4.1f} %  {counts[route]:6}"

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ __all__ = [
     "last_axes",
     "part_of",
     "restore",
+    "side_by_side",
     "sums_as_convolution",
     "tiles",
     "tokens",
@@ -132,10 +134,17 @@ def tokens(sites: tuple[Site, ...], arrays: Any) -> Tokens:
     def joined(pairs: list[tuple[jax.Array, jax.Array]]) -> Any:
         if len(pairs) < 2:
             return pairs[0] if pairs else (None, None)
-        return tuple(jnp.concatenate(parts, 2) for parts in zip(*pairs))
+        return tuple(side_by_side(parts) for parts in zip(*pairs))
 
     (x, g), (rows, h) = joined(products), joined(lookups)
     return Tokens(x, g, rows, h, form_of(sites).d)
+
+
+def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+    """Arrays `[n, B, tokens, ...]` as one; of uses in several dtypes, which need not mix, float32."""
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.astype(jnp.float32) for part in parts]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
 
 
 def keeps_order(site: Site) -> bool:

@@ -199,6 +199,8 @@ def microbatch(sizes: Sizes, n: int) -> int:
     part is much smaller than what is fixed, which would save nothing, or than an eighth of the
     batch.
     """
+    if not isinstance(n, int):
+        return n  # a symbolic size, of `jax.export`
     if sizes.convolves and backend() == "cpu":
         return n  # XLA brings convolutions into the form that is fast there outside of loops alone
     limits = _LIMITS.get(backend(), _ELSEWHERE)

@@ -225,6 +225,8 @@ def closed_part(
             totals = totals | {leaf: totals[leaf] + value}
         for at, constant in terms.items():
             weights = summation.scaled(record.scalars[at], factor, usable)
+            # A number that is not finite has no example that is summed, and 0 * NaN is NaN.
+            constant = jnp.where(jnp.isfinite(constant), constant, 0.0)
             value = flat_back(jnp.sum(weights) * constant)
             totals = totals | {leaf: totals[leaf] + value}
         return totals
@@ -361,6 +363,8 @@ def chunk_of(record: Record, size: int, share: int = 1) -> int:
     examples of a chunk, and each has memory of its own.
     """
     n, least = record.size, record.devices
+    if not isinstance(n, int):
+        return n  # a symbolic size, of `jax.export`
     budget = least * _CHUNK.get(jax.default_backend(), _LARGE_CHUNK)
     choices = (c for c in range(least, n // share + 1, least) if n % c == 0)
     return max((c for c in choices if c * size <= budget), default=least if n % least == 0 else n)
@@ -379,7 +383,7 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
     )
 
     def turn(i: jax.Array, results: list[jax.Array]) -> list[jax.Array]:
-        found = core.jaxpr_as_fun(closed)(i.astype(jnp.uint32))
+        found = core.jaxpr_as_fun(closed)(jnp.asarray(i, jnp.uint32))
         return [
             jax.lax.dynamic_update_index_in_dim(all, own, i, 0)
             for all, own in zip(results, found, strict=True)

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.engines import summation
+from dpjax.dp.engines import forms, summation
 from dpjax.dp.engines.arithmetic import roundings
 from dpjax.dp.engines.forms import Form, Tokens
 
@@ -217,8 +217,7 @@ def _input_gram(t: Tokens) -> tuple[jax.Array, int]:
 
 def _cotangents(t: Tokens) -> jax.Array:
     """Those of lookups first."""
-    parts = [part for part in (t.h, t.g) if part is not None]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
+    return forms.side_by_side([part for part in (t.h, t.g) if part is not None])
 
 
 def token_squares(t: Tokens) -> tuple[jax.Array, jax.Array]:

@@ -65,7 +65,8 @@ class Record:
     def size(self) -> int:
         """The number of examples."""
         i, array = next(iter(self.arrays.items()))
-        return int(array.shape[self.axes[i]]) // self.rows[i]
+        size: int = array.shape[self.axes[i]] // self.rows[i]
+        return size
 
     def take(self, part: jax.Array, count: int) -> Record:
         """A part of `count` examples, see `taken`."""

@@ -26,6 +26,7 @@ __all__ = [
     "again",
     "count_of_doubts",
     "differentiates_convolutions",
+    "example_of",
     "has_grouped_convolutions",
     "microbatch_sum",
     "once",
@@ -115,13 +116,17 @@ def unplaced(tree: PyTree) -> PyTree:
     Of Explicit axes, whose shardings are part of a type, a loss for one device need not know.
     """
 
-    def abstract(x: Any) -> Any:
-        if not isinstance(x, jax.Array):
-            return x
-        weak = getattr(x, "weak_type", False)  # random keys have none
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
+    return jax.tree.map(lambda x: _abstract(x, x.shape) if isinstance(x, jax.Array) else x, tree)
 
-    return jax.tree.map(abstract, tree)
+
+def example_of(batch: PyTree) -> PyTree:
+    """One example of a batch, as abstract values; see `unplaced`."""
+    return jax.tree.map(lambda x: _abstract(x, x.shape[1:]), batch)
+
+
+def _abstract(x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    # A weak type promotes others to less than a strong one does. Random keys have none.
+    return jax.ShapeDtypeStruct(shape, x.dtype, weak_type=getattr(x, "weak_type", False))
 
 
 def count_of_doubts(loss: jax.Array) -> jax.Array:
@@ -131,7 +136,7 @@ def count_of_doubts(loss: jax.Array) -> jax.Array:
 
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
     """Whether the loss of one example, or its gradient (a custom one included), convolves."""
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    example = example_of(batch)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(unplaced(params), example).jaxpr
     return bool(_convolutions(jaxpr))
 

@@ -94,6 +94,9 @@ def function_of_leaves(traced: Traced, place: Key, operand: int, leaves: dict[in
         The operand.
     """
     args = [leaves.get(i, _UNKNOWN) for i in range(len(traced.jaxpr.invars))]
+    for i, var in enumerate(traced.jaxpr.invars):
+        if 0 in var.aval.shape:  # of no number, and so among no operand's leaves
+            args[i] = jnp.zeros(var.aval.shape, var.aval.dtype)
     wanted: Wanted = {place: lambda values: values[operand]}
     return _evaluate(traced.jaxpr, traced.consts, args, (), {}, wanted, widen=operand)[1][place]
 
@@ -145,7 +148,7 @@ def _evaluate(
                 outs, more = _evaluate_scan(eqn, values, key, within, wanted)
             elif within and eqn.primitive is P.cond_p:
                 outs, more = _evaluate_cond(eqn, values, key, within, wanted)
-            elif inner is not None and (unknown or eqn.primitive is not P.remat_p):
+            elif inner is not None and (widen is not None or eqn.primitive is not P.remat_p):
                 outs, more = _evaluate(*inner, values, key, within, wanted, widen=widen)
                 if widen is not None and more:
                     return [], more
