@@ -75,6 +75,35 @@ def vmapped_lookup(draw: _Draw) -> Case:
     return loss_fn, params, draw.rows(rows, n, tokens)
 
 
+def bag(draw: _Draw) -> Case:
+    """The mean of many rows of a table, some of them several times, and layers of it."""
+    n, rows, width = draw.size(64, 4), draw.size(20_000, 9), draw.size(64, 3)
+    layers = {f"w{i}": draw.weight(a, b) for i, (a, b) in enumerate(((width, 512), (512, 512)))}
+    params = {"table": draw.normal(rows, width), **layers, "out": draw.weight(512, 10)}
+
+    def loss_fn(params: Any, example: Any) -> jax.Array:
+        x = jnp.mean(params["table"][example], 0)
+        for name in ("w0", "w1", "out"):
+            x = jnp.tanh(x @ params[name])
+        return jnp.sum(jnp.square(x))
+
+    return loss_fn, params, draw.rows(rows, n, draw.size(512, 80))
+
+
+def masked(draw: _Draw) -> Case:
+    """Layers under a mask, as those of an autoregressive density, and one that is positive."""
+    width = draw.size(768, 6)
+    params = {f"w{i}": draw.weight(width, width) for i in range(3)}
+    mask = np.tril(np.ones((width, width), np.float32))
+
+    def loss_fn(params: Any, x: Any) -> jax.Array:
+        x = jnp.tanh(x @ (params["w0"] * mask))
+        x = jnp.tanh(x @ (params["w1"] * mask))
+        return jnp.mean(jnp.square(x @ jax.nn.softplus(params["w2"] - 3)))
+
+    return loss_fn, params, draw.normal(draw.size(128, 4), width)
+
+
 def tied(draw: _Draw) -> Case:
     """A language model whose output layer is its embedding."""
     n, rows, width, tokens = draw.size(8, 4), draw.size(16_384, 11), draw.size(512, 5), 64
@@ -296,7 +325,7 @@ IDIOMS: dict[str, Callable[[_Draw], Case]] = {
     make.__name__: make
     for make in (
         user_item, vmapped_lookup, tied, dead_code, penalty, fused, stacked, sliced, weight_norm,
-        merged_lora, lstm, gru, resnet, experts, branches, queries, own_derivative,
+        merged_lora, lstm, gru, resnet, experts, branches, queries, own_derivative, bag, masked,
     )
 }  # fmt: skip
 

@@ -8,4 +8,4 @@ from dpjax.dp.engines import products
 @pytest.fixture
 def without_margins(monkeypatch):
     """The engines are compared to rounding; what margins add is tested in test_engine_bound."""
-    monkeypatch.setattr(products, "_UNIT", 0.0)
+    monkeypatch.setattr(products, "UNIT", 0.0)

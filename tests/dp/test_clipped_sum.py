@@ -396,7 +396,9 @@ def test_a_penalty_without_a_finite_gradient_leaves_the_sum_zero(method, coeffic
         return jnp.sum(jnp.tanh(x @ w)) + coefficient(x) * jnp.sqrt(jnp.sum(w**2))
 
     engine = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))
-    total, facts = engine(np.zeros((4, 3), np.float32), np.ones((2, 4), np.float32), np.ones(2, bool))
+    total, facts = engine(
+        np.zeros((4, 3), np.float32), np.ones((2, 4), np.float32), np.ones(2, bool)
+    )
     np.testing.assert_array_equal(facts.factors, 0)
     np.testing.assert_array_equal(total.value, 0)
 
@@ -414,7 +416,9 @@ THREE_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("mode", [jax.disable_jit, jax.debug_nans])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(jax.disable_jit, marks=pytest.mark.slow), jax.debug_nans]
+)
 def test_what_looks_at_every_operation_changes_nothing(mode):
     x = np.random.default_rng(2).standard_normal((4, 3, 8), np.float32)
     engine = dp.clipped_sum(three_layers, dp.flat(1.0))

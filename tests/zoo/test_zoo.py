@@ -105,7 +105,7 @@ _BIAS_OR_NORM = re.compile(r"bias|(^|/)b$|norm|Norm|layers/1/weight|(^|/)(scale|
 )
 def test_the_zoo(make, row, monkeypatch):
     pytest.importorskip(_NEEDS.get(make.__name__.partition("_")[0], "jax"))
-    monkeypatch.setattr(products, "_UNIT", 0.0)  # to rounding; what margins add is tested elsewhere
+    monkeypatch.setattr(products, "UNIT", 0.0)  # to rounding; what margins add is tested elsewhere
     # Models are written as their authors would: they broadcast, and both engines read one key.
     with jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
         loss_fn, params, batch = make()

@@ -65,7 +65,6 @@ def check_engine(
     """
     numbers = np.random.default_rng(0)
 
-
     def away(parameter: jax.typing.ArrayLike) -> jax.Array:
         at = jnp.asarray(parameter)
         step = jnp.asarray(0.02 * numbers.standard_normal(at.shape), at.dtype)

@@ -97,8 +97,8 @@ def clipped_sum(
         def divided(*args: Any) -> Any:
             return on_mesh(summed, args, like)
 
-        # Outside of jit, `jax_debug_nans` looks at every operation. The engines, which compute NaN on
-        # the way to a sum that has none, would raise for losses that have none either.
+        # Outside of jit, `jax_debug_nans` looks at every operation. The engines compute NaN on the
+        # way to a sum that has none, and would raise for losses that have none either.
         with jax.debug_nans(False):
             return on_mesh(summed, args, like, replicate=_replicate(loss_fn, divided, args))
 

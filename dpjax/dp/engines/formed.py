@@ -1,8 +1,8 @@
 """Weights that are functions of their leaves, or that share a leaf in several layouts.
 
 In general their leaves' gradients are formed for each example, measured and summed. Where a weight
-only scales and shifts the columns of a leaf (`columns`), norms and sums follow from what was
-recorded.
+only scales and shifts the columns of a leaf (`columns`), or takes its numbers one by one
+(`entries`), norms and sums follow from what was recorded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dpjax.dp.engines import forms, products, reference, summation
+from dpjax.dp.engines import entries, forms, products, reference, summation
 from dpjax.dp.engines.columns import Columns, Products, Scaled, products_of, pulled, with_columns
+from dpjax.dp.engines.entries import Entries
 from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.parts import (
     Factors,
@@ -103,6 +104,8 @@ def formed_part(
         vectors, within = gradients(record)
         return tuple(map(products.kept_measure, reference.once(vectors, doubts))), within
 
+    if mixed.entries:
+        return _entries_part(mixed, record, held, members, exact, place, doubts)
     measures, within = chunked(measure, own, size)
 
     def add(
@@ -133,6 +136,57 @@ def formed_part(
         return totals | jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(own.size // chunk), turn, start)
 
     return Part(members, (), measures, within, add, min(limits), exact, place)
+
+
+def _entries_part(
+    mixed: Mixed,
+    record: Record,
+    held: Held,
+    members: tuple[int, ...],
+    exact: Callable[[Record], Vectors],
+    place: Callable[[Totals, Record, Vectors], Totals],
+    doubts: jax.Array,
+) -> Part:
+    """The part of weights that are functions of their leaves number by number; see `entries`.
+
+    Args:
+        mixed: the weights.
+        record: what was recorded.
+        held: the parameters.
+        members: see `Part`.
+        exact: likewise.
+        place: likewise.
+        doubts: see `reference.once`.
+    """
+    limit = min(site.limit for own in mixed.entries for site in own.sites)
+    measures: dict[int, products.Measure] = {}
+    within = jnp.ones(record.size, bool)
+    # Once: what is measured is multiplied with the slopes that the sum is multiplied with.
+    slopes = {e.leaf: e.at({i: held.leaf(i) for i in e.leaves}) for e in mixed.entries}
+    slopes = reference.once(slopes, doubts)
+    for own in mixed.entries:
+
+        def measure(record: Record, own: Entries = own) -> tuple[products.Measure, jax.Array]:
+            return entries.measure(record.tokens(own.sites), slopes[own.leaf])
+
+        part = record.of((own.sites,), [])
+        measures[own.leaf], mass = chunked(measure, part, entries.temporary(own))
+        within &= slopes[own.leaf].sound & (mass < limit / 4)
+
+    def add(
+        totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
+    ) -> Totals:
+        group, totals = dict(zip(mixed.leaves, members, strict=True)), dict(totals)
+        for own in mixed.entries:
+            factor, by = factors[group[own.leaf]][0], slopes[own.leaf]
+            value = _weighted(own.sites, record, factor, usable)
+            value = own.of_leaf(by.size * (by.own * value))
+            totals[own.leaf] += jnp.where(by.sound, value, 0.0)  # 0 * NaN is NaN
+        return totals
+
+    clears = frozenset().union(*(cleared(own.sites, record) for own in mixed.entries))
+    in_order = tuple(measures[leaf] for leaf in mixed.leaves)
+    return Part(members, (), in_order, within, add, limit, exact, place, clears)
 
 
 def _columns_part(

@@ -141,7 +141,7 @@ def tokens(sites: tuple[Site, ...], arrays: Any) -> Tokens:
 
 
 def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
-    """Arrays `[n, B, tokens, ...]` as one; of uses in several dtypes, which need not mix, float32."""
+    """Arrays `[n, B, tokens, ...]` as one, float32 if they differ in their dtypes."""
     if len({part.dtype for part in parts}) > 1:
         parts = [part.astype(jnp.float32) for part in parts]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)

@@ -349,6 +349,8 @@ def unscaled(sites: Weight) -> tuple[Weight, float]:
 def _temporary(group: Group) -> int:
     """Numbers that measuring one example takes beyond what is recorded or kept."""
     B, T, d, p = group.form[:4]
+    if group.norm == "lookup":
+        return 2 * T * p
     if any(forms.has_patches(site) for site in group.sites):
         return B * T * d
     # What a scan recorded is turned, to have the examples first.

@@ -8,7 +8,9 @@ and is what a run prints and `explain` tells.
   kept for the sum if they take little memory.
 - "derived": the weight is a function of its leaves, or a leaf is used in several layouts. Where all
   that is done to a leaf is to scale and shift its columns, norms are computed as for a product
-  ("by columns", see `columns`); else the gradient is formed for a few examples at a time.
+  ("by columns", see `columns`), and where its numbers are taken one by one, by the products of
+  pairs of tokens if those are few ("by entries", see `entries`); else the gradient is formed for a
+  few examples at a time.
 - "direct": JAX differentiates the leaf for each example.
 """
 
@@ -22,6 +24,7 @@ import jax
 
 from dpjax.dp.engines import forms, products
 from dpjax.dp.engines.columns import Columns, columns_of
+from dpjax.dp.engines.entries import Entries, entries_of
 from dpjax.dp.engines.forms import Form
 from dpjax.dp.engines.sites import Weight
 from dpjax.dp.engines.tracing import Traced, trace
@@ -83,6 +86,7 @@ class Mixed(NamedTuple):
         numbers: numbers of the gradients of all weights, of one example.
         columns: the weights as columns that are scaled and shifted, whose gradients are not formed,
             with the way to their norms; empty if they are not of that kind.
+        entries: likewise, the weights as functions of the numbers of each leaf, one by one.
     """
 
     weights: tuple[Weight, ...]
@@ -90,6 +94,7 @@ class Mixed(NamedTuple):
     kept: bool
     numbers: int
     columns: tuple[tuple[Columns, str], ...] = ()
+    entries: tuple[Entries, ...] = ()
 
     @property
     def route(self) -> str:
@@ -107,6 +112,7 @@ class Plan(NamedTuple):
         """The most tokens of a weight whose gradient is measured without being kept."""
         sites = [group.sites for group in self.groups]
         sites += [own.sites for mixed in self.mixed for own, _ in mixed.columns]
+        sites += [own.sites for mixed in self.mixed for own in mixed.entries]
         return max((forms.form_of(own).T for own in sites), default=1)
 
 
@@ -134,7 +140,8 @@ def leaf_plans(planned: Plan, params: PyTree) -> tuple[LeafPlan, ...]:
         norm = "outer" if mixed.kept else "outer again"
         for leaf in mixed.leaves:
             own = [w for w in mixed.weights if leaf in w[0].leaves]
-            sizes = "; ".join(_sizes(weight, norm) for weight in own) + ", derived"
+            how = "by entries" if mixed.entries else "derived"
+            sizes = "; ".join(_sizes(weight, norm) for weight in own) + f", {how}"
             by_columns = [
                 _sizes(columns.sites, norm if mixed.kept else own_norm)
                 for columns, own_norm in mixed.columns
@@ -185,8 +192,23 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
         columns = () if traced.scalars else _columns(traced, weights, leaves)
         kept = products.can_keep(total, 1 if columns else times)
         group = group._replace(columns=columns)
+        if not (kept or columns or traced.scalars):
+            group = group._replace(entries=_entries(traced, weights, leaves))
         mixed.append(group._replace(kept=kept))
     return Plan(traced, tuple(groups), tuple(mixed))
+
+
+def _entries(
+    traced: Traced, weights: tuple[Weight, ...], leaves: Sequence[Any]
+) -> tuple[Entries, ...]:
+    """The weights as functions of single numbers, if all are, each of leaves of its own."""
+    every: list[Entries] = []
+    for sites in weights:
+        found = entries_of(traced, sites, leaves)
+        if not found or not {own.leaf for own in found}.isdisjoint(own.leaf for own in every):
+            return ()
+        every.extend(found)
+    return tuple(every)
 
 
 def _columns(

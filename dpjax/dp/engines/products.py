@@ -5,7 +5,7 @@ float32, and `arithmetic` says what products of float32 numbers are off by on ea
 
 **Why a norm bounds what is summed.** Let u = 2^-24, the unit roundoff of float32. A sum of k
 products, in any order, fused or not, is off by at most r(k) u times the sum of their absolute
-values (to first order in u), and by `_TINY` for each product that underflows: r(k) = k in float32,
+values (to first order in u), and by `TINY` for each product that underflows: r(k) = k in float32,
 and more where the device multiplies in parts (`arithmetic.roundings`). Long sums are
 computed in b blocks of 256, with r(256) + b in place of r(k). Where the gradient is formed for its
 norm and kept for the sum, measured and summed are one array and nothing more is needed. Elsewhere
@@ -27,7 +27,7 @@ both may be off by:
 
 A penalty on the parameters adds c_i R to G_i, with one array R for all examples. The square is then
 |G_i|^2 + 2 c_i <G_i, R> + |c_i R|^2. The inner product is sum_t (x_t R) g_t: x_t R is off by
-r(d) u |x_t||R|, the sum over tokens and columns by another `_REDUCTION` u |x_t||R||g_t|, together
+r(d) u |x_t||R|, the sum over tokens and columns by another `REDUCTION` u |x_t||R||g_t|, together
 (r(d) + ...) u mass |R|; `error` grows by 2 |c_i| times that. It grows by 2 |c_i R| spread as well:
 a square that was measured on a rounded G_i lacks as much beside the inner product of the exact one.
 `mass` and `spread` grow by |c_i R| and a few units of it, because sum_i f_i c_i R is one more
@@ -54,6 +54,9 @@ from dpjax.dp.engines.arithmetic import roundings
 from dpjax.dp.engines.forms import Form, Tokens
 
 __all__ = [
+    "REDUCTION",
+    "TINY",
+    "UNIT",
     "Measure",
     "can_keep",
     "cheapest",
@@ -61,9 +64,13 @@ __all__ = [
     "gram_measure",
     "kept_measure",
     "kept_square",
+    "length",
     "lookup_measure",
     "outer",
     "outer_measure",
+    "peak",
+    "rounding_of",
+    "token_squares",
     "with_added",
     "with_constant",
 ]
@@ -76,9 +83,9 @@ _GRAM = 1.3
 # Gradients are kept if they are at most this many times larger than what they are computed from.
 _KEEP = 2
 
-_UNIT = 2.0**-24  # unit roundoff of float32
-_TINY = 2.0**-126  # products below this are lost
-_REDUCTION = 128  # of any size: XLA reduces in trees of short branches
+UNIT = 2.0**-24  # unit roundoff of float32
+TINY = 2.0**-126  # products below this are lost
+REDUCTION = 128  # of any size: XLA reduces in trees of short branches
 
 
 def can_keep(form: Form, times: int = 1) -> bool:
@@ -175,10 +182,10 @@ def gram(t: Tokens) -> Gram:
     if t.tokens == 1:
         x_square, g_square = token_squares(t)
         # One rounding in float32 is within the reserve of the rule; what else `dot` loses is not.
-        rounding = _split(t) + (roundings(1, t.x, t.g) - 1) * _UNIT
+        rounding = _split(t) + (roundings(1, t.x, t.g) - 1) * UNIT
         return Gram(x_square[:, :, 0], g_square[:, :, 0], t.d, t.p, 0, 0, rounding)
     (xx, x_chain), (gg, g_chain) = _input_gram(t), _gram(_cotangents(t))
-    return Gram(xx, gg, t.d, t.p, x_chain, g_chain, _rounding(t, times=1))
+    return Gram(xx, gg, t.d, t.p, x_chain, g_chain, rounding_of(t, times=1))
 
 
 def gram_measure(found: Gram) -> Measure:
@@ -186,17 +193,17 @@ def gram_measure(found: Gram) -> Measure:
     xx, gg, d, p = found[:4]
     if xx.ndim == 2:  # one token, no sum over tokens: squares add up without cancellation
         square = jnp.sum(xx * gg, 1)
-        error = _TINY * jnp.sum(d * gg + p * xx + 1, 1)
+        error = TINY * jnp.sum(d * gg + p * xx + 1, 1)
         mass = jnp.sqrt(square + error)
-        return Measure(square, error, found.rounding * mass, mass, _peak(xx, gg))
+        return Measure(square, error, found.rounding * mass, mass, peak(xx, gg))
     x_square, g_square = _diagonals(xx), _diagonals(gg)
     products = xx * gg
     rounding = (
         _outer(_off(x_square, d, found.x_chain)) * jnp.abs(gg)
         + jnp.abs(xx) * _outer(_off(g_square, p, found.g_chain))
-        + _UNIT * _REDUCTION * jnp.abs(products)
+        + UNIT * REDUCTION * jnp.abs(products)
     )
-    square, error = _total(jnp.stack([products, rounding + 4 * _TINY]), 2)
+    square, error = _total(jnp.stack([products, rounding + 4 * TINY]), 2)
     square = jnp.maximum(square, 0.0)
     return _unkept(square, error, Outer(square, x_square, g_square, d, p, found.rounding))
 
@@ -252,7 +259,7 @@ def outer(t: Tokens) -> tuple[Outer, jax.Array]:
     """Forms the gradients x_i^T g_i `[n, B, d, p]`, and what measures them."""
     gradients = summation.materialize(t)
     # The gradient that is measured and the one that is summed are both rounded.
-    rounding = _rounding(t, times=2)
+    rounding = rounding_of(t, times=2)
     square = _total(jnp.square(gradients))
     return Outer(square, *token_squares(t), t.d, t.p, rounding), gradients
 
@@ -262,22 +269,22 @@ def outer_measure(found: Outer) -> Measure:
     return _unkept(found.square, jnp.zeros_like(found.square), found)
 
 
-def _rounding(t: Tokens, *, times: int) -> float:
+def rounding_of(t: Tokens, *, times: int) -> float:
     """What rounding adds to a sum over tokens, in parts of the mass."""
     chain = t.tokens
     if t.x is not None:  # lookups are added up one by one, in float32
         own = t.x.shape[2]
         chain += summation.chain_of(own, summation.token_blocks(own), t.x, t.g) - own
-    return times * (chain + 4) * _UNIT + _split(t)
+    return times * (chain + 4) * UNIT + _split(t)
 
 
 def _unkept(square: jax.Array, error: jax.Array, found: Outer) -> Measure:
     """The measure of a sum over tokens, from the tokens' squared norms."""
     _, x_square, g_square, d, p, rounding = found
-    lengths = _length(x_square, d) * _length(g_square, p)
+    lengths = length(x_square, d) * length(g_square, p)
     masses, x_total, g_total = jnp.sum(jnp.stack([lengths, x_square, g_square]), 3)
     mass = jnp.sqrt(jnp.sum(jnp.square(masses), 1))
-    return Measure(square, error, rounding * mass, mass, _peak(x_total, g_total))
+    return Measure(square, error, rounding * mass, mass, peak(x_total, g_total))
 
 
 def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.Array) -> Measure:
@@ -315,12 +322,12 @@ def with_added(
     """
     # The mass bounds the norm of x_i^T g_i and that of all partial sums of the inner product.
     mass = measure.mass + own
-    cross = 2 * own * ((rounded + 2 * _REDUCTION) * _UNIT * measure.mass + measure.spread)
+    cross = 2 * own * ((rounded + 2 * REDUCTION) * UNIT * measure.mass + measure.spread)
     rest = measure.square + 2 * measure.mass * own + own * own
     return Measure(
         square=jnp.maximum(measure.square + 2 * inner + square, 0.0),
-        error=measure.error + cross + (rounded + _REDUCTION) * _UNIT * rest + _TINY * size,
-        spread=measure.spread + 4 * _UNIT * mass,
+        error=measure.error + cross + (rounded + REDUCTION) * UNIT * rest + TINY * size,
+        spread=measure.spread + 4 * UNIT * mass,
         mass=mass,
         peak=jnp.maximum(measure.peak, own),
     )
@@ -340,26 +347,26 @@ def _squares(array: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(array.astype(jnp.float32)), 3)
 
 
-def _length(squares: jax.Array, size: int) -> jax.Array:
+def length(squares: jax.Array, size: int) -> jax.Array:
     """Norms of tokens of `size` numbers, from squares of which any may have underflowed."""
-    return jnp.sqrt(squares + size * _TINY)
+    return jnp.sqrt(squares + size * TINY)
 
 
 def _off(squares: jax.Array, size: int, chain: int) -> jax.Array:
     """Numbers r_s such that a number of a Gram matrix is off by at most r_s r_t.
 
-    That is by (chain + 4) u |x_s||x_t| and by `_TINY` for each of `size` products. With b for the
+    That is by (chain + 4) u |x_s||x_t| and by `TINY` for each of `size` products. With b for the
     latter and r_s^2 = a_s^2 + b, r_s r_t >= a_s a_t + b (Cauchy and Schwarz). The second b is for
     an a_s^2 that is lost. (Where it is lost, so are parts of numbers: see `arithmetic`.)
     """
-    return jnp.sqrt((chain + 4) * _UNIT * (squares + size * _TINY) + 2 * size * _TINY)
+    return jnp.sqrt((chain + 4) * UNIT * (squares + size * TINY) + 2 * size * TINY)
 
 
 def _outer(lengths: jax.Array) -> jax.Array:
     return lengths[..., :, None] * lengths[..., None, :]
 
 
-def _peak(x_square: jax.Array, g_square: jax.Array) -> jax.Array:
+def peak(x_square: jax.Array, g_square: jax.Array) -> jax.Array:
     axes = tuple(range(1, x_square.ndim))
     return jnp.sqrt(jnp.maximum(jnp.sum(x_square, axes), jnp.sum(g_square, axes)))
 
@@ -377,12 +384,14 @@ def _diagonals(matrices: jax.Array) -> jax.Array:
 
 def lookup_measure(t: Tokens) -> Measure:
     """Of gradients that are lookups alone; summed by `weighted_sum`."""
-    squares = _squares(t.h)
-    square = _total(jnp.square(summation.combined(t)))
-    lengths = _length(squares, t.p)
-    # The squared mass of a row is the sum over pairs of its tokens.
-    same = (t.rows == jnp.swapaxes(t.rows, 2, 3))[:, 0].astype(jnp.float32)
-    mass = jnp.sqrt(jnp.sum(same * _outer(lengths[:, 0]), (1, 2)))
-    repeats = jnp.max(jnp.sum(same, 2), 1)  # the most that one row is looked up
-    spread = jnp.where(repeats > 1, 2 * (roundings(repeats) + 4) * _UNIT * mass, 0.0)
-    return Measure(square, jnp.zeros_like(square), spread, mass, _peak(squares, squares))
+    h = t.h[:, 0].astype(jnp.float32)
+    squares = _squares(h[:, None])
+    lengths = length(squares, t.p)[:, 0, :, None]
+    # Of each row the sum, its mass, and how often it is looked up.
+    values = jnp.concatenate([h, lengths, jnp.ones_like(lengths)], 2)
+    sums = summation.row_sums(t, values)
+    square = _total(jnp.square(sums[:, :, :-2]))
+    mass = jnp.sqrt(jnp.sum(jnp.square(sums[:, :, -2]), 1))
+    repeats = jnp.max(sums[:, :, -1], 1)
+    spread = jnp.where(repeats > 1, 2 * (roundings(repeats) + 4) * UNIT * mass, 0.0)
+    return Measure(square, jnp.zeros_like(square), spread, mass, peak(squares, squares))

@@ -95,8 +95,9 @@ def function_of_leaves(traced: Traced, place: Key, operand: int, leaves: dict[in
     """
     args = [leaves.get(i, _UNKNOWN) for i in range(len(traced.jaxpr.invars))]
     for i, var in enumerate(traced.jaxpr.invars):
-        if 0 in var.aval.shape:  # of no number, and so among no operand's leaves
-            args[i] = jnp.zeros(var.aval.shape, var.aval.dtype)
+        aval: Any = var.aval
+        if 0 in aval.shape:  # of no number, and so among no operand's leaves
+            args[i] = jnp.zeros(aval.shape, aval.dtype)
     wanted: Wanted = {place: lambda values: values[operand]}
     return _evaluate(traced.jaxpr, traced.consts, args, (), {}, wanted, widen=operand)[1][place]
 

@@ -391,11 +391,16 @@ def _reason(eqn: core.JaxprEqn) -> tuple[str, str]:
 
 
 def _is_closed(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation has an inside (a loop, a custom derivative) that the walk skips.
+    """Whether an equation has an inside (a loop, a custom rule) that may have fewer bits.
 
-    What it computes inside may have fewer bits than its inputs and outputs show.
+    What a function such as `jax.nn.softplus` computes, which has a rule for its derivative, can be
+    seen.
     """
-    return bool(inner_jaxprs(eqn))
+    inside = inner_jaxprs(eqn)
+    if inlined(eqn) is None and eqn.primitive.name != "custom_jvp_call":
+        return bool(inside)
+    inner = [e for jaxpr in inside for e in jaxpr.eqns]
+    return any(_is_closed(e) or not all(_is_full(v.aval) for v in e.outvars) for e in inner)
 
 
 def _convolves_inside(eqn: core.JaxprEqn) -> bool:
