@@ -10,7 +10,7 @@ x^T g,
 one product for each pair of tokens (s, t): where they are few, as in a layer that is applied once,
 that takes much less time than to form the gradient.
 
-**What this is off by**, in the terms of `products`. Let m_t = |J * x_t g_t^T|, which the pair (t, t)
+**What this is off by**, in terms of `products`. Let m_t = |J * x_t g_t^T|, which the pair (t, t)
 gives. By Cauchy and Schwarz a pair's sum of absolute values is at most m_s m_t, so `error` is a few
 units more than those of the product, times (sum_t m_t)^2. `mass` = sum_t m_t bounds the partial
 sums of J * x^T g, and `spread` is r(T) u times that. Where the gradient is formed, the largest
