@@ -239,13 +239,13 @@ def columns_of(traced: Traced, sites: Weight, shapes: Sequence[Any]) -> Columns 
         shapes: of all leaves, arrays or abstract values.
     """
     site = sites[0]
-    if site.view is not None or any(s.kind == "embed" or s.lengths for s in sites):
+    if site.view is not None or any(s.kind == "embed" or any(s.scanned) for s in sites):
         return None
     leaves = tuple(sorted(site.leaves))
     own = {i: jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype) for i in leaves}
 
     def weight(*args: jax.Array) -> Any:
-        return function_of_leaves(traced, site.key, site.operand, dict(zip(leaves, args)))
+        return function_of_leaves(traced, *site.place, dict(zip(leaves, args)))
 
     closed = jax.make_jaxpr(weight)(*own.values())
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)

@@ -198,13 +198,13 @@ def entries_of(traced: Traced, sites: Weight, shapes: Sequence[Any]) -> tuple[En
         shapes: of all leaves, arrays or abstract values.
     """
     site = sites[0]
-    if site.view is not None or any(s.kind == "embed" or s.lengths for s in sites):
+    if site.view is not None or any(s.kind == "embed" or any(s.scanned) for s in sites):
         return ()
     leaves = tuple(sorted(site.leaves))
     own = {i: jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype) for i in leaves}
 
     def weight(*args: jax.Array) -> Any:
-        return function_of_leaves(traced, site.key, site.operand, dict(zip(leaves, args)))
+        return function_of_leaves(traced, *site.place, dict(zip(leaves, args)))
 
     jaxpr = jax.make_jaxpr(weight)(*own.values())
     found = []

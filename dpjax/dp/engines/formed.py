@@ -302,7 +302,7 @@ def _pull(traced: Traced, site: Site, held: Held) -> Callable[[jax.Array], dict[
     if view is not None:
         return lambda gradient: {view.leaf: view.pull(forms.restore(site, gradient))}
     own = {i: held.leaf(i) for i in sorted(site.leaves)}
-    weight, vjp = jax.vjp(lambda own: function_of_leaves(traced, site.key, site.operand, own), own)
+    weight, vjp = jax.vjp(lambda own: function_of_leaves(traced, *site.place, own), own)
 
     def pull(gradient: jax.Array) -> dict[int, jax.Array]:
         (result,) = vjp(forms.restore(site, gradient).astype(weight.dtype))

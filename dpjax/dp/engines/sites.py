@@ -61,6 +61,8 @@ class Site:
         turned: whether input and cotangent trade places in the canonical form.
         source: the line of the model, if JAX knows it.
         factor: whether the weight is one of two whose product the equation has; see `factored`.
+        entered: of a derived weight that enters a loop or a branch, the outermost equation that it
+            enters, and the position among its operands.
     """
 
     key: Key
@@ -80,11 +82,17 @@ class Site:
     turned: bool = False
     source: str = ""
     factor: bool = False
+    entered: tuple[Key, int] | None = None
 
     @property
     def equation(self) -> Key:
         """Position of the equation whose input and cotangent are recorded."""
         return self.key[:-1] if self.factor else self.key
+
+    @property
+    def place(self) -> tuple[Key, int]:
+        """An equation and an operand of it that a derived weight is, where it is computed."""
+        return self.entered or (self.key, self.operand)
 
     @property
     def view_of_leaf(self) -> View:

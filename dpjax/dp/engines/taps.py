@@ -111,18 +111,24 @@ def _evaluate(
     wanted: Wanted,
     *,
     widen: int | None = None,
+    wide: Sequence[Any] = (),
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
     """Evaluates `jaxpr` with taps; also returns what is wanted of the equations.
 
     Equations with unknown arguments are skipped and have unknown results. With `widen`, so are
-    those with effects, and a wanted operand that is a conversion is returned as it was before.
+    those with effects, and a wanted operand that is a conversion is returned as it was before;
+    `wide` has `args` as they were.
     """
     env: dict[Any, Any] = {**dict(zip(jaxpr.constvars, consts)), **dict(zip(jaxpr.invars, args))}
     returned: dict[Key, jax.Array] = {}
-    wide: dict[Any, Any] = {}  # conversions, before they lost bits
+    # Conversions, before they lost bits.
+    unconverted: dict[Any, Any] = {v: w for v, w, a in zip(jaxpr.invars, wide, args) if w is not a}
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    def before(atom: Any) -> Any:
+        return read(atom) if isinstance(atom, core.Literal) else unconverted.get(atom, env[atom])
 
     for i, eqn in enumerate(jaxpr.eqns):
         key = (*prefix, i)
@@ -133,10 +139,10 @@ def _evaluate(
         if key in wanted:
             returned[key] = wanted[key](values)
             if widen is not None:
-                returned[key] = wide.get(eqn.invars[widen], values[widen])
+                returned[key] = before(eqn.invars[widen])
                 return [], returned
         if widen is not None and eqn.primitive is P.convert_element_type_p and not unknown:
-            wide[eqn.outvars[0]] = values[0]
+            unconverted[eqn.outvars[0]] = values[0]
         inner = inlined(eqn)
         within = {k: tap for k, tap in taps.items() if k[: len(key)] == key and k != key}
         for operand in range(len(values)):
@@ -150,7 +156,8 @@ def _evaluate(
             elif within and eqn.primitive is P.cond_p:
                 outs, more = _evaluate_cond(eqn, values, key, within, wanted)
             elif inner is not None and (widen is not None or eqn.primitive is not P.remat_p):
-                outs, more = _evaluate(*inner, values, key, within, wanted, widen=widen)
+                known = [before(atom) for atom in eqn.invars] if widen is not None else ()
+                outs, more = _evaluate(*inner, values, key, within, wanted, widen=widen, wide=known)
                 if widen is not None and more:
                     return [], more
             elif unknown:

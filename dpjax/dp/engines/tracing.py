@@ -108,6 +108,13 @@ class _Info(NamedTuple):
     full: bool = True  # whether it, and all that it was computed from, has 32 bits or more
     product: Product | None = None
     reads: frozenset[int] = frozenset()  # leaves that it is computed from, with a gradient or not
+    entered: tuple[Key, int] | None = None  # see `Site`
+    narrowed: bool = False  # whether it is a conversion of a value that was full
+
+    @property
+    def known(self) -> bool:
+        """Whether a weight that is derived like this can be differentiated in 32 bits or more."""
+        return (self.full or self.narrowed) and self.reads <= self.leaves
 
 
 class _Walk(NamedTuple):
@@ -278,7 +285,6 @@ def _walk(
 ) -> list[_Info]:
     """Propagates `infos` through `jaxpr`, adding to `walk` the sites and the direct leaves."""
     env: dict[Any, _Info] = dict(zip(jaxpr.invars, infos))
-    narrowed: set[Any] = set()  # conversions of values of 32 bits, which derived weights may end in
 
     def read(atom: Any) -> _Info:
         # Constants of the jaxpr are in no environment: they know neither example nor leaf.
@@ -294,16 +300,18 @@ def _walk(
         elif eqn.primitive.name == "stop_gradient":
             outs = [_Info(args[0].example, reads=args[0].reads)]
         elif not any(a.example for a in args):
-            outs = _without_example(eqn, args, key, lengths, narrowed, inside, walk)
+            outs = _without_example(eqn, args, key, lengths, walk)
         elif eqn.primitive is P.scan_p:
+            args = args if inside else _entered(args, key)
             outs = _walk_scan(eqn, args, key, lengths, walk)
         elif eqn.primitive is P.cond_p:
+            args = args if inside else _entered(args, key)
             outs = _walk_cond(eqn, args, key, lengths, walk)
         else:
             # Past this equation the leaf is part of a value that depends on the example: whatever
             # uses that value is no use of the leaf.
             outs = [_Info(True)] * len(eqn.outvars)
-            _meet(eqn, args, key, lengths, narrowed, inside, walk)
+            _meet(eqn, args, key, lengths, inside, walk)
         outs = [
             o if _is_inexact(v.aval) else _Info(o.example, reads=o.reads)
             for o, v in zip(outs, eqn.outvars)
@@ -312,10 +320,14 @@ def _walk(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _entered(args: list[_Info], key: Key) -> list[_Info]:
+    """Notes of derived weights that enter a loop or a branch where they are computed."""
+    return [a._replace(entered=(key, i)) for i, a in enumerate(args)]
+
+
 def _without_example(
-    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...],
-    narrowed: set[Any], inside: bool, walk: _Walk,
-) -> list[_Info]:  # fmt: skip
+    eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...], walk: _Walk
+) -> list[_Info]:
     """A function of parameters alone: views, perhaps, or part of a derived weight."""
     if walk.early and any(a.leaves for a in args) and len(eqn.outvars) == 1:
         # A product with a learned query, or the first rows of a table: if the result is smaller
@@ -333,15 +345,14 @@ def _without_example(
     # What has an effect must not run again, as the function of a derived weight does.
     full = all(a.full for a in args) and not _is_closed(eqn) and not eqn.effects
     full = full and all(_is_full(v.aval) for v in eqn.outvars)
-    if eqn.primitive is P.convert_element_type_p and args[0].full:
-        narrowed.add(eqn.outvars[0])
+    narrowed = eqn.primitive is P.convert_element_type_p and args[0].full
     views = None
     if any(a.views for a in args) and all(a.views or not a.leaves for a in args):
         views = follow(eqn, [a.views for a in args])
     leaves, reads = _leaves(args), frozenset[int]().union(*(a.reads for a in args))
     product = follow_product(eqn, key, args)
     return [
-        _Info(False, leaves, tuple(views[k]) if views else (), full, product, reads)
+        _Info(False, leaves, tuple(views[k]) if views else (), full, product, reads, None, narrowed)
         if views is None or views[k]
         else _Info(False, reads=reads)
         for k in range(len(eqn.outvars))
@@ -350,7 +361,7 @@ def _without_example(
 
 def _meet(
     eqn: core.JaxprEqn, args: list[_Info], key: Key, lengths: tuple[int, ...],
-    narrowed: set[Any], inside: bool, walk: _Walk,
+    inside: bool, walk: _Walk,
 ) -> None:  # fmt: skip
     """Parameters meet the example: in a site, as a scalar, or in another way."""
     if not eqn.outvars:
@@ -363,10 +374,9 @@ def _meet(
     if len(positions) == 1:
         (operand,) = positions
         info = args[operand]
-        # A derived weight's derivative in fewer bits, or inside of a loop, is left to JAX, and that
-        # of a function that reads other leaves behind `stop_gradient`.
-        known = not inside and (info.full or eqn.invars[operand] in narrowed)
-        known &= info.reads <= info.leaves
+        # A derived weight's derivative in fewer bits, or one that is computed inside of a loop, is
+        # left to JAX, and that of a function that reads other leaves behind `stop_gradient`.
+        known = info.known and (not inside or info.entered is not None)
         halves = None
         if info.product and info.full and not inside:
             halves = factored.split(eqn, operand, info.product, key)
@@ -374,6 +384,8 @@ def _meet(
             walk.factored[key], found = halves
         elif info.views or known:
             found = sites_of(eqn, operand, info.views, info.leaves, key, lengths)
+            if not info.views:
+                found = [dataclasses.replace(site, entered=info.entered) for site in found]
     walk.add(found, lengths, eqn.outvars[0].aval)
     for i in positions if not found else ():
         scalar = _size(eqn.invars[i]) == 1 and can_multiply(eqn.invars[i].aval)
@@ -442,6 +454,7 @@ def _walk_scan(
     initial = args[num_consts : num_consts + num_carry]
     for a in initial:  # the carry changes from turn to turn: no view of one leaf
         walk.give_up(a.leaves, "used by the carry of scan", source_of(eqn))
+    xs = [a._replace(entered=None) for a in xs]  # slices of what entered
     carry = [_Info(a.example) for a in initial]
     inside = (*lengths, eqn.params["length"])
     # A carry may come to depend on the example after some turns. Dependence only grows, so this
