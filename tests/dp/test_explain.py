@@ -61,3 +61,39 @@ def test_a_model_without_direct_leaves_has_no_advice():
 
 def test_no_parameters():
     assert dp.explain(lambda params, x: jnp.sum(x), {}, jnp.ones(3)).startswith("route")
+
+
+def test_what_is_formed_for_each_example_is_listed():
+    params = {
+        "small": jnp.ones((40, 40)),
+        "mixed": jnp.ones((80, 80)),
+        "masked": jnp.ones((40, 40)),
+    }
+    mask = jnp.tril(jnp.ones((40, 40)))
+
+    def loss(params, x):
+        x = jnp.tanh(x @ (params["masked"] * mask) @ params["small"])
+        return jnp.sum(jnp.concatenate([x, x]) @ (params["mixed"] @ jnp.sin(params["mixed"])))
+
+    text = dp.explain(loss, params, jnp.ones(40))
+    _, listed = text.split("formed for each example")
+    assert "mixed [80, 80]" in listed
+    assert not any(name in listed for name in ("masked", "small"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "advice"),
+    [
+        (lambda w: jax.lax.fori_loop(0, 2, lambda _, w: jnp.sin(w), w), "without loops"),
+        (lambda w: jnp.sin(w.astype(jnp.bfloat16)), "in float32"),
+        (None, "before the loop"),
+    ],
+)
+def test_weights_whose_function_is_not_known(kernel, advice):
+    def loss(params, x):
+        if kernel is not None:
+            return jnp.sum(x @ kernel(params["w"]))
+        turn = lambda x, _: (x @ jnp.sin(params["w"]), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(turn, x, None, length=2)[0])
+
+    assert advice in dp.explain(loss, {"w": jnp.ones((4, 4))}, jnp.ones(4))

@@ -21,6 +21,7 @@ from losses import (
     in_half,
     normal,
 )
+from test_engine_bound import check
 
 from dpjax import dp
 from dpjax.dp.engines import bookkeeping
@@ -449,3 +450,72 @@ def test_parts_of_leaves(name):
     direct = [leaf.path for leaf in plan if leaf.route == "direct"]
     assert direct == ALLOWED.get(name, [])
     agree(loss_fn, params, inputs, tolerance=3e-5)
+
+
+def widths(p, x):
+    """Heads of several widths, and a layer of several."""
+    y = jnp.tanh(x @ p["v"])
+    heads = [jnp.sin(y[:, :m] @ p["w"][:m]).sum() for m in (2, 3, 5)]
+    wide = [jnp.sin(x[:, :m] @ p["u"][:m, 1:n]).sum() for m, n in ((3, 3), (2, 5))]
+    return jnp.stack(heads + wide + [jnp.sin(x @ p["u"]).sum()])
+
+
+NESTED = {
+    "widths": widths,
+    "columns": lambda p, x: (x @ p["w"]).sum() + jnp.sin(x @ p["w"][:, 2:5]),
+    "turned": lambda p, x: (x @ p["w"].T.T).sum() + jnp.sin(x[:, 1:3] @ p["w"].T[2:5, 1:3].T),
+    "scaled": lambda p, x: (x @ (2 * p["w"])).sum() + jnp.sin(x[:, :3] @ -p["w"][:3] / 7),
+    "in a scan": lambda p, x: jax.lax.scan(
+        lambda s, x: (jnp.sin(s @ p["v"]) + jnp.sin(s[:3] @ p["v"][:3]) + x, None), x[0], x
+    )[0],
+    "behind a penalty": lambda p, x: jnp.sin(x @ p["v"]).sum() + (x[:, :2] @ p["v"][:2]).sum() ** 2
+    + x[0, 0] * jnp.sum(p["v"] ** 2),
+    "in halves": lambda p, x: (x.astype(jnp.bfloat16) @ p["v"].astype(jnp.bfloat16)).astype(
+        jnp.float32
+    ).sum() + jnp.sin(x[:, :2] @ p["v"][:2]),
+}  # fmt: skip
+OTHERS = {
+    "across": lambda p, x: (x[:, :3] @ p["w"][:3]).sum() + jnp.sin(x[:, 2:] @ p["w"][2:]),
+    "the other side": lambda p, x: (x @ p["v"]).sum() + jnp.sin(x[:, :3] @ p["v"].T[:3]),
+    "every other": lambda p, x: (x @ p["v"]).sum() + jnp.sin(x[:, ::2] @ p["v"][::2]),
+}
+
+
+@pytest.mark.parametrize("name", [*NESTED, *OTHERS])
+def test_parts_inside_of_others(name):
+    """Rectangles of the largest matrix are uses of it; others are taken together all the same."""
+    shapes = {"w": (5, 6), "v": (5, 5), "u": (5, 5)}
+    params = {k: normal(*s, seed=i)[0] for i, (k, s) in enumerate(shapes.items())}
+    inputs = normal(4, 5, seed=9)
+
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin((NESTED | OTHERS)[name](params, x)))
+
+    plan = bookkeeping.plan(loss_fn, params, inputs[0])
+    derived = [leaf.path for leaf in plan if "derived" in leaf.reason]
+    assert bool(derived) == (name in OTHERS)
+    assert "direct" not in {leaf.route for leaf in plan}
+    tolerance = 1e-2 if name == "in halves" else 3e-5
+    agree(loss_fn, params, inputs, tolerance=tolerance, slack=tolerance)
+
+
+def test_the_bound_of_parts_inside_of_others():
+    """Uses that cancel but for a rest, and extreme scales."""
+
+    def loss_fn(params, e):
+        own = jnp.sum((e["x"] @ params["w"]) * e["g"])
+        return own - jnp.sum((e["y"] @ params["w"][:3]) * e["g"])
+
+    draw = np.random.default_rng(1)
+    number = lambda *shape: draw.standard_normal(shape, np.float32)  # noqa: E731
+    x, g = number(7, 4, 5), 100 * number(7, 4, 6)
+    y = x[:, :, :3] * 1.0
+    x[:2, :, 3:] = 0
+    x[0] += 1e-4 * number(4, 5)
+    x[1] += 1e-3 * number(4, 5)
+    for i, scale in enumerate((1e15, 1e-15, 1e30, 1e-30)):
+        x[3 + i] *= np.float32(scale)
+        y[3 + i] *= np.float32(scale)
+    odd, params = {"x": x, "y": y, "g": g}, {"w": number(5, 6)}
+    ordinary = {"x": number(4, 5), "y": number(4, 3), "g": number(4, 6)}
+    check(loss_fn, params, ordinary, odd, route="gram", rtol=np.float32([0.5, 0.05] + [1e-3] * 5))

@@ -21,6 +21,8 @@ _LARGEST = 5  # direct leaves that are listed
 _ADVICE = (
     ("ways", "use it in one layout, or keep a parameter for each use"),
     ("in place", "return what it would write, and read that"),
+    ("same loop or branch", "compute the weight before the loop or the branch"),
+    ("weight whose function", "compute it in float32, without loops, of no leaf that is stopped"),
     ("in float64", "compute it in float32, as the norms and the sum are"),
     ("without the example", "leave a term without the example, such as decay, to the optimizer"),
     ("gather", "look up whole rows with an integer array: table[rows]"),
@@ -54,8 +56,9 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     each example of a microbatch, and as a large matrix also time. On the route "derived", a weight
     that is a function of leaves is formed for a few examples at a time: that takes the time of
     per-example gradients, not their memory. Where the function only scales and shifts the columns
-    of a leaf, as weight norm does, it takes one more product. All other routes need one ordinary
-    backward pass. Nothing is computed.
+    of a leaf, as weight norm does, it takes one more product, and where it takes numbers one by
+    one, as a mask does, one for each pair of tokens if those are few. All other routes need one
+    ordinary backward pass. Nothing is computed.
 
     Args:
         loss_fn: `(params, example) -> loss` of ONE example, a scalar.
@@ -64,9 +67,9 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
 
     Returns:
         The share of parameters by route; an estimate of temporaries, beside those of a plain
-        gradient, for a batch taken whole (`clipped_sum` takes a large one in parts); the memory
-        that direct leaves take, and the largest of them with the reason, the line of the model if
-        JAX knows it, and an advice.
+        gradient, for a batch taken whole (`clipped_sum` takes a large one in parts); the largest
+        leaves whose gradients are formed for each example; the memory that direct leaves take, and
+        the largest of them with the reason, the line of the model if JAX knows it, and an advice.
 
     >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones((8, 4)), "scale": jnp.ones(8)}
@@ -92,21 +95,25 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
         for route, share in route_shares(plan, params).items()
     ]
     lines.append(f"memory: {memory.sizes_of(planned, params)}")
-    direct = [(p, np.shape(x)) for p, x in zip(plan, leaves, strict=True) if p.route == "direct"]
+    sizes = [int(np.prod(np.shape(x))) for x in leaves]
+    order = sorted(range(len(leaves)), key=lambda i: -sizes[i])
+
+    def named(i: int) -> str:
+        at = f" at {plan[i].source}" if plan[i].source else ""
+        return f"  {plan[i].path} {list(np.shape(leaves[i]))}: {plan[i].reason}{at}"
+
+    formed = {leaf for mixed in planned.mixed if mixed.is_formed for leaf in mixed.leaves}
+    if formed:
+        lines.append("formed for each example, in the time of per-example gradients:")
+        lines += [named(i) for i in order if i in formed][:_LARGEST]
+    direct = [i for i in order if plan[i].route == "direct"]
     if not direct:
         return "\n".join(lines)
-    size = sum(int(np.prod(shape)) for _, shape in direct)
-    total = sum(int(np.prod(np.shape(x))) for x in leaves)
+    size, total = sum(sizes[i] for i in direct), sum(sizes)
     lines += [
         f"direct leaves take {4 * size:,} bytes for each example of a microbatch, "
         f"{size / total:.2f} of a plain gradient",
         "largest direct leaves:",
     ]
-    direct.sort(key=lambda leaf: -int(np.prod(leaf[1])))
-    lines += [
-        f"  {leaf.path} {list(shape)}: {leaf.reason}"
-        + (f" at {leaf.source}" if leaf.source else "")
-        + f"; {_advice(leaf.reason)}"
-        for leaf, shape in direct[:_LARGEST]
-    ]
+    lines += [f"{named(i)}; {_advice(plan[i].reason)}" for i in direct[:_LARGEST]]
     return "\n".join(lines)

@@ -128,8 +128,10 @@ def tokens(sites: tuple[Site, ...], arrays: Any) -> Tokens:
     products: list[Any] = []
     lookups: list[Any] = []
     for site, (x, g) in zip(sites, arrays):
-        pair = _CANONICAL[site.kind](site, x, g)
-        (lookups if site.kind == "embed" else products).append(pair[::-1] if site.turned else pair)
+        x, g = _CANONICAL[site.kind](site, x, g)[:: -1 if site.turned else 1]
+        if site.around:
+            x, g = (jnp.pad(a, [(0, 0)] * 3 + [by]) for a, by in zip((x, g), site.around))
+        (lookups if site.kind == "embed" else products).append((x, g))
 
     def joined(pairs: list[tuple[jax.Array, jax.Array]]) -> Any:
         if len(pairs) < 2:

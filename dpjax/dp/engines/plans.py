@@ -97,6 +97,11 @@ class Mixed(NamedTuple):
     entries: tuple[Entries, ...] = ()
 
     @property
+    def is_formed(self) -> bool:
+        """Whether gradients are formed for each example, twice: for norms, and for the sum."""
+        return not (self.kept or self.columns or self.entries)
+
+    @property
     def route(self) -> str:
         """The name in the plan."""
         return "conv" if {s.kind for w in self.weights for s in w} == {"conv"} else "derived"

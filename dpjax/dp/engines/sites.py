@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,8 @@ class Site:
         turned: whether input and cotangent trade places in the canonical form.
         source: the line of the model, if JAX knows it.
         factor: whether the weight is one of two whose product the equation has; see `factored`.
+        around: of a rectangle of a larger weight, how many rows and columns of that lie before and
+            behind it, `((before, behind), (before, behind))` of d and of p; see `nested`.
         entered: of a derived weight that enters a loop or a branch, the outermost equation that it
             enters, and the position among its operands.
     """
@@ -82,6 +85,7 @@ class Site:
     turned: bool = False
     source: str = ""
     factor: bool = False
+    around: tuple[tuple[int, int], ...] = ()
     entered: tuple[Key, int] | None = None
 
     @property
@@ -272,6 +276,50 @@ def joined(sites: list[Site]) -> list[Weight]:
             identity = turned
         groups.setdefault(identity, []).append(site)
     return [tuple(group) for group in groups.values()]
+
+
+def nested(weights: list[Weight]) -> list[Weight]:
+    """Joins the dense uses of rectangles of a leaf, some inside of others, to one weight.
+
+    With zeros around its input and its cotangent, a rectangle's gradient is one of the largest
+    weight. Heads for several widths of one embedding are of this kind (Kusupati et al. 2022, arXiv
+    2205.13147), and layers of several widths.
+
+    Args:
+        weights: of one leaf.
+
+    Returns:
+        One weight if the largest contains all others and each is a matrix; else the same weights.
+    """
+    rectangles = [_rectangle(weight[0]) for weight in weights]
+    if any(found is None for found in rectangles) or any(w[0].turned for w in weights):
+        return weights
+    order = sorted(range(len(weights)), key=lambda i: -math.prod(weights[i][0].shape))
+    offset, sizes, steps = rectangles[order[0]]  # type: ignore[misc]
+    joined = list(weights[order[0]])
+    for i in order[1:]:
+        start, own, own_steps = rectangles[i]  # type: ignore[misc]
+        across = min((0, 1), key=lambda axis: -steps[axis])  # the axis with the longer steps
+        before = [0, 0]
+        before[across], rest = divmod(start - offset, steps[across])
+        before[1 - across], rest = divmod(rest, steps[1 - across])
+        behind = [n - m - b for n, m, b in zip(sizes, own, before)]
+        if own_steps != steps or rest or min(*before, *behind) < 0:
+            return weights
+        around = tuple(zip(before, behind))
+        joined += [dataclasses.replace(site, around=around) for site in weights[i]]
+    return [tuple(joined)]
+
+
+def _rectangle(site: Site) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+    """Where a matrix starts in its leaf, its numbers of rows and columns, and the steps of both."""
+    if site.kind != "dot" or site.view is None or site.view.factors() is None:
+        return None
+    (_, offset), (batch, *both) = _identity(site)
+    if batch or any(len(part) != 1 for part in both):
+        return None
+    (d, d_step), (p, p_step) = (part[0] for part in both)
+    return offset, (d, p), (d_step, p_step)
 
 
 def _identity(site: Site) -> tuple[Any, tuple[Any, ...]]:

@@ -47,6 +47,7 @@ from dpjax.dp.engines.sites import (
     Weight,
     are_disjoint,
     joined,
+    nested,
     sites_of,
     source_of,
 )
@@ -226,6 +227,8 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
     together: dict[int, set[int]] = {}
     for leaf, sites in uses.items():
         weights = joined(sites) if all(site.view for site in sites) else []
+        if not are_disjoint(weights):
+            weights = nested(weights)
         whole = len(weights) == 1 and math.prod(weights[0][0].shape) == _leaf_size(weights[0][0])
         if weights and are_disjoint(weights) and scalars.get(leaf, 0) <= whole:
             groups += [] if leaf in direct else weights
@@ -394,7 +397,13 @@ def _meet(
             aval: Any = eqn.invars[i].aval
             walk.shapes[(*key, -1 - i)] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         else:
-            walk.give_up(args[i].leaves, *_reason(eqn))
+            reason, source = _reason(eqn)
+            if not args[i].views and eqn.primitive in (P.dot_general_p, P.conv_general_dilated_p):
+                if inside and args[i].entered is None:
+                    reason += ", as a weight that is computed in the same loop or branch"
+                elif not args[i].known:
+                    reason += ", as a weight whose function has a loop, few bits or a stopped leaf"
+            walk.give_up(args[i].leaves, reason, source)
 
 
 def _reason(eqn: core.JaxprEqn) -> tuple[str, str]:
