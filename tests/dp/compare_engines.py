@@ -52,3 +52,19 @@ def routes(loss_fn, params, batch):
     example = jax.tree.map(lambda x: x[0], batch)
     plan = bookkeeping.plan(loss_fn, params, example)
     return {leaf.path: leaf.route for leaf in plan if leaf.route != "direct"}
+
+
+def set_apart(monkeypatch, loss_fn, params, batch):
+    """How many examples the book-keeping engine does not trust."""
+    found, clip = [], bookkeeping._clip
+
+    def noted(*args):
+        found.append(clip(*args))
+        return found[-1]
+
+    monkeypatch.setattr(bookkeeping, "_clip", noted)
+    n = jax.tree.leaves(batch)[0].shape[0]
+    engine = dp.clipped_sum(loss_fn, dp.flat(1e-3), microbatch_size=n)
+    engine(params, batch, np.ones(n, bool))
+    monkeypatch.undo()
+    return int(np.sum(~found[0].usable))

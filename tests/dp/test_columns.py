@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare_engines import agree
+from compare_engines import agree, set_apart
 from test_engine_bound import check, convolve
 
 from dpjax import dp
@@ -267,7 +267,7 @@ def test_a_column_without_spread(way):
     check(loss_fn, {"w": w}, normal(5, 2), normal(3, 5, 2, seed=2), route="conv")
 
 
-def test_ordinary_examples_are_trusted():
+def test_ordinary_examples_are_trusted(monkeypatch):
     """Otherwise each is taken by itself, which is slow: bounds are loose by less than a percent."""
     width, tokens = 256, 64
 
@@ -280,5 +280,6 @@ def test_ordinary_examples_are_trusted():
     params = {"w": [normal(width, width, seed=i) for i in range(2)]}
     batch = normal(4, tokens, width)
     assert by_columns(loss_fn, params, batch)
+    assert set_apart(monkeypatch, loss_fn, params, batch) == 0
     _, facts = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1e-3)))(params, batch, np.ones(4, bool))
     assert np.all(facts.factors[:, 0] * facts.norms[:, 0] > 1e-3 * 0.995)

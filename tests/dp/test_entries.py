@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare_engines import agree
+from compare_engines import agree, set_apart
 from test_engine_bound import check, convolve
 
 from dpjax import dp
@@ -199,21 +199,79 @@ def test_slopes_far_from_one_and_from_each_other(scale, spread, tokens):
     check(linear, params, None, batch, route="derived")
 
 
-@pytest.mark.parametrize("layers", [False, True])
-def test_a_number_without_a_finite_slope(layers):
-    """The square root of zero: no example is summed, and the sum is zero."""
-    rule = dp.per_layer(1.0) if layers else dp.flat(1.0)
-    loss_fn = through(lambda p: jnp.sqrt(p["w"]))
-    engine = jax.jit(dp.clipped_sum(loss_fn, rule))
+@pytest.mark.parametrize("rule", [dp.flat(1.0), dp.per_layer(1.0)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        jnp.sqrt,
+        lambda w: jnp.where(w > 0, jnp.log(w), 0.0),
+        lambda w: jnp.concatenate([jnp.sqrt(w)[2:], jnp.ones((2, P))]),
+        lambda w: jnp.where(w > 0, w, jnp.exp(jnp.where(w > 0, w, 200.0)) * 0),
+    ],
+)
+def test_a_number_without_a_finite_slope(function, rule):
+    """As by vmap, no example is summed, and the sum is zero; also where it is not used."""
+    loss_fn = through(lambda p: function(p["w"]))
     w = np.abs(normal(D, P))
     w[1, 2] = 0.0
-    total, facts = engine({"w": w}, normal(3, D), np.ones(3, bool))
-    np.testing.assert_array_equal(facts.factors, 0)
-    np.testing.assert_array_equal(total.value["w"], 0)
+    for method in ("vmap", "bookkeeping"):
+        engine = jax.jit(dp.clipped_sum(loss_fn, rule, method=method))
+        total, facts = engine({"w": w}, normal(3, D), np.ones(3, bool))
+        np.testing.assert_array_equal(facts.factors, 0)
+        np.testing.assert_array_equal(total.value["w"], 0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda p: (p["s"] * jnp.tanh(p["v"])).T,
+        lambda p: jnp.tanh(p["v"] / p["s"]).T,
+        lambda p: (p["s"] * p["v"].reshape(-1)).reshape(D, P),
+    ],
+)
+def test_a_number_times_a_leaf(function):
+    params = {"v": normal(P, D), "s": np.float32(0.3)}
+    batch = normal(4, 3, D, seed=9)
+    assert not by_entries(through(function), params, batch)
+    agree(through(function), params, batch, tolerance=1e-3)
+
+
+def test_a_rule_of_few_bits():
+    """Its numbers leave the range of float16, in which it computes."""
+
+    @jax.custom_jvp
+    def twice(w):
+        return 2 * w
+
+    twice.defjvp(lambda w, t: (twice(*w), (t[0].astype(jnp.float16) * 2).astype(jnp.float32)))
+    loss_fn = lambda p, x: 1e5 * jnp.sum(x @ twice(p["w"]))  # noqa: E731
+    params, batch = {"w": normal(D, P)}, normal(4, 3, D, seed=9)
+    assert not by_entries(loss_fn, params, batch)
+    for method in ("vmap", "bookkeeping"):
+        _, facts = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1.0), method=method))(
+            params, batch, np.ones(4, bool)
+        )
+        np.testing.assert_array_equal(facts.factors, 0)
+
+
+@pytest.mark.parametrize("tokens", [2, 10])
+@pytest.mark.parametrize("slope", [2.0**30, 2.0**9])
+def test_squares_below_the_range_at_large_slopes(slope, tokens):
+    """Nothing that is lost in a square may be multiplied with the slopes' squares."""
+    width = 64
+    w = np.full((width, width), np.log(slope) - 1e-4, np.float32)
+    x, g = np.zeros((1, tokens, width), np.float32), np.zeros((1, tokens, width), np.float32)
+    x[:, 0], g[:, 0], x[:, 1, 0], g[:, 1, 0] = 1, 1e-19, 1, 2.5e-17
+    loss_fn = lambda p, e: jnp.sum((e["x"] @ jnp.exp(p["w"])) * e["g"])  # noqa: E731
+    for rule in (dp.automatic(1.0, gamma=0.0), dp.flat(1e-9)):
+        engine = jax.jit(dp.clipped_sum(loss_fn, rule))
+        total, _ = engine({"w": w}, {"x": x, "g": g}, np.ones(1, bool))
+        size = np.linalg.norm(np.float64(total.value["w"]))
+        assert size <= (1 + 1e-6) * float(rule.sensitivity())
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])
-def test_ordinary_examples_are_trusted(tokens):
+def test_ordinary_examples_are_trusted(tokens, monkeypatch):
     """Otherwise each is taken by itself, which is slow: bounds are loose by less than a percent."""
     width = 128
     mask = np.tril(np.ones((width, width), np.float32))
@@ -226,6 +284,8 @@ def test_ordinary_examples_are_trusted(tokens):
     assert by_entries(loss_fn, params, batch)
     _, facts = jax.jit(dp.clipped_sum(loss_fn, dp.flat(1e-3)))(params, batch, np.ones(4, bool))
     assert np.all(facts.factors[:, 0] * facts.norms[:, 0] > 1e-3 * 0.995)
+    assert set_apart(monkeypatch, loss_fn, params, batch) == 0
+    assert set_apart(monkeypatch, linear, {"w": normal(D, P)}, odd_examples(8)) > 0
 
 
 @pytest.mark.parametrize("fault", ["pairs", "bounds"])

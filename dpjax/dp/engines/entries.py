@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,12 +38,14 @@ from dpjax.dp.engines.jaxprs import inlined
 from dpjax.dp.engines.sites import Weight
 from dpjax.dp.engines.taps import function_of_leaves
 from dpjax.dp.engines.tracing import Traced
-from dpjax.dp.engines.views import View, follow
+from dpjax.dp.engines.views import View, follow, is_float
 
 __all__ = ["Entries", "Slopes", "entries_of", "measure", "temporary"]
 
 _PAIRED = 9  # tokens, of which all pairs take less time than the gradient; see `products.cheapest`
-_MODERATE = 2.0**30  # slopes beyond, or all below the inverse, are left to examples one by one
+# The largest slope that is sound; else examples are taken one by one. What underflow loses is
+# multiplied with it, and must stay far below `clipping.SMALLEST_NORM`.
+_SMALL, _LARGE = 2.0**-30, 2.0**10
 _ROOM = 2.0**20  # examples that may add up before their product meets the slopes
 
 Views = tuple[View, ...]
@@ -80,14 +82,21 @@ class Entries:
     jaxpr: core.ClosedJaxpr
 
     def at(self, leaves: dict[int, jax.Array]) -> Slopes:
-        """The slopes at some values of the leaves."""
-        slopes = _slopes(self.jaxpr, self.leaves, self.leaf, leaves, jnp.ones_like)
-        site, form = self.sites[0], forms.form_of(self.sites)
+        """The slopes at some values of the leaves.
+
+        From the back, as the gradient has them: where the function has no finite derivative, also
+        at a number of the leaf that is not used in the end, all of them count as not sound.
+        """
+        value, vjp = jax.vjp(_weight(self.jaxpr, self.leaves, self.leaf, leaves), leaves[self.leaf])
+        (slopes,) = vjp(jnp.ones_like(value))
+        form = forms.form_of(self.sites)
         shape = jax.ShapeDtypeStruct((form.B, form.d, form.p), slopes.dtype)
-        (own,) = jax.linear_transpose(lambda w: forms.restore(site, w), shape)(slopes)
+        (own,) = jax.linear_transpose(self.of_leaf, shape)(slopes.reshape(-1))
         own = own.astype(jnp.float32)
         size = jnp.max(jnp.abs(own), initial=0.0)
-        sound = (size == 0) | ((size <= _MODERATE) & (size >= 1 / _MODERATE))
+        sound = (size == 0) | ((size >= _SMALL) & (size <= _LARGE))
+        finite = jnp.all(jnp.isfinite(slopes))
+        own, sound = jnp.where(finite, own, jnp.nan), sound & finite
         size = jnp.where(sound & (size > 0), size, 1.0)
         return Slopes(own / size, size, sound)
 
@@ -97,16 +106,16 @@ class Entries:
         return site.view_of_leaf.pull(forms.restore(site, gradient)).reshape(-1)
 
 
-def _slopes(
-    jaxpr: core.ClosedJaxpr, order: tuple[int, ...], leaf: int, leaves: dict[int, Any], tangent: Any
-) -> Any:
-    """The derivative of a weight by one of its leaves, along `tangent` of that leaf."""
+def _weight(
+    jaxpr: core.ClosedJaxpr, order: tuple[int, ...], leaf: int, leaves: dict[int, Any]
+) -> Callable[[jax.Array], jax.Array]:
+    """A weight as a function of one of its leaves, at some values of the others."""
 
     def weight(own: jax.Array) -> Any:
         (value,) = core.jaxpr_as_fun(jaxpr)(*[own if i == leaf else leaves[i] for i in order])
         return value
 
-    return jax.jvp(weight, (leaves[leaf],), (tangent(leaves[leaf]),))[1]
+    return weight
 
 
 def measure(t: Tokens, slopes: Slopes) -> tuple[products.Measure, jax.Array]:
@@ -121,9 +130,11 @@ def measure(t: Tokens, slopes: Slopes) -> tuple[products.Measure, jax.Array]:
     squares = jnp.square(slopes.own)
     if t.tokens <= _PAIRED:
         square, error, lengths = _paired(x, g, squares)
+        square, error = (slopes.size * slopes.size * part for part in (square, error))
         rounding = products.rounding_of(t, times=1)
     else:
-        gradients = slopes.own[None] * summation.materialize(t)
+        # At their full size, as vmap has it: squares of smaller numbers may be lost.
+        gradients = (slopes.size * slopes.own)[None] * summation.materialize(t)
         square = products.kept_square(summation.flat(gradients))
         error = jnp.zeros_like(square)
         # The least of what the largest slopes of each row and of each column say.
@@ -139,8 +150,8 @@ def measure(t: Tokens, slopes: Slopes) -> tuple[products.Measure, jax.Array]:
     whole = jnp.sum(raw, (1, 2))
     peak = products.peak(jnp.sum(x_squares, 2), jnp.sum(g_squares, 2))
     found = products.Measure(
-        square=size * size * square,
-        error=size * size * error,
+        square=square,
+        error=error,
         spread=(rounding + 4 * products.UNIT) * size * mass,
         mass=size * mass,
         peak=jnp.maximum(peak, _ROOM * whole),
@@ -224,7 +235,8 @@ def _view(
     """The view of a leaf that a weight is but for factors of single numbers, if it is one."""
 
     def derivative(tangent: jax.Array, leaves: dict[int, jax.Array]) -> Any:
-        return _slopes(jaxpr, order, leaf, leaves, lambda _: tangent)
+        function = _weight(jaxpr, order, leaf, leaves)
+        return jax.jvp(function, (leaves[leaf],), (tangent,))[1]
 
     closed = jax.make_jaxpr(derivative)(own[leaf], own)
     linear, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
@@ -246,14 +258,20 @@ def _followed(jaxpr: core.Jaxpr, operands: Sequence[Views]) -> list[Views] | Non
         own = [v for v in views if v]
         inner = inlined(eqn)
         outs: Sequence[Sequence[View]] | None
+        avals: list[Any] = [v.aval for v in eqn.outvars]
+        sources: list[Any] = [a.aval for a, v in zip(eqn.invars, views) if v]
+        one_by_one = all(source.shape == avals[0].shape for source in sources)
         if not own:
             outs = [()] * len(eqn.outvars)
         elif inner is not None:
             outs = _followed(inner[0], views)
+        elif not all(is_float(v) and jnp.finfo(v.dtype).bits >= 32 for v in avals):
+            outs = None  # a rule of its own that has few bits
         elif name in ("add", "add_any", "sub", "select_n") and all(v == own[0] for v in own):
-            outs = None if name == "select_n" and views[0] else [own[0]]
+            outs = [own[0]] if one_by_one and not (name == "select_n" and views[0]) else None
         elif name in ("mul", "div", "neg"):
-            outs = [own[0]] if len(own) == 1 and (views[0] or name == "mul") else None
+            one_by_one &= len(own) == 1 and bool(views[0] or name == "mul")
+            outs = [own[0]] if one_by_one else None
         else:
             outs = follow(eqn, views)
         if outs is None:
