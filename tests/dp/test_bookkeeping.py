@@ -26,7 +26,7 @@ PROGRAMS = [list(LAYERS)[i : i + TOGETHER] for i in range(0, len(LAYERS), TOGETH
 
 
 @pytest.mark.parametrize("names", PROGRAMS, ids=lambda names: names[0])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 def test_layers(names):
     """Every leaf is clipped on its own, so that each is compared in a loss of several layers."""
     losses, params = zip(*(as_loss(*LAYERS[name]) for name in names))

@@ -61,7 +61,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype, inputs, out", CASES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_engines_agree_on(dtype, inputs, out):
     with jax.enable_x64(any("64" in d or "128" in d for d in (dtype, inputs, out))):
         params = {"w": numbers(dtype, 5, 4), "b": numbers(dtype, 4)}
@@ -191,6 +191,7 @@ def test_products_of_16_bits_keep_their_route():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.one_in(2)
 def test_a_weakly_typed_batch_promotes_no_weight(dtype):
     """Python numbers are weakly typed, and what JAX makes of them: the product has 16 bits."""
     batch = jnp.full((3, 5), 30.0)
@@ -208,6 +209,7 @@ def test_a_weakly_typed_batch_promotes_no_weight(dtype):
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
 @pytest.mark.parametrize("narrow", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("looked_up", [False, True])
+@pytest.mark.one_in(3)
 def test_uses_of_a_weight_in_several_dtypes(promotion, narrow, looked_up):
     def loss_fn(w, x):
         rows = (x[:, 0] > 0).astype(jnp.int32)

@@ -86,7 +86,7 @@ PARAMS = {"u": normal(D, D), "w": normal(D, D, seed=1)}
 
 @pytest.mark.parametrize("kernel", [masked, normed, mixing, rounded])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_kernels_that_enter(way, kernel, without_margins):
     def loss_fn(params, x):
         return jnp.sum(jnp.sin(way(kernel(params["u"]), params["w"], x)))

@@ -482,6 +482,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", [*NESTED, *OTHERS])
+@pytest.mark.one_in(2)
 def test_parts_inside_of_others(name):
     """Rectangles of the largest matrix are uses of it; others are taken together all the same."""
     shapes = {"w": (5, 6), "v": (5, 5), "u": (5, 5)}
