@@ -190,6 +190,7 @@ BOUND_TESTS = {
 
 
 @pytest.mark.parametrize("name", BOUND_TESTS)
+@pytest.mark.one_in(2)
 def test_no_contribution_exceeds_the_bound(name, tensor_cores, monkeypatch):
     # Of numbers below 2^-117 the second part may be lost.
     monkeypatch.setattr(test_engine_bound, "check", functools.partial(check, rtol=2.0**-7))

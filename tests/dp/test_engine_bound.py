@@ -449,6 +449,7 @@ def test_weights_scaled_by_constants(scale, divide):
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 60])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.one_in(3)
 def test_half_precision(tokens, dtype):
     def loss_fn(params, e):
         return jnp.sum((e["x"] @ params["w"]) * e["g"], dtype=jnp.float32)
@@ -561,6 +562,7 @@ def test_complex_products(loss):
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.one_in(2)
 def test_a_poisoned_example_of_a_grouped_convolution(groups, direct):
     def loss_fn(params, x):
         out = jax.lax.conv_general_dilated(
