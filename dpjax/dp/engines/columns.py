@@ -38,7 +38,7 @@ from dpjax.dp.engines.arithmetic import roundings
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.polynomials import OtherForm, Polynomial, plain, run
 from dpjax.dp.engines.sites import Site, Weight, layout
-from dpjax.dp.engines.taps import function_of_leaves
+from dpjax.dp.engines.taps import weight_of_leaves
 from dpjax.dp.engines.tracing import Traced
 from dpjax.dp.engines.views import View
 
@@ -241,13 +241,8 @@ def columns_of(traced: Traced, sites: Weight, shapes: Sequence[Any]) -> Columns 
     site = sites[0]
     if site.view is not None or any(s.kind == "embed" or any(s.scanned) for s in sites):
         return None
-    leaves = tuple(sorted(site.leaves))
-    own = {i: jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype) for i in leaves}
-
-    def weight(*args: jax.Array) -> Any:
-        return function_of_leaves(traced, *site.place, dict(zip(leaves, args)))
-
-    closed = jax.make_jaxpr(weight)(*own.values())
+    own, closed = weight_of_leaves(traced, site, shapes)
+    leaves = tuple(own)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     if len(leaves) == 1 and not any(eqn.primitive.name == "reduce_sum" for eqn in jaxpr.eqns):
         return None  # a leaf times a constant that is too large or too small for a view

@@ -36,7 +36,7 @@ from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.jaxprs import inlined
 from dpjax.dp.engines.sites import Weight
-from dpjax.dp.engines.taps import function_of_leaves
+from dpjax.dp.engines.taps import weight_of_leaves
 from dpjax.dp.engines.tracing import Traced
 from dpjax.dp.engines.views import View, follow, is_float
 
@@ -211,13 +211,8 @@ def entries_of(traced: Traced, sites: Weight, shapes: Sequence[Any]) -> tuple[En
     site = sites[0]
     if site.view is not None or any(s.kind == "embed" or any(s.scanned) for s in sites):
         return ()
-    leaves = tuple(sorted(site.leaves))
-    own = {i: jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype) for i in leaves}
-
-    def weight(*args: jax.Array) -> Any:
-        return function_of_leaves(traced, *site.place, dict(zip(leaves, args)))
-
-    jaxpr = jax.make_jaxpr(weight)(*own.values())
+    own, jaxpr = weight_of_leaves(traced, site, shapes)
+    leaves = tuple(own)
     found = []
     for leaf in leaves:
         view = _view(jaxpr, leaves, leaf, own)

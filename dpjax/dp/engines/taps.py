@@ -20,7 +20,7 @@ from dpjax.dp.engines.jaxprs import inlined, scan_parts
 from dpjax.dp.engines.sites import Key, Site
 from dpjax.dp.engines.tracing import Traced
 
-__all__ = ["evaluate", "function_of_leaves"]
+__all__ = ["evaluate", "function_of_leaves", "weight_of_leaves"]
 
 _UNKNOWN = object()
 
@@ -100,6 +100,28 @@ def function_of_leaves(traced: Traced, place: Key, operand: int, leaves: dict[in
             args[i] = jnp.zeros(aval.shape, aval.dtype)
     wanted: Wanted = {place: lambda values: values[operand]}
     return _evaluate(traced.jaxpr, traced.consts, args, (), {}, wanted, widen=operand)[1][place]
+
+
+def weight_of_leaves(
+    traced: Traced, site: Site, shapes: Sequence[Any]
+) -> tuple[dict[int, jax.ShapeDtypeStruct], core.ClosedJaxpr]:
+    """A derived weight as a function of its leaves.
+
+    Args:
+        traced: the jaxpr and its sites.
+        site: a use of the weight.
+        shapes: of all leaves, arrays or abstract values.
+
+    Returns:
+        The leaves that it is computed from, by index in order, and the function of them.
+    """
+    leaves = sorted(site.leaves)
+    own = {i: jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype) for i in leaves}
+
+    def weight(*args: jax.Array) -> Any:
+        return function_of_leaves(traced, *site.place, dict(zip(leaves, args)))
+
+    return own, jax.make_jaxpr(weight)(*own.values())
 
 
 def _evaluate(
