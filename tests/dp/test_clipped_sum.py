@@ -447,3 +447,68 @@ def test_export_for_batches_of_any_size():
     args = params, x, np.ones(5, bool)
     for a, b in zip(*map(jax.tree.leaves, (exported.call(*args), jax.jit(summed)(*args)))):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def one_token(p, x):
+    return jnp.sum(jnp.tanh(x[0] @ p["w"]) ** 2)
+
+
+def tokens_and_bias(p, x):
+    return jnp.sum(jnp.tanh(x @ p["w"] + p["b"][None]) ** 2)
+
+
+def looked_up(p, x):
+    rows = jnp.argsort(x[:, 0])  # all of them distinct
+    return jnp.sum(jnp.tanh(p["w"][rows] * x) ** 2)
+
+
+def masked(p, x):
+    return jnp.sum(jnp.tanh(x @ (p["w"] * (jnp.arange(24.0) % 2)[:, None])) ** 2)
+
+
+def formed(p, x):
+    return jnp.sum(jnp.tanh(x @ jnp.cumsum(p["w"], 1)) ** 2)
+
+
+DIFFERENTIATED = [one_token, tokens_and_bias, looked_up, masked, formed]
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("rule", [dp.flat, dp.per_layer, dp.automatic])
+@pytest.mark.parametrize("loss_fn", DIFFERENTIATED)
+@pytest.mark.one_in(7)
+def test_forward_derivatives(loss_fn, rule, method):
+    """Those of a loop over examples; of one that has no gradient, or none that is finite, 0."""
+    rng = np.random.default_rng(0)
+    params = {"w": 0.3 * rng.standard_normal((24, 24)), "b": np.ones(24)}
+    if loss_fn is not tokens_and_bias:
+        del params["b"]
+    params = jax.tree.map(jnp.float32, params)
+    along = jax.tree.map(lambda p: jnp.float32(rng.standard_normal(p.shape)), params)
+    x = jnp.asarray(rng.standard_normal((6, 3, 24)), jnp.float32)
+    x = x.at[0].set(0.0).at[1].set(jnp.nan).at[2].multiply(0.05)
+    mask = jnp.array([True] * 5 + [False])
+    clip = rule(2.0)
+
+    def total(params):
+        return dp.clipped_sum(loss_fn, clip, method=method)(params, x, mask)[0].value
+
+    def clipped(params, row):
+        gradient = jax.grad(loss_fn)(params, x[row])
+        squares = jax.tree.map(lambda g: jnp.sum(g * g), gradient)
+        groups = clip.groups(params)
+        leaves, treedef = jax.tree.flatten(gradient)
+        own = jnp.zeros(clip.num_groups(params)).at[jnp.array(groups)]
+        own = own.add(jnp.array(jax.tree.leaves(squares)))
+        some = own > 0  # a norm has no derivative at 0
+        factors = clip.factors(jnp.where(some, jnp.sqrt(jnp.where(some, own, 1.0)), 0.0))
+        return treedef.unflatten([f * g for f, g in zip(factors[jnp.array(groups)], leaves)])
+
+    parts = [jax.jvp(lambda p, row=row: clipped(p, row), (params,), (along,)) for row in (2, 3, 4)]
+    if loss_fn is tokens_and_bias:
+        parts.append(jax.jvp(lambda p: clipped(p, 0), (params,), (along,)))
+    value, derivative = jax.tree.map(lambda *own: sum(own), *parts)
+    found, tangent = jax.jit(lambda p, t: jax.jvp(total, (p,), (t,)))(params, along)
+    for name in params:
+        np.testing.assert_allclose(found[name], value[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(tangent[name], derivative[name], rtol=1e-3, atol=2e-4)

@@ -49,7 +49,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Contract", "backend", "dot", "full_dot", "halves", "roundings"]
+__all__ = ["Contract", "backend", "dot", "full_dot", "halves", "root", "roundings"]
 
 Contract = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -130,3 +130,20 @@ def halves(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
     return (array,) if array.dtype == jnp.bfloat16 else halves(array.astype(jnp.float32))
+
+
+@jax.custom_jvp
+def root(square: jax.Array) -> jax.Array:
+    """The square root, whose derivative is 0 where it is 0.
+
+    A norm has no derivative there and `jnp.sqrt` an infinite one, which makes NaN of the derivative
+    of whatever the norm was to bound.
+    """
+    return jnp.sqrt(square)
+
+
+@root.defjvp
+def _root_derivative(squares: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    norm = jnp.sqrt(squares[0])
+    some = norm != 0
+    return norm, jnp.where(some, tangents[0] / (2 * jnp.where(some, norm, 1.0)), 0.0)

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 
 from dpjax.dp.clipping import SMALLEST_NORM, ClipRule, PerExample
 from dpjax.dp.engines import products, reference, summation
+from dpjax.dp.engines.arithmetic import root
 from dpjax.dp.engines.backward import backward, constants_of
 from dpjax.dp.engines.formed import formed_part
 from dpjax.dp.engines.held import here
@@ -282,10 +283,10 @@ def _clip(
         sums = _sum_by_group(jnp.stack(terms, 1), groups, num_groups)  # [groups, 4, n]
         square, error, spread, mass = jnp.transpose(sums, (1, 2, 0))
         peak = jnp.broadcast_to(jnp.max(each.peak, 0)[:, None], squares.shape)
-        found = products.Measure(squares + square, error, jnp.sqrt(spread), jnp.sqrt(mass), peak)
+        found = products.Measure(squares + square, error, root(spread), root(mass), peak)
     square, error, spread, mass, peak = found
-    norms = jnp.sqrt(square)
-    bounded = jnp.sqrt(square + error) + spread
+    norms = root(square)
+    bounded = root(square + error) + spread
     # Below SMALLEST_NORM a factor no longer depends on the norm, so a bound below it suffices.
     regular = norms > SMALLEST_NORM
     sound = bounded <= jnp.where(regular, (1 + _MARGIN) * norms, SMALLEST_NORM)
@@ -348,7 +349,7 @@ def _set_apart(
         square = squares[row]
         if lengths:
             square += _sum_by_group(jnp.stack(lengths), groups, num_groups)[:, 0]
-        norms = jnp.sqrt(square)
+        norms = root(square)
         use = doubtful[row] & jnp.all(jnp.isfinite(norms))
         # Once, or XLA computes them again in the program of every weight, which it has to compile.
         factors = reference.once(jnp.where(use, rule.factors(norms), 0.0), doubts)

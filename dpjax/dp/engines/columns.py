@@ -34,7 +34,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from dpjax.dp.engines import forms, products, summation
-from dpjax.dp.engines.arithmetic import roundings
+from dpjax.dp.engines.arithmetic import root, roundings
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.polynomials import OtherForm, Polynomial, plain, run
 from dpjax.dp.engines.sites import Site, Weight, layout
@@ -220,7 +220,7 @@ def with_columns(
     inner = jnp.sum(at.scale[None] * (a * product.by_shift + b * product.by_scale), (1, 2))
     total, square = (moment[None] for moment in at.moments)
     of_a, of_b = (jnp.sum(jnp.square(x) * y, (1, 2)) for x, y in ((a, sizes.d), (b, square)))
-    own = jnp.sqrt(of_a) + jnp.sqrt(of_b)
+    own = root(of_a) + root(of_b)
     added = of_a + of_b + 2 * jnp.sum(a * b * total, (1, 2))
     chain = summation.chain(sizes.d) + roundings(sizes.T)
     measure = products.with_added(

@@ -33,6 +33,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from dpjax.dp.engines import forms, products, summation
+from dpjax.dp.engines.arithmetic import root
 from dpjax.dp.engines.forms import Tokens
 from dpjax.dp.engines.jaxprs import inlined
 from dpjax.dp.engines.sites import Weight
@@ -145,7 +146,7 @@ def measure(t: Tokens, slopes: Slopes) -> tuple[products.Measure, jax.Array]:
             products.length(x_squares, t.d) * products.length(of_columns, t.p),
         )
         rounding = products.rounding_of(t, times=2)
-    size, mass = slopes.size, jnp.sqrt(_total(lengths))
+    size, mass = slopes.size, root(_total(lengths))
     raw = products.length(x_squares, t.d) * products.length(g_squares, t.p)
     whole = jnp.sum(raw, (1, 2))
     peak = products.peak(jnp.sum(x_squares, 2), jnp.sum(g_squares, 2))
@@ -182,8 +183,8 @@ def _paired(
     lost = products.TINY * (2 * d * g_squares + 2 * p * x_squares + x_squares * g_squares + p)
     own = jnp.maximum(sums[:, :, one == other], 0.0)
     units = summation.chain(d) + products.REDUCTION + 16
-    error = units * products.UNIT * _total(jnp.sqrt(own + lost)) + _total(jnp.sqrt(lost))
-    return square, error, jnp.sqrt(own + lost)
+    error = units * products.UNIT * _total(root(own + lost)) + _total(root(lost))
+    return square, error, root(own + lost)
 
 
 def _total(lengths: jax.Array) -> jax.Array:

@@ -125,7 +125,7 @@ def formed_part(
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
                 again = products.kept_square(g)
-                shrink = jnp.where(again > square, jnp.sqrt(square / again), 1.0)
+                shrink = jnp.where(again > square, root(square / jnp.where(again > 0, again, 1.0)), 1.0)
                 finite = jnp.isfinite(again)
                 g = jnp.where(finite[:, None], g, 0.0)
                 factor = jnp.where(finite, part(factors[member][0]) * shrink, 0.0)

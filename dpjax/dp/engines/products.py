@@ -50,7 +50,7 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.dp.engines import forms, summation
-from dpjax.dp.engines.arithmetic import roundings
+from dpjax.dp.engines.arithmetic import root, roundings
 from dpjax.dp.engines.forms import Form, Tokens
 
 __all__ = [
@@ -194,7 +194,7 @@ def gram_measure(found: Gram) -> Measure:
     if xx.ndim == 2:  # one token, no sum over tokens: squares add up without cancellation
         square = jnp.sum(xx * gg, 1)
         error = TINY * jnp.sum(d * gg + p * xx + 1, 1)
-        mass = jnp.sqrt(square + error)
+        mass = root(square + error)
         return Measure(square, error, found.rounding * mass, mass, peak(xx, gg))
     x_square, g_square = _diagonals(xx), _diagonals(gg)
     products = xx * gg
@@ -283,7 +283,7 @@ def _unkept(square: jax.Array, error: jax.Array, found: Outer) -> Measure:
     _, x_square, g_square, d, p, rounding = found
     lengths = length(x_square, d) * length(g_square, p)
     masses, x_total, g_total = jnp.sum(jnp.stack([lengths, x_square, g_square]), 3)
-    mass = jnp.sqrt(jnp.sum(jnp.square(masses), 1))
+    mass = root(jnp.sum(jnp.square(masses), 1))
     return Measure(square, error, rounding * mass, mass, peak(x_total, g_total))
 
 
@@ -296,7 +296,7 @@ def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.
         scalar: c, `[n]`.
         constant: R, `[B, d, p]`, the same for all examples.
     """
-    size = jnp.sqrt(jnp.sum(jnp.square(constant)))
+    size = root(jnp.sum(jnp.square(constant)))
     inner, rounded = jnp.zeros_like(scalar), 0
     if t.x is not None:
         inner += _total(summation.applied(t.x, constant) * t.g.astype(jnp.float32))
@@ -349,7 +349,7 @@ def _squares(array: jax.Array) -> jax.Array:
 
 def length(squares: jax.Array, size: int) -> jax.Array:
     """Norms of tokens of `size` numbers, from squares of which any may have underflowed."""
-    return jnp.sqrt(squares + size * TINY)
+    return root(squares + size * TINY)
 
 
 def _off(squares: jax.Array, size: int, chain: int) -> jax.Array:
@@ -359,7 +359,7 @@ def _off(squares: jax.Array, size: int, chain: int) -> jax.Array:
     latter and r_s^2 = a_s^2 + b, r_s r_t >= a_s a_t + b (Cauchy and Schwarz). The second b is for
     an a_s^2 that is lost. (Where it is lost, so are parts of numbers: see `arithmetic`.)
     """
-    return jnp.sqrt((chain + 4) * UNIT * (squares + size * TINY) + 2 * size * TINY)
+    return root((chain + 4) * UNIT * (squares + size * TINY) + 2 * size * TINY)
 
 
 def _outer(lengths: jax.Array) -> jax.Array:
@@ -368,7 +368,7 @@ def _outer(lengths: jax.Array) -> jax.Array:
 
 def peak(x_square: jax.Array, g_square: jax.Array) -> jax.Array:
     axes = tuple(range(1, x_square.ndim))
-    return jnp.sqrt(jnp.maximum(jnp.sum(x_square, axes), jnp.sum(g_square, axes)))
+    return root(jnp.maximum(jnp.sum(x_square, axes), jnp.sum(g_square, axes)))
 
 
 def _split(t: Tokens) -> float:
@@ -391,7 +391,7 @@ def lookup_measure(t: Tokens) -> Measure:
     values = jnp.concatenate([h, lengths, jnp.ones_like(lengths)], 2)
     sums = summation.row_sums(t, values)
     square = _total(jnp.square(sums[:, :, :-2]))
-    mass = jnp.sqrt(jnp.sum(jnp.square(sums[:, :, -2]), 1))
+    mass = root(jnp.sum(jnp.square(sums[:, :, -2]), 1))
     repeats = jnp.max(sums[:, :, -1], 1)
     spread = jnp.where(repeats > 1, 2 * (roundings(repeats) + 4) * UNIT * mass, 0.0)
     return Measure(square, jnp.zeros_like(square), spread, mass, peak(squares, squares))

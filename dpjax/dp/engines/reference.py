@@ -20,6 +20,7 @@ from jax.extend.core import primitives as P
 from dpjax.dp import secure
 from dpjax.dp.clipping import ClipRule, PerExample
 from dpjax.dp.engines import summation
+from dpjax.dp.engines.arithmetic import root
 from dpjax.dp.engines.jaxprs import equations
 
 __all__ = [
@@ -215,7 +216,7 @@ def _batched(
     for group, g in zip(groups, leaves):
         squares[group].append(jnp.sum(jnp.square(g), 1))
     totals = [jnp.sum(jnp.stack(parts), 0) for parts in squares]
-    norms = jnp.sqrt(jnp.stack(totals, 1)) if totals else jnp.zeros((*mask.shape, 0))
+    norms = root(jnp.stack(totals, 1)) if totals else jnp.zeros((*mask.shape, 0))
     use = mask & jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms), 1)
     factors = jnp.where(use[:, None], jax.vmap(rule.factors)(norms), 0.0)
 
