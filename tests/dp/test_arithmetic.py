@@ -162,7 +162,8 @@ def test_the_backend_decides(backend, monkeypatch):
     assert (len(full), len(parts)) == ((5, 0) if backend == "cpu" else (0, 15))
     # What is in memory is summed as it is.
     (line,) = lowered(
-        lambda x: summation.weigh(x, jnp.ones(4), jnp.ones(4, bool)), jnp.zeros((4, 10_000))
+        lambda x: summation.weigh(x, jnp.ones(4), jnp.ones(4, bool)),
+        jnp.zeros((4, summation.BIAS + 1)),
     )
     assert "HIGHEST" in line
     assert t.d == 64

@@ -293,3 +293,15 @@ def test_the_loss_is_traced_at_the_shape_of_one_example():
         return jnp.sum(jnp.sin(x @ params["w"]))
 
     agree(loss_fn, {"w": normal(3, 2)[0]}, normal(3))
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_a_head_beside_what_is_far_larger_is_kept(tokens):
+    def loss_fn(params, x):
+        hidden = jnp.tanh(x @ params["body"])
+        return jnp.sum(jnp.sin(jnp.mean(hidden, 0) @ params["head"]))
+
+    params = {"body": 0.1 * jnp.ones((16, 16)), "head": jnp.ones((16, 2))}
+    x = normal(tokens, 16)
+    agree(loss_fn, params, x)
+    assert routes(loss_fn, params, x)["head"] == ("gram" if tokens == 1 else "outer")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare_engines import MASK, agree, assert_close, both, routes
+from jax.extend import core
 from losses import (
     SIZE,
     all_in_half,
@@ -217,6 +218,7 @@ def test_chunks_of_examples(monkeypatch, name, chunk):
     def run(params):
         return bookkeeping.microbatch_sum(loss_fn, dp.flat(0.5), params, inputs, MASK)
 
-    lengths = [e.params["length"] for e in all_equations(jax.make_jaxpr(run)(params).jaxpr)
-               if e.primitive.name == "scan"]  # fmt: skip
-    assert lengths == ([] if chunk == SIZE else [SIZE // chunk])
+    loops = [e.params["cond_jaxpr"].eqns for e in all_equations(jax.make_jaxpr(run)(params).jaxpr)
+             if e.primitive.name == "while"]  # fmt: skip
+    ends = [x.val for (compared,) in loops for x in compared.invars if isinstance(x, core.Literal)]
+    assert ends == ([] if chunk == SIZE else [SIZE // chunk])

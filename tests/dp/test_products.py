@@ -94,7 +94,8 @@ def test_products_are_those_of_exact_arithmetic(products, dtypes):
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_no_product_is_rounded_to_less_than_float32(dtypes):
     # Large enough for `weigh` to take a product; few numbers are multiplied and added.
-    x, g = jnp.zeros((4, 2, 6, 64), dtypes[0]), jnp.zeros((4, 2, 6, 70), dtypes[1])
+    x, g = jnp.zeros((4, 2, 6, 128), dtypes[0]), jnp.zeros((4, 2, 6, 70), dtypes[1])
+    assert 2 * 128 * 70 > summation.BIAS
     factors = jnp.ones(4)
 
     def everything(x, g):

@@ -115,22 +115,22 @@ def microbatch_sum(
     record = dataclasses.replace(record, devices=devices_of(batch, mask.shape[0]))
     groups, num_groups = rule.groups(params), rule.num_groups(params)
 
-    doubts = reference.count_of_doubts(loss)
+    turns = reference.turns_of(loss)
     constants = constants_of(planned.traced, held)
 
     def formed(mixed: Mixed, record: Record) -> Part:
-        return formed_part(planned.traced, mixed, record, constants, held, groups, doubts)
+        return formed_part(planned.traced, mixed, record, constants, held, turns)
 
     # Leaves of equal shape share their kernels: a part for each compiles faster than one for all.
-    parts = [kept_part(leaf, gradients, groups) for leaf, gradients in direct.items()]
-    parts += [closed_part(g, record, constants, groups) for g in planned.groups if g.is_kept]
+    parts = [kept_part(leaf, gradients) for leaf, gradients in direct.items()]
+    parts += [closed_part(g, record, constants) for g in planned.groups if g.is_kept]
     parts += [formed(mixed, record) for mixed in planned.mixed if mixed.kept]
     weights = [group.sites for group in planned.groups if not group.is_kept]
     weights += [sites for mixed in planned.mixed if not mixed.kept for sites in mixed.weights]
     # One recording for the norms and for the sums. Gradients that are kept go with it, so that
     # nothing else reads the cotangents, of which XLA would make a copy.
     record, kept = reference.once(
-        (record.of(tuple(weights), list(record.scalars)), [part.kept for part in parts]), doubts
+        (record.of(tuple(weights), list(record.scalars)), [part.kept for part in parts]), turns
     )
     together = measured_together(planned.groups, record, constants)
     masses = {
@@ -139,7 +139,7 @@ def microbatch_sum(
         for k, i in enumerate(members)
     }
     measured = [
-        closed_part(group, record, constants, groups, masses.get(i))
+        closed_part(group, record, constants, masses.get(i))
         for i, group in enumerate(planned.groups)
         if not group.is_kept
     ]
@@ -147,11 +147,11 @@ def microbatch_sum(
     parts, kept = parts + measured, kept + [part.kept for part in measured]
 
     most = _cancellation(planned.tokens)
-    squares = _kept_squares(parts, kept, num_groups, mask.shape[0])
+    squares = _kept_squares(parts, kept, groups, num_groups, mask.shape[0])
     measures = [
-        (jax.tree.map(lambda row: row[None], measure), [group])
+        (jax.tree.map(lambda row: row[None], measure), [groups[leaf]])
         for part in parts
-        for measure, group in zip(part.measures, part.members)
+        for measure, leaf in zip(part.measures, part.leaves)
     ]
     for members, measure in together:
         leaves_of = [min(planned.groups[i].sites[0].leaves) for i in members]
@@ -174,10 +174,10 @@ def microbatch_sum(
     count = jnp.sum(~clip.usable)
     if repairs:
         totals, facts, count = _set_apart(
-            rule, parts, squares, record, totals, facts, clip.usable, doubtful, doubts
+            rule, groups, parts, squares, record, totals, facts, clip.usable, doubtful, turns
         )
     # A gradient in memory was measured as it is summed, of whatever example.
-    trusted, all_of_them = _columns(clip.factors), _columns(facts.factors)
+    trusted, all_of_them = _by_leaf(clip.factors, groups), _by_leaf(facts.factors, groups)
     touched = frozenset[int]().union(*(part.clears for part in parts))
     record, kept = _cleared(
         record, touched, kept, clip.usable, jnp.any(facts.factors > 0, 1), count
@@ -222,20 +222,22 @@ def _cancellation(tokens: int) -> float:
     return 4 + 2 * tokens**0.5
 
 
-def _kept_squares(parts: list[Part], kept: list[Vectors], num_groups: int, size: int) -> jax.Array:
+def _kept_squares(
+    parts: list[Part], kept: list[Vectors], groups: tuple[int, ...], num_groups: int, size: int
+) -> jax.Array:
     """The squared norms `[n, groups]` of all gradients that are in memory."""
-    groups: dict[int, int] = {}
+    group_of: dict[int, int] = {}
     by_group: dict[int, list[jax.Array]] = {}
     for part, own in zip(parts, kept):
-        for group, g in zip(part.members, own):
+        for group, g in zip((groups[leaf] for leaf in part.leaves), own):
             # Small ones are copied side by side, so that one program measures all of a group.
             key = group if g.shape[1] <= summation.BIAS else num_groups + len(by_group)
             by_group.setdefault(key, []).append(summation.capped(g, part.limit))
-            groups[key] = group
+            group_of[key] = group
     squares = [products.kept_square(jnp.concatenate(own, 1)) for own in by_group.values()]
     if not squares:
         return jnp.zeros((size, num_groups), jnp.float32)
-    return _sum_by_group(jnp.stack(squares), list(groups.values()), num_groups).T
+    return _sum_by_group(jnp.stack(squares), list(group_of.values()), num_groups).T
 
 
 def _sum_by_group(rows: jax.Array, groups: list[int], num_groups: int) -> jax.Array:
@@ -303,6 +305,7 @@ def _clip(
 
 def _set_apart(
     rule: ClipRule,
+    groups: tuple[int, ...],
     parts: list[Part],
     squares: jax.Array,
     record: Record,
@@ -310,7 +313,7 @@ def _set_apart(
     facts: PerExample,
     usable: jax.Array,
     doubtful: jax.Array,
-    doubts: jax.Array,
+    turns: jax.Array,
 ) -> tuple[Totals, PerExample, jax.Array]:
     """Adds doubtful examples to the totals, each on its own.
 
@@ -321,6 +324,7 @@ def _set_apart(
 
     Args:
         rule: the clipping rule.
+        groups: the rule's, by leaf.
         parts: all gradients.
         squares: squared norms `[n, groups]` of those that are kept.
         record: of all examples.
@@ -328,14 +332,15 @@ def _set_apart(
         facts: of all examples, to be corrected for the doubtful ones.
         usable: `[n]` bool, most often all of them; then nothing is done.
         doubtful: `[n]` bool, which of the others may contribute.
-        doubts: see `reference.once`.
+        turns: see `reference.once`.
 
     Returns:
         The totals, the facts, and how many examples are not usable: known once this is done, so
         that what reads the number may write over the record.
     """
     order, num_groups = _order(usable), squares.shape[1]
-    formed = [(p.exact, p.place, p.members) for p in parts if p.exact and p.place]
+    formed = [(p.exact, p.place, p.leaves) for p in parts if p.exact and p.place]
+    members = [groups[leaf] for _, _, leaves in formed for leaf in leaves]
 
     def turn(
         i: jax.Array, state: tuple[Totals, PerExample, jax.Array]
@@ -343,20 +348,19 @@ def _set_apart(
         row = order[i]
         totals, facts, count = state
         own = record.take(row, 1)
-        vectors = reference.once([exact(own) for exact, _, _ in formed], doubts)
+        vectors = reference.once([exact(own) for exact, _, _ in formed], turns)
         lengths = [products.kept_square(v) for mine in vectors for v in mine]
-        groups = [group for _, _, members in formed for group in members]
         square = squares[row]
         if lengths:
-            square += _sum_by_group(jnp.stack(lengths), groups, num_groups)[:, 0]
+            square += _sum_by_group(jnp.stack(lengths), members, num_groups)[:, 0]
         norms = root(square)
         use = doubtful[row] & jnp.all(jnp.isfinite(norms))
         # Once, or XLA computes them again in the program of every weight, which it has to compile.
-        factors = reference.once(jnp.where(use, rule.factors(norms), 0.0), doubts)
-        columns = _columns(factors[None])
-        for (_, place, members), mine in zip(formed, vectors, strict=True):
+        factors = reference.once(jnp.where(use, rule.factors(norms), 0.0), turns)
+        columns = _by_leaf(factors[None], groups)
+        for (_, place, leaves), mine in zip(formed, vectors, strict=True):
             weighed = [
-                summation.scaled(v, *columns[g])[0] for g, v in zip(members, mine, strict=True)
+                summation.scaled(v, *columns[i])[0] for i, v in zip(leaves, mine, strict=True)
             ]
             totals = place(totals, own, tuple(weighed))
         norms = jnp.where(doubtful[row], norms, facts.norms[row])
@@ -365,11 +369,14 @@ def _set_apart(
         )
         return totals, facts, count + 1
 
-    return jax.lax.fori_loop(0, jnp.sum(~usable), turn, (totals, facts, jnp.int32(0)))
+    start = {leaf: totals[leaf] for _, _, leaves in formed for leaf in leaves}
+    end, facts, count = jax.lax.fori_loop(0, jnp.sum(~usable), turn, (start, facts, jnp.int32(0)))
+    return totals | end, facts, count
 
 
-def _columns(factors: jax.Array) -> Factors:
-    return [(column, column > 0) for column in jnp.unstack(factors, axis=1)]
+def _by_leaf(factors: jax.Array, groups: tuple[int, ...]) -> Factors:
+    columns = [(column, column > 0) for column in jnp.unstack(factors, axis=1)]
+    return [columns[group] for group in groups]
 
 
 def _order(usable: jax.Array) -> jax.Array:

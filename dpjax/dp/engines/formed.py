@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.dp.engines import entries, forms, products, reference, summation
+from dpjax.dp.engines.arithmetic import root
 from dpjax.dp.engines.columns import Columns, Products, Scaled, products_of, pulled, with_columns
 from dpjax.dp.engines.entries import Entries
 from dpjax.dp.engines.held import Held
@@ -47,8 +48,7 @@ def formed_part(
     record: Record,
     constants: dict[Key, dict[int, jax.Array]],
     held: Held,
-    groups: tuple[int, ...],
-    doubts: jax.Array,
+    turns: jax.Array,
 ) -> Part:
     """The part of weights that are functions of their leaves, or that share them in other layouts.
 
@@ -58,10 +58,9 @@ def formed_part(
     example, and what is formed is measured and summed.
     """
     if mixed.columns:
-        return _columns_part(mixed, record, held, groups, doubts)
+        return _columns_part(mixed, record, held, turns)
     pulls = [_pull(traced, sites[0], held) for sites in mixed.weights]
     terms = {place: own for place, own in constants.items() if own.keys() & set(mixed.leaves)}
-    members = tuple(groups[leaf] for leaf in mixed.leaves)
     limits = [min(site.limit for site in sites) for sites in mixed.weights]
 
     def gradients(record: Record, cap: bool = False) -> tuple[Vectors, jax.Array]:
@@ -98,14 +97,14 @@ def formed_part(
     own, size = record.of(mixed.weights, list(terms)), _temporary_of(mixed)
     if mixed.kept:
         kept, within = chunked(capped, own, size)
-        return of_kept(members, kept, within, place)
+        return of_kept(mixed.leaves, kept, within, place)
 
     def measure(record: Record) -> tuple[tuple[products.Measure, ...], jax.Array]:
         vectors, within = gradients(record)
-        return tuple(map(products.kept_measure, reference.once(vectors, doubts))), within
+        return tuple(map(products.kept_measure, reference.once(vectors, turns))), within
 
     if mixed.entries:
-        return _entries_part(mixed, record, held, members, exact, place, doubts)
+        return _entries_part(mixed, record, held, exact, place, turns)
     measures, within = chunked(measure, own, size)
 
     def add(
@@ -119,33 +118,34 @@ def formed_part(
                 return taken(array, i, chunk, own.devices)
 
             weighed = []
-            vectors = reference.once(gradients(own.take(i, chunk))[0], doubts)
-            for member, measured, g in zip(members, measures, vectors, strict=True):
+            vectors = reference.once(gradients(own.take(i, chunk))[0], turns)
+            for leaf, measured, g in zip(mixed.leaves, measures, vectors, strict=True):
                 square = part(measured.square)
                 # Formed a second time, in another program: what is added is measured once more, and
                 # shrunk if it is the larger.
                 again = products.kept_square(g)
-                shrink = jnp.where(again > square, root(square / jnp.where(again > 0, again, 1.0)), 1.0)
+                shrink = jnp.where(
+                    again > square, root(square / jnp.where(again > 0, again, 1.0)), 1.0
+                )
                 finite = jnp.isfinite(again)
                 g = jnp.where(finite[:, None], g, 0.0)
-                factor = jnp.where(finite, part(factors[member][0]) * shrink, 0.0)
+                factor = jnp.where(finite, part(factors[leaf][0]) * shrink, 0.0)
                 weighed.append(summation.weigh(g, factor, factor > 0))
             return place(totals, record, tuple(weighed))
 
         start = {leaf: totals[leaf] for leaf in mixed.leaves}
         return totals | jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(own.size // chunk), turn, start)
 
-    return Part(members, (), measures, within, add, min(limits), exact, place)
+    return Part(mixed.leaves, (), measures, within, add, min(limits), exact, place)
 
 
 def _entries_part(
     mixed: Mixed,
     record: Record,
     held: Held,
-    members: tuple[int, ...],
     exact: Callable[[Record], Vectors],
     place: Callable[[Totals, Record, Vectors], Totals],
-    doubts: jax.Array,
+    turns: jax.Array,
 ) -> Part:
     """The part of weights that are functions of their leaves number by number; see `entries`.
 
@@ -153,17 +153,16 @@ def _entries_part(
         mixed: the weights.
         record: what was recorded.
         held: the parameters.
-        members: see `Part`.
-        exact: likewise.
+        exact: see `Part`.
         place: likewise.
-        doubts: see `reference.once`.
+        turns: see `reference.once`.
     """
     limit = min(site.limit for own in mixed.entries for site in own.sites)
     measures: dict[int, products.Measure] = {}
     within = jnp.ones(record.size, bool)
     # Once: what is measured is multiplied with the slopes that the sum is multiplied with.
     slopes = {e.leaf: e.at({i: held.leaf(i) for i in e.leaves}) for e in mixed.entries}
-    slopes = reference.once(slopes, doubts)
+    slopes = reference.once(slopes, turns)
     for own in mixed.entries:
 
         def measure(record: Record, own: Entries = own) -> tuple[products.Measure, jax.Array]:
@@ -176,9 +175,9 @@ def _entries_part(
     def add(
         totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        group, totals = dict(zip(mixed.leaves, members, strict=True)), dict(totals)
+        totals = dict(totals)
         for own in mixed.entries:
-            factor, by = factors[group[own.leaf]][0], slopes[own.leaf]
+            factor, by = factors[own.leaf][0], slopes[own.leaf]
             value = _weighted(own.sites, record, factor, usable)
             value = own.of_leaf(by.size * (by.own * value))
             totals[own.leaf] += jnp.where(by.sound, value, 0.0)  # 0 * NaN is NaN
@@ -186,14 +185,11 @@ def _entries_part(
 
     clears = frozenset().union(*(cleared(own.sites, record) for own in mixed.entries))
     in_order = tuple(measures[leaf] for leaf in mixed.leaves)
-    return Part(members, (), in_order, within, add, limit, exact, place, clears)
+    return Part(mixed.leaves, (), in_order, within, add, limit, exact, place, clears)
 
 
-def _columns_part(
-    mixed: Mixed, record: Record, held: Held, groups: tuple[int, ...], doubts: jax.Array
-) -> Part:
+def _columns_part(mixed: Mixed, record: Record, held: Held, turns: jax.Array) -> Part:
     """The part of weights that scale and shift the columns of a leaf each; see `columns`."""
-    members = tuple(groups[leaf] for leaf in mixed.leaves)
     limit = min(site.limit for own, _ in mixed.columns for site in own.sites)
     weights = [
         (own, norm, own.at({i: held.leaf(i) for i in own.leaves})) for own, norm in mixed.columns
@@ -226,7 +222,7 @@ def _columns_part(
 
     if mixed.kept:
         kept, within = chunked(gradients, record.of(mixed.weights, []), _temporary_of(mixed))
-        return of_kept(members, kept, within, place)
+        return of_kept(mixed.leaves, kept, within, place)
 
     measures: dict[int, products.Measure] = {}
     others: dict[int, jax.Array] = {}
@@ -240,7 +236,7 @@ def _columns_part(
         function = functools.partial(measure, own=own, norm=norm, at=at)
         product = chunked(function, record.of((own.sites,), []), _temporary_of_columns(own, norm))
         # Once: they are measured as they are summed.
-        a, b, gains = reference.once(jax.vmap(at.back)(product.by_scale, product.by_shift), doubts)
+        a, b, gains = reference.once(jax.vmap(at.back)(product.by_scale, product.by_shift), turns)
         measures[own.leaf] = with_columns(product, forms.form_of(own.sites), at, a, b)
         _add_flat(others, gains)
         # The square of no number in a column exceeds their sum.
@@ -248,18 +244,17 @@ def _columns_part(
         sound &= jnp.all(columns)
         within &= product.mass < limit / 4
         added[own.leaf] = a, b
-    others = reference.once(others, doubts)
+    others = reference.once(others, turns)
     measures |= {leaf: products.kept_measure(gradient) for leaf, gradient in others.items()}
 
     def add(
         totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        by_leaf = {leaf: factors[group][0] for leaf, group in zip(mixed.leaves, members)}
         totals = dict(totals)
         for leaf, gradient in others.items():
-            totals[leaf] += jnp.sum(summation.scaled(gradient, by_leaf[leaf], usable), 0)
+            totals[leaf] += jnp.sum(summation.scaled(gradient, factors[leaf][0], usable), 0)
         for own, _, at in weights:
-            factor = by_leaf[own.leaf]
+            factor = factors[own.leaf][0]
             value = at.scale[:, None] * _weighted(own.sites, record, factor, usable)
             a, b = (jnp.sum(summation.scaled(x, factor, usable), 0) for x in added[own.leaf])
             value = _of_leaf(own, value + a[:, None] + b[:, None] * at.u)
@@ -268,7 +263,7 @@ def _columns_part(
 
     clears = frozenset().union(*(cleared(own.sites, record) for own, _, _ in weights))
     in_order = tuple(measures[leaf] for leaf in mixed.leaves)
-    return Part(members, (), in_order, within & sound, add, limit, exact, place, clears)
+    return Part(mixed.leaves, (), in_order, within & sound, add, limit, exact, place, clears)
 
 
 def _add_flat(total: dict[int, jax.Array], gradients: dict[int, jax.Array]) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
 from dpjax.dp.engines import forms, products, summation
@@ -41,7 +40,7 @@ __all__ = [
 
 Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
 Totals = dict[int, jax.Array]  # by leaf, sums over examples, flat
-Factors = list[tuple[jax.Array, jax.Array]]  # by group, `[n]` factors and which are above 0
+Factors = list[tuple[jax.Array, jax.Array]]  # by leaf, `[n]` factors and which are above 0
 
 # Numbers in a temporary of one chunk of examples. On a CPU, few enough for its caches, and enough
 # for products of many rows, which are faster by the row; elsewhere, enough to fill an accelerator.
@@ -55,7 +54,7 @@ class Part(NamedTuple):
     """Gradients that are measured and summed together: of a weight, or of a direct leaf.
 
     Attributes:
-        members: the group of the clipping rule that each of the part's gradients belongs to.
+        leaves: whose gradients they are.
         kept: the gradients themselves, of which numbers beyond `limit` are infinite; empty if they
             are not kept.
         measures: of those that are not kept; empty if they were measured together with others.
@@ -70,7 +69,7 @@ class Part(NamedTuple):
         clears: arrays of the record in which the sum needs zeros where an example is not usable.
     """
 
-    members: tuple[int, ...]
+    leaves: tuple[int, ...]
     kept: Vectors
     measures: tuple[products.Measure, ...]
     within: jax.Array | None
@@ -81,17 +80,17 @@ class Part(NamedTuple):
     clears: frozenset[int] = frozenset()
 
 
-def kept_part(leaf: int, gradients: jax.Array, groups: tuple[int, ...]) -> Part:
+def kept_part(leaf: int, gradients: jax.Array) -> Part:
     """A leaf with per-example gradients `[n, entries]` in memory, measured and summed as such."""
 
     def place(totals: Totals, record: Record, vectors: Vectors) -> Totals:
         return totals | {leaf: totals[leaf] + vectors[0]}
 
-    return of_kept((groups[leaf],), (gradients,), None, place)
+    return of_kept((leaf,), (gradients,), None, place)
 
 
 def of_kept(
-    members: tuple[int, ...],
+    leaves: tuple[int, ...],
     kept: Vectors,
     within: jax.Array | None,
     place: Callable[[Totals, Record, Vectors], Totals],
@@ -102,17 +101,16 @@ def of_kept(
     def add(
         totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        weighed = [summation.weigh(g, *factors[i]) for i, g in zip(members, kept, strict=True)]
+        weighed = [summation.weigh(g, *factors[i]) for i, g in zip(leaves, kept, strict=True)]
         return place(totals, record, tuple(weighed))
 
-    return Part(members, kept, (), within, add, limit)
+    return Part(leaves, kept, (), within, add, limit)
 
 
 def closed_part(
     group: Group,
     record: Record,
     constants: dict[Key, dict[int, jax.Array]],
-    groups: tuple[int, ...],
     mass: Callable[[], jax.Array] | None = None,
 ) -> Part:
     """The part of one view of a leaf, from the recorded inputs and cotangents of its sites.
@@ -121,12 +119,11 @@ def closed_part(
         group: the sites.
         record: what was recorded.
         constants: gradients of scalars; see `bookkeeping`.
-        groups: of the clipping rule, by leaf.
         mass: that of the measure, if it was measured with others; see `measured_together`.
     """
     sites, form = group.sites, group.form
     view = sites[0].view_of_leaf
-    leaf, rule_group = view.leaf, groups[view.leaf]
+    leaf = view.leaf
 
     def back(gradient: jax.Array) -> jax.Array:
         """A canonical gradient in the shape of the leaf."""
@@ -210,7 +207,7 @@ def closed_part(
     def add(
         totals: Totals, record: Record, kept: Vectors, factors: Factors, usable: jax.Array
     ) -> Totals:
-        factor = factors[rule_group][0]
+        factor = factors[leaf][0]
         if forms.sums_as_convolution(sites):
             for site, (x, g) in zip(sites, record.pairs(sites)):
                 # Back through its own view: another use may order the leaf's axes otherwise.
@@ -235,14 +232,13 @@ def closed_part(
     size = _temporary(group)
     if group.is_kept:
         kept, within = chunked(gradients, own, size)
-        return of_kept((rule_group,), kept, within, place, limit / reach if narrow else math.inf)
+        return of_kept((leaf,), kept, within, place, limit / reach if narrow else math.inf)
     if mass is not None:
         measures, within = (), mass() < largest if narrow else None
     else:
         measures, within = chunked(measure, own, size)
-    return Part(
-        (rule_group,), (), measures, within, add, limit, exact, place, cleared(sites, record)
-    )
+    clears = cleared(sites, record)
+    return Part((leaf,), (), measures, within, add, limit, exact, place, clears)
 
 
 def cleared(sites: Weight, record: Record) -> frozenset[int]:
@@ -276,8 +272,7 @@ def measured_together(
     """
     alike: dict[tuple[str, int, int], list[int]] = {}
     others = {leaf for own in constants.values() for leaf in own}
-    order = sorted(range(len(groups)), key=lambda i: (-groups[i].form.T, i))
-    for i in order:
+    for i in sorted(range(len(groups)), key=lambda i: (-groups[i].form.T, i)):
         group = groups[i]
         plain = all(s.kind != "embed" for s in group.sites)
         plain &= not any(forms.has_patches(s) and not forms.tiles(s) for s in group.sites)
@@ -287,43 +282,59 @@ def measured_together(
             # Blocks of a ViT have one token more than there are patches: those get one of zeros.
             near = [t for norm, b, t in alike if (norm, b) == (group.norm, B) and 1 < T >= 0.9 * t]
             alike.setdefault((group.norm, B, min(near, default=T)), []).append(i)
-    return [
-        (members, _measured_alike([groups[i].sites for i in members], norm, B, T, record))
-        for (norm, B, T), members in alike.items()
-        if len(members) > 1
+    together = []
+    for (norm, B, T), members in alike.items():
+        # Those of equal sizes are neighbors, as they are in the stacks that are measured.
+        by_size: dict[Any, list[int]] = {}
+        for i in members:
+            by_size.setdefault(_size(groups[i].sites, record), []).append(i)
+        classes = list(by_size.values())
+        if len(members) > 1:
+            weights = [[groups[i].sites for i in own] for own in classes]
+            measure = _measured_alike(weights, norm, B, T, record)
+            together.append(([i for own in classes for i in own], measure))
+    return together
+
+
+def _size(sites: Weight, record: Record) -> Any:
+    """What weights have in common whose tokens are stacked: sizes, and what makes their dtypes."""
+    d, p = forms.form_of(sites)[2:4]
+    places = dict(record.places)
+    dtypes = [
+        [record.arrays[i].dtype for i in places[site.key]][:: 1 if d <= p else -1] for site in sites
     ]
+    scales = [site.view is not None and abs(site.view.scale) != 1.0 for site in sites]
+    return min(d, p), max(d, p), str(dtypes), any(scales)
+
+
+def _pair(t: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Inputs and cotangents, those of fewer features first: the norm of x^T g is that of g^T x."""
+    return (t.x, t.g) if t.d <= t.p else (t.g, t.x)
 
 
 def _measured_alike(
-    weights: list[Weight], norm: str, B: int, T: int, record: Record
+    classes: list[list[Weight]], norm: str, B: int, T: int, record: Record
 ) -> products.Measure:
-    """The measures `[weights, n]` of weights of at most T tokens."""
+    """The measures `[weights, n]` of weights of at most T tokens, by their sizes."""
 
     def found(x: jax.Array, g: jax.Array) -> products.Gram | products.Outer:
         t = Tokens(x, g, d=x.shape[3])
         return products.gram(t) if norm == "gram" else products.outer(t)[0]
 
+    def longer(array: jax.Array) -> jax.Array:
+        missing = T - array.shape[2]
+        return jnp.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else array
+
     def measure(record: Record) -> jax.Array:
-        by_sizes: dict[Any, list[tuple[int, jax.Array, jax.Array]]] = {}
-        for i, sites in enumerate(weights):
-            t = record.tokens(sites)
-            # The norm of x^T g is that of g^T x.
-            pair = (t.x, t.g) if t.d <= t.p else (t.g, t.x)
-            longer = [(0, 0), (0, 0), (0, T - t.tokens), (0, 0)]
-            x, g = (jnp.pad(a, longer) if t.tokens < T else a for a in pair)
-            key = (x.shape[3], x.dtype, g.shape[3], g.dtype)
-            by_sizes.setdefault(key, []).append((i, x, g))
         stacked = []
-        for alike in by_sizes.values():
-            x, g = (jnp.stack(arrays) for arrays in list(zip(*alike))[1:])
-            stacked.append(jax.vmap(found)(x, g))
+        for weights in classes:
+            pairs = [map(longer, _pair(record.tokens(sites))) for sites in weights]
+            stacked.append(jax.vmap(found)(*map(jnp.stack, zip(*pairs))))
         joint = jax.tree.map(lambda *rows: jnp.concatenate(rows), *stacked)
         one = products.gram_measure if norm == "gram" else products.outer_measure
-        measures = jnp.stack(jax.vmap(one)(joint))  # [5, weights, n]
-        order = np.argsort([i for alike in by_sizes.values() for i, *_ in alike])
-        return jnp.transpose(measures[:, order])
+        return jnp.transpose(jnp.stack(jax.vmap(one)(joint)))  # [n, weights, 5]
 
-    each = 0
+    weights, each = [sites for own in classes for sites in own], 0
     for sites in weights:
         d, p = forms.form_of(sites)[2:4]
         each += B * T * (d + p) + B * (2 * T * T if norm == "gram" else d * p)
@@ -384,9 +395,12 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
         jnp.uint32(0)
     )
 
-    def turn(i: jax.Array, results: list[jax.Array]) -> list[jax.Array]:
-        found = core.jaxpr_as_fun(closed)(jnp.asarray(i, jnp.uint32))
-        return [
+    # Not a `fori_loop`, which has the number of the turn twice: XLA needs rounds over the whole
+    # program to find that out.
+    def turn(state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        i, results = state
+        found = core.jaxpr_as_fun(closed)(i)
+        return i + 1, [
             jax.lax.dynamic_update_index_in_dim(all, own, i, 0)
             for all, own in zip(results, found, strict=True)
         ]
@@ -397,5 +411,5 @@ def chunked(function: Callable[[Record], Any], record: Record, size: int, share:
     some = record.arrays[cotangent].reshape(-1)[0]
     leaves, treedef = jax.tree.flatten(shapes)
     start = [jnp.full((parts, *x.shape), some, x.dtype) for x in leaves]
-    results = jax.lax.fori_loop(0, parts, turn, start)
+    _, results = jax.lax.while_loop(lambda s: s[0] < parts, turn, (jnp.uint32(0), start))
     return jax.tree.unflatten(treedef, [in_order(x, record.devices) for x in results])

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dpjax.dp.engines import forms, products
+from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.columns import Columns, columns_of
 from dpjax.dp.engines.entries import Entries, entries_of
 from dpjax.dp.engines.forms import Form
@@ -33,6 +33,8 @@ __all__ = ["Group", "LeafPlan", "Mixed", "Plan", "leaf_plans", "make_plan", "pla
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
+
+_SMALL = 16  # times a gradient of which nothing is saved where it is not formed
 
 
 class LeafPlan(NamedTuple):
@@ -176,11 +178,17 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
     traced = trace(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
     groups = []
+    recorded = sum(forms.form_of(sites).recorded for sites in traced.groups)
     for sites in traced.groups:
         form = forms.form_of(sites)
+        numbers = form.B * form.d * form.p
         if all(site.kind == "embed" for site in sites):
             # Where lookups outnumber the rows, a gradient takes less room than its parts.
             norm = "lookup" if form.T < form.d else "outer"
+        elif form.T == 1 and numbers <= min(summation.BIAS, recorded // _SMALL):
+            # A head on a model that is far larger: measured and summed with other small gradients,
+            # it needs no programs of its own to be compiled.
+            norm = "outer"
         else:
             norm = products.cheapest(form)
         groups.append(Group(sites, form, norm))

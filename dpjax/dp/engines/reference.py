@@ -25,13 +25,13 @@ from dpjax.dp.engines.jaxprs import equations
 
 __all__ = [
     "again",
-    "count_of_doubts",
     "differentiates_convolutions",
     "example_of",
     "has_grouped_convolutions",
     "microbatch_sum",
     "once",
     "one_by_one",
+    "turns_of",
 ]
 
 PyTree = Any
@@ -73,7 +73,7 @@ def microbatch_sum(
     return one_by_one(loss_fn, rule, params, batch, doubtful, total, facts, grid)
 
 
-def once(arrays: PyTree, doubts: jax.Array) -> PyTree:
+def once(arrays: PyTree, turns: jax.Array) -> PyTree:
     """Returns the arrays such that XLA computes them once, however many results read them.
 
     A norm is that of what is summed only if both read the same numbers. XLA is free to compute an
@@ -84,12 +84,12 @@ def once(arrays: PyTree, doubts: jax.Array) -> PyTree:
 
     Args:
         arrays: numbers of any dtype.
-        doubts: scalar integer that is computed from the data, such as `count_of_doubts`.
+        turns: that number, see `turns_of`.
     """
     if not jax.tree.leaves(arrays):
         return arrays
     flip = lambda _, arrays: jax.tree.map(_turned, arrays)  # noqa: E731
-    return jax.lax.fori_loop(0, 2 * doubts, flip, arrays)
+    return jax.lax.fori_loop(0, turns, flip, arrays)
 
 
 def _turned(array: jax.Array) -> jax.Array:
@@ -130,9 +130,9 @@ def _abstract(x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, x.dtype, weak_type=getattr(x, "weak_type", False))
 
 
-def count_of_doubts(loss: jax.Array) -> jax.Array:
-    """The number of examples whose loss is not finite, from `[n]` losses."""
-    return jnp.sum(~jnp.isfinite(loss), dtype=jnp.int32)
+def turns_of(loss: jax.Array) -> jax.Array:
+    """Twice the number of examples whose loss is not finite, from `[n]` losses; see `once`."""
+    return 2 * jnp.sum(~jnp.isfinite(loss), dtype=jnp.int32)
 
 
 def differentiates_convolutions(loss_fn: LossFn, params: PyTree, batch: PyTree) -> bool:
@@ -210,7 +210,7 @@ def _batched(
     groups, num_groups = rule.groups(params), rule.num_groups(params)
     loss, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(params, batch)
     leaves, treedef = jax.tree.flatten(grads)
-    leaves = once([summation.flat(g) for g in leaves], count_of_doubts(loss))
+    leaves = once([summation.flat(g) for g in leaves], turns_of(loss))
     loss = loss.astype(jnp.float32)
     squares: list[list[jax.Array]] = [[] for _ in range(num_groups)]
     for group, g in zip(groups, leaves):
