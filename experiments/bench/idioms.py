@@ -278,6 +278,18 @@ def experts(draw: _Draw) -> Case:
     return loss_fn, params, draw.normal(n, tokens, width)
 
 
+def blocks(draw: _Draw) -> Case:
+    """Block-diagonal kernels, one along each of two axes (Monarch, arXiv 2204.00595)."""
+    n, side, tokens = draw.size(16, 4), draw.size(16, 2), draw.size(128, 16)
+    params = {name: draw.weight(side, side, side) for name in ("rows", "columns")}
+
+    def loss_fn(params: Any, x: Any) -> jax.Array:
+        x = jnp.tanh(jnp.einsum("tki,kij->tkj", x, params["rows"]))
+        return jnp.sum(jnp.square(jnp.einsum("tki,ikj->tij", x, params["columns"])))
+
+    return loss_fn, params, draw.normal(n, tokens, side, side)
+
+
 def branches(draw: _Draw) -> Case:
     """Layers inside of branches."""
     params, batch = _mlp(draw)
@@ -326,6 +338,7 @@ IDIOMS: dict[str, Callable[[_Draw], Case]] = {
     for make in (
         user_item, vmapped_lookup, tied, dead_code, penalty, fused, stacked, sliced, weight_norm,
         merged_lora, lstm, gru, resnet, experts, branches, queries, own_derivative, bag, masked,
+        blocks,
     )
 }  # fmt: skip
 

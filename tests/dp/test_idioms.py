@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from compare_engines import agree
 
-from dpjax.dp.engines import bookkeeping
+from dpjax.dp.engines import bookkeeping, plans
 from experiments.bench import idioms
 
 pytestmark = pytest.mark.usefixtures("without_margins")
@@ -32,3 +32,13 @@ def test_the_plan_names_the_line_that_keeps_a_leaf_direct():
     lines = pathlib.Path(idioms.__file__).read_text().splitlines()
     line = 1 + next(i for i, text in enumerate(lines) if "jnp.tanh(product(x, w))" in text)
     assert {leaf.source for leaf in plan} == {f"idioms.py:{line} (loss_fn)"}
+
+
+def test_small_gradients_are_formed_on_the_way_back():
+    loss_fn, params, batch = idioms.small("blocks")
+    planned = plans.make_plan(loss_fn, params, batch[0])
+    assert not planned.traced.taps  # nothing is recorded
+    assert {leaf.route for leaf in plans.leaf_plans(planned, params)} == {"outer"}
+    few = plans.make_plan(loss_fn, params, batch[0, :4])  # tokens, which are no more than they are
+    assert len(few.traced.taps) == 2
+    agree(loss_fn, params, batch[:, :4], tolerance=3e-5)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dpjax.dp.engines import forms, products, summation
 from dpjax.dp.engines.columns import Columns, columns_of
@@ -110,9 +111,19 @@ class Mixed(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """What the engine does.
+
+    Attributes:
+        traced: the loss.
+        groups: of leaves whose gradients are measured as products.
+        mixed: weights that are derived, or used in several ways.
+        small: by leaf, the sizes of products that are left to JAX, see `_small`.
+    """
+
     traced: Traced
     groups: tuple[Group, ...]
     mixed: tuple[Mixed, ...]
+    small: dict[int, str]
 
     @property
     def tokens(self) -> int:
@@ -157,6 +168,7 @@ def leaf_plans(planned: Plan, params: PyTree) -> tuple[LeafPlan, ...]:
             if by_columns:
                 sizes = "; ".join(by_columns) + ", by columns"
             routes[leaf] = mixed.route, sizes
+    routes |= {leaf: ("outer", sizes) for leaf, sizes in planned.small.items()}
     unused = "unused", "the loss does not depend on it"
     return tuple(
         LeafPlan(
@@ -177,6 +189,9 @@ def _sizes(sites: Weight, norm: str) -> str:
 def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
     traced = trace(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
+    small = _small(traced)
+    if small:
+        traced = traced.left_to_jax(frozenset(small), "its gradients are small")
     groups = []
     recorded = sum(forms.form_of(sites).recorded for sites in traced.groups)
     for sites in traced.groups:
@@ -208,7 +223,36 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
         if not (kept or columns or traced.scalars):
             group = group._replace(entries=_entries(traced, weights, leaves))
         mixed.append(group._replace(kept=kept))
-    return Plan(traced, tuple(groups), tuple(mixed))
+    return Plan(traced, tuple(groups), tuple(mixed), small)
+
+
+def _small(traced: Traced) -> dict[int, str]:
+    """Leaves whose gradients JAX forms on the way back in less time than it takes to record them.
+
+    Those of products side by side, say of blocks of a block diagonal, which are far smaller than
+    what they are made from and not in the order that the engine needs. No turn of a loop is among
+    them: there, JAX adds up a gradient for each.
+
+    Returns:
+        By leaf, the sizes.
+    """
+    by_leaf: dict[int, list[Weight]] = {}
+    for sites in traced.groups:
+        by_leaf.setdefault(min(sites[0].leaves), []).append(sites)
+    scalars = frozenset[int]().union(*traced.scalars.values())
+    return {
+        leaf: f"{'; '.join(_sizes(sites, 'outer') for sites in weights)}, on the way back"
+        for leaf, weights in by_leaf.items()
+        if leaf not in scalars and all(_is_small(sites) for sites in weights)
+    }
+
+
+def _is_small(sites: Weight) -> bool:
+    form = forms.form_of(sites)
+    wide = all({site.input.dtype, site.output.dtype} == {jnp.dtype("float32")} for site in sites)
+    plain = all(s.kind == "dot" and not (s.lengths or any(s.cuts)) for s in sites)
+    moved = not all(forms.is_canonical(site) for site in sites)
+    return plain and wide and moved and 8 * form.B * form.d * form.p <= form.recorded
 
 
 def _entries(

@@ -99,6 +99,15 @@ class Traced:
         """All sites, those of one equation included."""
         return [s for w in (*self.groups, *itertools.chain(*self.mixed)) for s in w]
 
+    def left_to_jax(self, leaves: frozenset[int], reason: str) -> Traced:
+        """The same with some leaves direct that have groups."""
+        groups = tuple(sites for sites in self.groups if sites[0].leaves.isdisjoint(leaves))
+        direct = self.direct | dict.fromkeys(sorted(leaves), reason)
+        found = dataclasses.replace(self, groups=groups, direct=direct)
+        used = {site.equation for site in found.sites} | self.scalars.keys()
+        taps = {key: tap for key, tap in self.taps.items() if key in used}
+        return dataclasses.replace(found, taps=taps)
+
 
 class _Info(NamedTuple):
     """What is known of a value: does it depend on the example, and on which leaves otherwise."""
