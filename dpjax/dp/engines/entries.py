@@ -128,9 +128,8 @@ def measure(t: Tokens, slopes: Slopes) -> tuple[products.Measure, jax.Array]:
     """
     x, g = t.x.astype(jnp.float32), t.g.astype(jnp.float32)
     x_squares, g_squares = products.token_squares(t)
-    squares = jnp.square(slopes.own)
     if t.tokens <= _PAIRED:
-        square, error, lengths = _paired(x, g, squares)
+        square, error, lengths = _paired(x, g, jnp.square(slopes.own))
         square, error = (slopes.size * slopes.size * part for part in (square, error))
         rounding = products.rounding_of(t, times=1)
     else:
@@ -138,9 +137,11 @@ def measure(t: Tokens, slopes: Slopes) -> tuple[products.Measure, jax.Array]:
         gradients = (slopes.size * slopes.own)[None] * summation.materialize(t)
         square = products.kept_square(summation.flat(gradients))
         error = jnp.zeros_like(square)
-        # The least of what the largest slopes of each row and of each column say.
-        of_rows = jnp.sum(jnp.square(x) * jnp.max(squares, 2)[None, :, None], 3)
-        of_columns = jnp.sum(jnp.square(g) * jnp.max(squares, 1)[None, :, None], 3)
+        # The least of what the largest slopes of each row and of each column say. (Squares times
+        # slopes take XLA ten times as long to add up, of the patches of a convolution.)
+        largest = jnp.abs(slopes.own)
+        of_rows = jnp.sum(jnp.square(x * jnp.max(largest, 2)[None, :, None]), 3)
+        of_columns = jnp.sum(jnp.square(g * jnp.max(largest, 1)[None, :, None]), 3)
         lengths = jnp.minimum(
             products.length(of_rows, t.d) * products.length(g_squares, t.p),
             products.length(x_squares, t.d) * products.length(of_columns, t.p),
