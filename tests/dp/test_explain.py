@@ -78,6 +78,7 @@ def test_what_is_formed_for_each_example_is_listed():
     text = dp.explain(loss, params, jnp.ones(40))
     _, listed = text.split("formed for each example")
     assert "mixed [80, 80]" in listed
+    assert "to the output of the product" in listed
     assert not any(name in listed for name in ("masked", "small"))
 
 
@@ -85,6 +86,7 @@ def test_what_is_formed_for_each_example_is_listed():
     ("kernel", "advice"),
     [
         (lambda w: jax.lax.fori_loop(0, 2, lambda _, w: jnp.sin(w), w), "without loops"),
+        (lambda w: jnp.linalg.solve(jnp.eye(4) + w, jnp.eye(4)), "or solvers"),
         (lambda w: jnp.sin(w.astype(jnp.bfloat16)), "in float32"),
         (None, "before the loop"),
     ],

@@ -22,7 +22,7 @@ _ADVICE = (
     ("ways", "use it in one layout, or keep a parameter for each use"),
     ("in place", "return what it would write, and read that"),
     ("same loop or branch", "compute the weight before the loop or the branch"),
-    ("weight whose function", "compute it in float32, without loops, of no leaf that is stopped"),
+    ("weight that has", "compute it in float32, without loops or solvers, of no stopped leaf"),
     ("in float64", "compute it in float32, as the norms and the sum are"),
     ("without the example", "leave a term without the example, such as decay, to the optimizer"),
     ("gather", "look up whole rows with an integer array: table[rows]"),
@@ -106,6 +106,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     if formed:
         lines.append("formed for each example, in the time of per-example gradients:")
         lines += [named(i) for i in order if i in formed][:_LARGEST]
+        lines.append("  if you can, do to the output of the product what is done to these weights")
     direct = [i for i in order if plan[i].route == "direct"]
     if not direct:
         return "\n".join(lines)

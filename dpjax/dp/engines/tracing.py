@@ -411,7 +411,7 @@ def _meet(
                 if inside and args[i].entered is None:
                     reason += ", as a weight that is computed in the same loop or branch"
                 elif not args[i].known:
-                    reason += ", as a weight whose function has a loop, few bits or a stopped leaf"
+                    reason += ", as a weight that has a loop, a solver, few bits or a stopped leaf"
             walk.give_up(args[i].leaves, reason, source)
 
 
