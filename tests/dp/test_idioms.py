@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare_engines import agree
@@ -39,6 +40,9 @@ def test_small_gradients_are_formed_on_the_way_back():
     planned = plans.make_plan(loss_fn, params, batch[0])
     assert not planned.traced.taps  # nothing is recorded
     assert {leaf.route for leaf in plans.leaf_plans(planned, params)} == {"outer"}
+    factors = {"a": np.ones((8, 2), np.float32), "b": np.ones((2, 8), np.float32)}
+    merged = plans.make_plan(lambda p, x: jnp.sum(x @ (p["a"] @ p["b"])), factors, np.ones((99, 8)))
+    assert not merged.small  # JAX would form the gradient of the product
     few = plans.make_plan(loss_fn, params, batch[0, :4])  # tokens, which are no more than they are
     assert len(few.traced.taps) == 2
     agree(loss_fn, params, batch[:, :4], tolerance=3e-5)

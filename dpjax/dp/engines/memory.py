@@ -174,12 +174,16 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
 def _held(planned: Plan) -> frozenset[Key]:
     """Equations whose inputs and cotangents are held up to the end.
 
-    A gradient that is kept takes their place as soon as it can be formed: in a scan, at its end.
+    A gradient that is kept takes their place as soon as it can be formed: in a scan, at its end; of
+    two factors of a weight, once the backward pass has what both are formed from.
     """
     weights = [(group.sites, group.is_kept) for group in planned.groups]
     weights += [(sites, mixed.kept) for mixed in planned.mixed for sites in mixed.weights]
     return frozenset(
-        site.equation for sites, kept in weights for site in sites if not kept or site.lengths
+        site.equation
+        for sites, kept in weights
+        for site in sites
+        if not kept or site.lengths or site.factor
     )
 
 

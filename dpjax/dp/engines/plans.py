@@ -250,7 +250,8 @@ def _small(traced: Traced) -> dict[int, str]:
 def _is_small(sites: Weight) -> bool:
     form = forms.form_of(sites)
     wide = all({site.input.dtype, site.output.dtype} == {jnp.dtype("float32")} for site in sites)
-    plain = all(s.kind == "dot" and not (s.lengths or any(s.cuts)) for s in sites)
+    # Of a factor of a large weight, JAX would form the gradient of the weight.
+    plain = all(s.kind == "dot" and not (s.lengths or s.factor or any(s.cuts)) for s in sites)
     moved = not all(forms.is_canonical(site) for site in sites)
     return plain and wide and moved and 8 * form.B * form.d * form.p <= form.recorded
 
