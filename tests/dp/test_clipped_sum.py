@@ -512,3 +512,24 @@ def test_forward_derivatives(loss_fn, rule, method):
     for name in params:
         np.testing.assert_allclose(found[name], value[name], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(tangent[name], derivative[name], rtol=1e-3, atol=2e-4)
+
+
+def gained(p, x):
+    return jnp.sum(jnp.tanh(jnp.tanh(x @ (p["w"] * p["b"][None])) @ p["w"]) ** 2)
+
+
+@pytest.mark.parametrize("method", ["vmap", "bookkeeping"])
+@pytest.mark.parametrize("loss_fn", [tokens_and_bias, gained])
+def test_second_forward_derivatives(loss_fn, method):
+    rng = np.random.default_rng(1)
+    params = {"w": 0.3 * rng.standard_normal((24, 24), np.float32), "b": np.ones(24, np.float32)}
+    x = jnp.asarray(rng.standard_normal((4, 3, 24)), jnp.float32).at[1].set(0.0)
+    engine = dp.clipped_sum(loss_fn, dp.per_layer(2.0), method=method)
+
+    def total(scale):
+        scaled = jax.tree.map(lambda p: scale * p, params)
+        return jnp.sum(engine(scaled, x, jnp.ones(4, bool))[0].value["w"])
+
+    first = jax.jit(jax.jacfwd(total))
+    second = jax.jit(jax.jacfwd(jax.jacfwd(total)))(1.0)
+    np.testing.assert_allclose(second, (first(1.01) - first(0.99)) / 0.02, rtol=2e-2)

@@ -134,7 +134,7 @@ def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
 
 @jax.custom_jvp
 def root(square: jax.Array) -> jax.Array:
-    """The square root, whose derivative is 0 where it is 0.
+    """The square root, whose derivatives are 0 where it is 0.
 
     A norm has no derivative there and `jnp.sqrt` an infinite one, which makes NaN of the derivative
     of whatever the norm was to bound.
@@ -144,6 +144,6 @@ def root(square: jax.Array) -> jax.Array:
 
 @root.defjvp
 def _root_derivative(squares: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    norm = jnp.sqrt(squares[0])
+    norm = root(squares[0])  # whose own derivative is that of the second order
     some = norm != 0
     return norm, jnp.where(some, tangents[0] / (2 * jnp.where(some, norm, 1.0)), 0.0)

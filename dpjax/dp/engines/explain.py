@@ -106,7 +106,11 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     if formed:
         lines.append("formed for each example, in the time of per-example gradients:")
         lines += [named(i) for i in order if i in formed][:_LARGEST]
-        lines.append("  if you can, do to the output of the product what is done to these weights")
+        weights = [w for mixed in planned.mixed if mixed.is_formed for w in mixed.weights]
+        if any(sites[0].view is None for sites in weights):  # else a leaf has several layouts
+            lines.append(
+                "  if you can, do to the output of the product what is done to these weights"
+            )
     direct = [i for i in order if plan[i].route == "direct"]
     if not direct:
         return "\n".join(lines)

@@ -297,12 +297,12 @@ def measured_together(
 
 
 def _size(sites: Weight, record: Record) -> Any:
-    """What weights have in common whose tokens are stacked: sizes, and what makes their dtypes."""
+    """What weights have in common whose tokens are stacked: sizes, and what dtypes follow from."""
     d, p = forms.form_of(sites)[2:4]
     places = dict(record.places)
-    dtypes = [
-        [record.arrays[i].dtype for i in places[site.key]][:: 1 if d <= p else -1] for site in sites
-    ]
+    orders = [-1 if site.turned != (d > p) else 1 for site in sites]
+    pairs = [places[site.key][::order] for site, order in zip(sites, orders)]
+    dtypes = [[record.arrays[i].dtype for i in pair] for pair in pairs]
     scales = [site.view is not None and abs(site.view.scale) != 1.0 for site in sites]
     return min(d, p), max(d, p), str(dtypes), any(scales)
 

@@ -190,8 +190,7 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
     traced = trace(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
     small = _small(traced)
-    if small:
-        traced = traced.left_to_jax(frozenset(small), "its gradients are small")
+    traced = traced.left_to_jax(small) if small else traced
     groups = []
     recorded = sum(forms.form_of(sites).recorded for sites in traced.groups)
     for sites in traced.groups:
@@ -201,8 +200,8 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
             # Where lookups outnumber the rows, a gradient takes less room than its parts.
             norm = "lookup" if form.T < form.d else "outer"
         elif form.T == 1 and numbers <= min(summation.BIAS, recorded // _SMALL):
-            # A head on a model that is far larger: measured and summed with other small gradients,
-            # it needs no programs of its own to be compiled.
+            # A layer that is applied once, such as the head, in a model that is far larger: measured
+            # and summed with other small gradients, it needs no programs of its own.
             norm = "outer"
         else:
             norm = products.cheapest(form)
@@ -229,9 +228,9 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
 def _small(traced: Traced) -> dict[int, str]:
     """Leaves whose gradients JAX forms on the way back in less time than it takes to record them.
 
-    Those of products side by side, say of blocks of a block diagonal, which are far smaller than
-    what they are made from and not in the order that the engine needs. No turn of a loop is among
-    them: there, JAX adds up a gradient for each.
+    They are far smaller than what they are computed from, and that is not in the order that the
+    engine needs: of products side by side, say, such as those of a block diagonal. No turn of a
+    loop is among them: there, JAX adds up a gradient for each.
 
     Returns:
         By leaf, the sizes.

@@ -24,7 +24,7 @@ __all__ = [
 _FEW = 256  # rows, which a product adds up in less time than a scatter does one by one
 _PAIRS = 64  # lookups of an example, of which all pairs are compared in less time than they sort
 
-# Numbers of a gradient for which a product takes longer to compile, once a leaf, than to run.
+# Numbers of a small gradient: programs of its own take longer to compile than they save in time.
 BIAS = 2**14
 
 _BLOCK = 256  # numbers of a long vector that are summed in one go

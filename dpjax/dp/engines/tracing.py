@@ -99,11 +99,10 @@ class Traced:
         """All sites, those of one equation included."""
         return [s for w in (*self.groups, *itertools.chain(*self.mixed)) for s in w]
 
-    def left_to_jax(self, leaves: frozenset[int], reason: str) -> Traced:
-        """The same with some leaves direct that have groups."""
+    def left_to_jax(self, leaves: dict[int, str]) -> Traced:
+        """The same with some leaves direct that have groups, and why."""
         groups = tuple(sites for sites in self.groups if sites[0].leaves.isdisjoint(leaves))
-        direct = self.direct | dict.fromkeys(sorted(leaves), reason)
-        found = dataclasses.replace(self, groups=groups, direct=direct)
+        found = dataclasses.replace(self, groups=groups, direct=self.direct | leaves)
         used = {site.equation for site in found.sites} | self.scalars.keys()
         taps = {key: tap for key, tap in self.taps.items() if key in used}
         return dataclasses.replace(found, taps=taps)
