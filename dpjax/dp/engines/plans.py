@@ -35,7 +35,9 @@ __all__ = ["Group", "LeafPlan", "Mixed", "Plan", "leaf_plans", "make_plan", "pla
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
 
-_SMALL = 16  # times a gradient of which nothing is saved where it is not formed
+# How many times fewer numbers a gradient has than are recorded: of the model, where that of a layer
+# that is applied once is kept in any case; of its own product, where it is left to JAX.
+_KEPT, _LEFT = 16, 8
 
 
 class LeafPlan(NamedTuple):
@@ -199,9 +201,9 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
         if all(site.kind == "embed" for site in sites):
             # Where lookups outnumber the rows, a gradient takes less room than its parts.
             norm = "lookup" if form.T < form.d else "outer"
-        elif form.T == 1 and numbers <= min(summation.BIAS, recorded // _SMALL):
-            # A layer that is applied once, such as the head, in a model that is far larger: measured
-            # and summed with other small gradients, it needs no programs of its own.
+        elif form.T == 1 and numbers <= min(summation.BIAS, recorded // _KEPT):
+            # Such as the head of a large model: measured and summed with other small gradients, it
+            # needs no programs of its own.
             norm = "outer"
         else:
             norm = products.cheapest(form)
@@ -252,7 +254,7 @@ def _is_small(sites: Weight) -> bool:
     # Of a factor of a large weight, JAX would form the gradient of the weight.
     plain = all(s.kind == "dot" and not (s.lengths or s.factor or any(s.cuts)) for s in sites)
     moved = not all(forms.is_canonical(site) for site in sites)
-    return plain and wide and moved and 8 * form.B * form.d * form.p <= form.recorded
+    return plain and wide and moved and _LEFT * form.B * form.d * form.p <= form.recorded
 
 
 def _entries(
