@@ -5,7 +5,8 @@ and is what a run prints and `explain` tells.
 
 - "gram", "outer", "outer again", "lookup": the leaf's uses are all products in one layout. The norm
   comes from Gram matrices, or from gradients that are formed, where they are cheaper; those are
-  kept for the sum if they take little memory.
+  kept for the sum if they take little memory. Some small ones are left to JAX, which forms them
+  on the way back ("outer" too, see `_small`).
 - "derived": the weight is a function of its leaves, or a leaf is used in several layouts. Where all
   that is done to a leaf is to scale and shift its columns, norms are computed as for a product
   ("by columns", see `columns`), and where its numbers are taken one by one, by the products of
