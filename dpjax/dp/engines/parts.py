@@ -334,11 +334,11 @@ def _measured_alike(
         one = products.gram_measure if norm == "gram" else products.outer_measure
         return jnp.transpose(jnp.stack(jax.vmap(one)(joint)))  # [n, weights, 5]
 
-    weights, each = [sites for own in classes for sites in own], 0
-    for sites in weights:
+    every, each = [sites for own in classes for sites in own], 0
+    for sites in every:
         d, p = forms.form_of(sites)[2:4]
         each += B * T * (d + p) + B * (2 * T * T if norm == "gram" else d * p)
-    found_all = chunked(measure, record.of(tuple(weights), []), each, share=_COPIED)
+    found_all = chunked(measure, record.of(tuple(every), []), each, share=_COPIED)
     return products.Measure(*jnp.transpose(found_all))
 
 
