@@ -222,6 +222,40 @@ def merged_lora(draw: _Draw) -> Case:
     return loss_fn, params, batch
 
 
+def spectral_norm(draw: _Draw) -> Case:
+    """Kernels over their spectral norm, by one step of power iteration (arXiv 1802.05957)."""
+    params, batch = _mlp(draw)
+    start = draw.normal(batch.shape[-1])
+
+    def loss_fn(params: Any, x: Any) -> jax.Array:
+        for w in params.values():
+            v = jax.lax.stop_gradient(w @ start / jnp.linalg.norm(w @ start))
+            u = jax.lax.stop_gradient(v @ w / jnp.linalg.norm(v @ w))
+            x = jnp.tanh(x @ (w / (v @ w @ u)))
+        return jnp.sum(x)
+
+    return loss_fn, params, batch
+
+
+def merged_dora(draw: _Draw) -> Case:
+    """Merged LoRA with a trained length for each column; norms are constants (2402.09353, 4.3)."""
+    frozen, batch = _mlp(draw)
+    width, rank = batch.shape[-1], draw.size(8, 2)
+    params = {
+        k: (draw.weight(width, rank), draw.normal(rank, width, by=0.1), draw.normal(width))
+        for k in frozen
+    }
+
+    def loss_fn(params: Any, x: Any) -> jax.Array:
+        for name, (a, b, lengths) in params.items():
+            merged = frozen[name] + 0.5 * (a @ b)
+            norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=0))
+            x = jnp.tanh(x @ (merged * (lengths / norm)[None]))
+        return jnp.sum(x)
+
+    return loss_fn, params, batch
+
+
 def _flax(draw: _Draw, module: nn.Module, batch: np.ndarray) -> Case:
     shapes = jax.eval_shape(module.init, jax.random.key(0), batch[0])
     params = jax.tree.map(lambda p: draw.normal(*p.shape, by=(p.shape or (1,))[0] ** -0.5), shapes)
@@ -338,7 +372,7 @@ IDIOMS: dict[str, Callable[[_Draw], Case]] = {
     for make in (
         user_item, vmapped_lookup, tied, dead_code, penalty, fused, stacked, sliced, weight_norm,
         merged_lora, lstm, gru, resnet, experts, branches, queries, own_derivative, bag, masked,
-        blocks,
+        blocks, spectral_norm, merged_dora,
     )
 }  # fmt: skip
 

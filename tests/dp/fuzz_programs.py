@@ -217,6 +217,23 @@ def _weight_norm(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return w / jnp.sqrt(jnp.sum(w * w, _axes(w, axes), keepdims=True))
 
 
+def _spectral(w: jax.Array, stopped: bool) -> jax.Array:
+    """The weight as a matrix over its norm along two vectors."""
+    rows = w.reshape(-1, w.shape[-1]) if w.ndim else w.reshape(1, 1)
+    u = jnp.tanh(rows @ jnp.ones(rows.shape[1], w.dtype))
+    v = jnp.tanh(u @ rows)
+    if stopped:
+        u, v = jax.lax.stop_gradient((u, v))
+    return w / (0.1 + jnp.abs(u @ rows @ v))
+
+
+def _gained(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """One number of b for each place along an axis of a."""
+    shape = tuple(n if i == axis else 1 for i, n in enumerate(a.shape))
+    a, gain = _common(a, _fit(b, shape))
+    return a * jnp.tanh(gain)
+
+
 def _mask(w: jax.Array, keep: float) -> jax.Array:
     numbers = np.random.default_rng(w.size).uniform(size=w.shape)
     return w * jnp.asarray(numbers < keep, w.dtype)
@@ -255,6 +272,8 @@ WEIGHTS: dict[str, Callable[..., jax.Array]] = {
     "center": _center,
     "standardize": _standardize,
     "weight_norm": _weight_norm,
+    "spectral": _spectral,
+    "unit": lambda w: w / (0.1 + jnp.linalg.norm(w.reshape(-1))),
     "half_stopped": lambda w: w + jax.lax.stop_gradient(w),
     "stopped_mask": lambda w: w * jax.lax.stop_gradient(jnp.tanh(w)),
     "mask": _mask,
@@ -268,8 +287,10 @@ WEIGHTS: dict[str, Callable[..., jax.Array]] = {
     "lora": lambda a, b: a + 0.5 * _matmul(a, b),
     "add": lambda a, b: jnp.add(*_common(a, _fit(b, a.shape))),
     "product": lambda a, b: jnp.multiply(*_common(a, _fit(b, a.shape))),
+    "gained": _gained,
+    "gated": lambda a, b: jnp.multiply(*_common(a, jnp.mean(jnp.tanh(b)))),
 }
-PAIRED = ("concatenate", "matmul", "lora", "add", "product")
+PAIRED = ("concatenate", "matmul", "lora", "add", "product", "gained", "gated")
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -667,6 +688,8 @@ def _draw_function(
         "center": {"axes": axes},
         "standardize": {"axes": axes},
         "weight_norm": {"axes": axes},
+        "spectral": {"stopped": _chance(rng, 0.5)},
+        "unit": {},
         "half_stopped": {},
         "stopped_mask": {},
         "mask": {"keep": _pick(rng, (0.5, 0.9))},
@@ -678,6 +701,8 @@ def _draw_function(
         "lora": {},
         "add": {},
         "product": {},
+        "gained": {"axis": axis},
+        "gated": {},
     }  # fmt: skip
     op = _pick(rng, ["center", "standardize", *drawn])
     return op, drawn[op]

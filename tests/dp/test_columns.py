@@ -48,10 +48,6 @@ def along_rows(p):
     return p["w"] / jnp.sqrt(jnp.sum(p["w"] ** 2, 1, keepdims=True)) * p["rows"][:, None]
 
 
-def scaled_alone(p):
-    return p["w"] * jnp.tanh(p["gain"])
-
-
 def shifted(p):
     """The mean taken out, and put in again at half."""
     mean = p["w"].mean(0, keepdims=True)
@@ -65,7 +61,7 @@ def in_a_function(p):
 
 KERNELS = [
     weight_norm, of_linalg, standardized, of_all_columns, of_the_other_side, along_rows,
-    scaled_alone, shifted, in_a_function,
+    shifted, in_a_function,
 ]  # fmt: skip
 SHAPES = {"w": (D, P), "v": (P, D), "gain": (P,), "rows": (D,), "scale": ()}
 

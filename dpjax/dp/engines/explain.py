@@ -58,7 +58,8 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     per-example gradients, not their memory. Where the function only scales and shifts the columns
     of a leaf, as weight norm does, it takes one more product, and where it takes numbers one by
     one, as a mask does, one for each pair of tokens if those are few. All other routes need one
-    ordinary backward pass. Nothing is computed.
+    ordinary backward pass; a number that scales a whole weight, such as a spectral norm, is taken
+    out of its products. Nothing is computed.
 
     Args:
         loss_fn: `(params, example) -> loss` of ONE example, a scalar.

@@ -9,7 +9,9 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-__all__ = ["equations", "inlined", "inner_jaxprs", "scan_parts"]
+from dpjax.dp.engines.views import is_full
+
+__all__ = ["convolves_inside", "equations", "inlined", "inner_jaxprs", "is_closed", "scan_parts"]
 
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
@@ -33,12 +35,33 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
                 yield from equations(inner)
 
 
+def convolves_inside(eqn: core.JaxprEqn) -> bool:
+    """Whether the inside of an equation, or of its derivative, may have convolutions."""
+    # The derivative that a custom rule has is not in its parameters in readable form.
+    inner = [e for jaxpr in inner_jaxprs(eqn) for e in equations(jaxpr)]
+    custom = any(e.primitive.name.startswith("custom_vjp") for e in [eqn, *inner])
+    return custom or any(e.primitive is P.conv_general_dilated_p for e in inner)
+
+
 def inlined(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     """The inner jaxpr and constants of a call that only groups equations, remat included."""
     if eqn.primitive is P.remat_p:
         return eqn.params["jaxpr"], ()
     name = _CALLS.get(eqn.primitive.name)
     return None if name is None else (eqn.params[name].jaxpr, eqn.params[name].consts)
+
+
+def is_closed(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation has an inside (a loop, a custom rule) that may have fewer bits.
+
+    What a function such as `jax.nn.softplus` computes, which has a rule for its derivative, can be
+    seen.
+    """
+    inside = inner_jaxprs(eqn)
+    if inlined(eqn) is None and eqn.primitive.name != "custom_jvp_call":
+        return bool(inside)
+    inner = [e for jaxpr in inside for e in jaxpr.eqns]
+    return any(is_closed(e) or not all(is_full(v.aval) for v in e.outvars) for e in inner)
 
 
 def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:

@@ -144,17 +144,21 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
         params: the parameters, arrays or abstract values.
     """
     traced, leaves = planned.traced, jax.tree.leaves(params)
-    walk = _Walk(traced.jaxpr.invars[len(leaves) :], _held(planned))
-    walk.follow(traced.jaxpr, ())
+    walk = _walked(traced.jaxpr, len(leaves), _held(planned))
+    same = traced.written is traced.jaxpr
+    written = walk if same else _walked(traced.written, len(leaves), frozenset())
     stored = plain = ours = 0
+    for stage in written.stages:
+        stored += stage.stored
+        plain = max(plain, stored + stage.within)
+    stored = 0
     kept = sum(stage.inputs + stage.cotangents for stage in walk.stages)
     later = kept
     for stage in walk.stages:
         stored += stage.stored
-        now = stored + stage.within
         # Inputs of this stage and of earlier ones are among what is stored.
         later -= stage.inputs
-        plain, ours = max(plain, now), max(ours, now + later + stage.work)
+        ours = max(ours, stored + stage.within + later + stage.work)
         later -= stage.cotangents
     entries = [4 * math.prod(leaf.shape) for leaf in leaves]
     formed = sum(entries[i] for i in traced.direct)
@@ -169,6 +173,12 @@ def sizes_of(planned: Plan, params: Any) -> Sizes:
     # is more than that at the time when it is largest.
     copied = max((_copied(group.sites) for group in planned.groups), default=0)
     return Sizes(plain * 5 // 4, max(ours, kept + copied) + formed, fixed, walk.convolves)
+
+
+def _walked(jaxpr: core.Jaxpr, leaves: int, held: frozenset[Key]) -> _Walk:
+    walk = _Walk(jaxpr.invars[leaves:], held)
+    walk.follow(jaxpr, ())
+    return walk
 
 
 def _held(planned: Plan) -> frozenset[Key]:

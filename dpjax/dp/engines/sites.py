@@ -28,7 +28,17 @@ from jax.extend.core import primitives as P
 
 from dpjax.dp.engines.views import Factors, View, can_multiply, limit_of, split
 
-__all__ = ["Key", "Site", "Weight", "are_disjoint", "joined", "layout", "sites_of", "source_of"]
+__all__ = [
+    "Key",
+    "Site",
+    "Weight",
+    "are_disjoint",
+    "axes_of",
+    "joined",
+    "layout",
+    "sites_of",
+    "source_of",
+]
 
 Key = tuple[int, ...]
 
@@ -208,7 +218,7 @@ def _cut(site: Site, view: View, shape: Sequence[int]) -> Site | None:
             x_cuts.append((stacked[axis], start, part))
             g_cuts.append((stacked[axis], start, part))
             continue
-        x_axis, g_axis = _axes_of(site, axis - count)
+        x_axis, g_axis = axes_of(site, axis - count)
         if x_axis is None and g_axis is None:
             return None
         if x_axis is not None and site.kind == "embed":
@@ -229,7 +239,7 @@ def _cut(site: Site, view: View, shape: Sequence[int]) -> Site | None:
     )
 
 
-def _axes_of(site: Site, axis: int) -> tuple[int | None, int | None]:
+def axes_of(site: Site, axis: int) -> tuple[int | None, int | None]:
     """The axes of the input and of the output that run along an axis of the weight."""
     if site.kind == "conv":
         dims = site.params["dimension_numbers"]

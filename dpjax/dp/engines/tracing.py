@@ -16,6 +16,7 @@ dead code:
   of two small ones, both are sites; see `factored`.
 - A *scalar* is a number computed from parameters alone that meets the example, such as a penalty
   that is added to the loss. Its gradient is one array for all examples, times a number of each.
+  A number that scales a weight is one, where that saves a derived weight; see `scales`.
 - A leaf with any other use is *direct*: it is differentiated example by example, as it is.
 
 Uses of one leaf add up before they are squared: |a + b|^2 has a cross term. Uses in one layout add
@@ -38,9 +39,9 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jax.interpreters import partial_eval
 
-from dpjax.dp.engines import factored, reference
+from dpjax.dp.engines import factored, reference, scales
 from dpjax.dp.engines.factored import Factored, Product, follow_product
-from dpjax.dp.engines.jaxprs import equations, inlined, inner_jaxprs, scan_parts
+from dpjax.dp.engines.jaxprs import convolves_inside, equations, inlined, is_closed, scan_parts
 from dpjax.dp.engines.sites import (
     Key,
     Site,
@@ -51,7 +52,7 @@ from dpjax.dp.engines.sites import (
     sites_of,
     source_of,
 )
-from dpjax.dp.engines.views import View, can_multiply, follow, is_float, limit_of
+from dpjax.dp.engines.views import View, can_multiply, follow, is_float, is_full, limit_of
 
 __all__ = ["Traced", "trace"]
 
@@ -67,6 +68,7 @@ class Traced:
 
     Attributes:
         jaxpr: the jaxpr of `loss_fn(params, example)` for ONE example.
+        written: the same as the model has it, with scales in its products; see `scales`.
         consts: its constants.
         groups: the sites of one view of a leaf each; views of one leaf are disjoint.
         mixed: weights whose leaves have several uses, or that are derived; no leaf is in two.
@@ -82,6 +84,7 @@ class Traced:
     """
 
     jaxpr: core.Jaxpr
+    written: core.Jaxpr
     consts: Sequence[Any]
     groups: tuple[Weight, ...]
     mixed: tuple[tuple[Weight, ...], ...]
@@ -190,7 +193,7 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
             False,
             frozenset([i]),
             (View(i, tuple(leaf.shape), (0,) * len(leaf.shape), limit=limit_of(leaf)),),
-            _is_full(leaf),
+            is_full(leaf),
             reads=frozenset([i]),
         )
         if 0 not in leaf.shape
@@ -199,20 +202,25 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     ]
     infos += [_Info(True)] * (len(jaxpr.invars) - len(leaves))
 
-    def walked(early: bool) -> Traced:
+    def walked(jaxpr: core.Jaxpr, consts: Sequence[Any], early: bool = False) -> Traced:
         walk = _empty(early)
         (loss,) = _walk(jaxpr, infos, (), (), walk)
         # A leaf that reaches the loss without meeting the example has no equation to tap.
         walk.give_up(loss.leaves, "the loss depends on it without the example")
-        return _resolve(jaxpr, closed.consts, walk)
+        return _resolve(jaxpr, consts, walk)
 
     def formed(traced: Traced) -> int:
         """Numbers of the gradients that are formed for each example."""
         mixed = (site.leaves for weight in itertools.chain(*traced.mixed) for site in weight)
         return sum(math.prod(leaves[i].shape) for i in frozenset(traced.direct).union(*mixed))
 
-    found = walked(early=False)
-    return min(found, walked(early=True), key=formed) if formed(found) else found
+    found = walked(jaxpr, closed.consts)
+    if not formed(found):
+        return found
+    others = [walked(jaxpr, closed.consts, early=True)]
+    if bare := scales.taken_out(jaxpr, closed.consts, [math.prod(leaf.shape) for leaf in leaves]):
+        others += [walked(*bare), walked(*bare, early=True)]
+    return dataclasses.replace(min(found, *others, key=formed), written=jaxpr)
 
 
 def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
@@ -222,12 +230,12 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
     for site in walk.sites:
         for leaf in site.leaves:
             uses.setdefault(leaf, []).append(site)
-    scalars: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for leaf in itertools.chain(*walk.scalars.values()):
-        scalars[leaf] = scalars.get(leaf, 0) + 1
+        counts[leaf] = counts.get(leaf, 0) + 1
         if leaf not in uses:
             direct.setdefault(leaf, ("it meets the example in a scalar", ""))
-        elif scalars[leaf] > _MOST_SCALARS:
+        elif counts[leaf] > _MOST_SCALARS:
             direct.setdefault(leaf, (f"more than {_MOST_SCALARS} scalars depend on it", ""))
 
     groups: list[Weight] = []
@@ -238,7 +246,7 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
         if not are_disjoint(weights):
             weights = nested(weights)
         whole = len(weights) == 1 and math.prod(weights[0][0].shape) == _leaf_size(weights[0][0])
-        if weights and are_disjoint(weights) and scalars.get(leaf, 0) <= whole:
+        if weights and are_disjoint(weights) and counts.get(leaf, 0) <= whole:
             groups += [] if leaf in direct else weights
             continue
         for other in {leaf}.union(*(site.leaves for site in sites)):
@@ -269,6 +277,7 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
         taps=taps,
         factored=walk.factored,
         jaxpr=jaxpr,
+        written=jaxpr,
         consts=consts,
         groups=tuple(groups),
         mixed=tuple(mixed),
@@ -354,8 +363,8 @@ def _without_example(
                 walk.give_up(_leaves(rest), *_reason(eqn))
                 return [_Info(True)]
     # What has an effect must not run again, as the function of a derived weight does.
-    full = all(a.full for a in args) and not _is_closed(eqn) and not eqn.effects
-    full = full and all(_is_full(v.aval) for v in eqn.outvars)
+    full = all(a.full for a in args) and not is_closed(eqn) and not eqn.effects
+    full = full and all(is_full(v.aval) for v in eqn.outvars)
     narrowed = eqn.primitive is P.convert_element_type_p and args[0].full
     views = None
     if any(a.views for a in args) and all(a.views or not a.leaves for a in args):
@@ -378,7 +387,7 @@ def _meet(
     if not eqn.outvars:
         return  # `jax.debug.print` and its like
     convolves = eqn.primitive is P.conv_general_dilated_p
-    if (convolves and (args[1].example or _leaves(args))) or _convolves_inside(eqn):
+    if (convolves and (args[1].example or _leaves(args))) or convolves_inside(eqn):
         walk.convolutions[key] = _leaves(args)
     positions = [i for i, a in enumerate(args) if a.leaves]
     found: list[Site] = []
@@ -419,36 +428,12 @@ def _reason(eqn: core.JaxprEqn) -> tuple[str, str]:
     return f"used by {eqn.primitive.name}" + " in float64" * wide, source_of(eqn)
 
 
-def _is_closed(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation has an inside (a loop, a custom rule) that may have fewer bits.
-
-    What a function such as `jax.nn.softplus` computes, which has a rule for its derivative, can be
-    seen.
-    """
-    inside = inner_jaxprs(eqn)
-    if inlined(eqn) is None and eqn.primitive.name != "custom_jvp_call":
-        return bool(inside)
-    inner = [e for jaxpr in inside for e in jaxpr.eqns]
-    return any(_is_closed(e) or not all(_is_full(v.aval) for v in e.outvars) for e in inner)
-
-
-def _convolves_inside(eqn: core.JaxprEqn) -> bool:
-    # The derivative that a custom rule has is not in its parameters in readable form.
-    inner = [e for jaxpr in inner_jaxprs(eqn) for e in equations(jaxpr)]
-    custom = any(e.primitive.name.startswith("custom_vjp") for e in [eqn, *inner])
-    return custom or any(e.primitive is P.conv_general_dilated_p for e in inner)
-
-
 def _size(atom: Any) -> int:
     return math.prod(atom.aval.shape)
 
 
 def _is_inexact(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.inexact)
-
-
-def _is_full(value: Any) -> bool:
-    return not is_float(value) or jnp.finfo(value.dtype).bits >= 32
 
 
 def _leaves(args: Iterable[_Info]) -> frozenset[int]:

@@ -37,6 +37,7 @@ __all__ = [
     "can_multiply",
     "follow",
     "is_float",
+    "is_full",
     "limit_of",
     "split",
     "strides",
@@ -356,6 +357,11 @@ def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View |
 def is_float(value: Any) -> bool:
     """Whether a value consists of real floating-point numbers."""
     return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def is_full(value: Any) -> bool:
+    """Whether a value is no float of less than 32 bits."""
+    return not is_float(value) or jnp.finfo(value.dtype).bits >= 32
 
 
 def can_multiply(value: Any) -> bool:
