@@ -173,10 +173,11 @@ def test_inside_of_calls(function):
     assert found["w"] == found["c"] != "derived"
 
 
-def test_rows_of_a_scaled_table():
+@pytest.mark.parametrize("one", [False, True])
+def test_rows_of_a_scaled_table(one):
     def loss_fn(params, x):
         table = params["w"] / jnp.max(jnp.abs(params["w"]))
-        return jnp.sum(jnp.sin(table[x["rows"]] * x["g"]))
+        return jnp.sum(jnp.sin(table[x["rows"][0] if one else x["rows"]] * x["g"]))
 
     batch = {"rows": NUMBERS.integers(0, D, (5, 7)), "g": BATCH[:, :, :P]}
     params = {"w": PARAMS["w"]}

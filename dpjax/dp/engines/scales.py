@@ -67,28 +67,25 @@ class _Info(NamedTuple):
     narrow: Any = None
 
 
-def taken_out(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], sizes: Sequence[int]
-) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+def taken_out(jaxpr: core.Jaxpr, sizes: Sequence[int]) -> core.Jaxpr | None:
     """Takes scales of weights out of products.
 
     Args:
         jaxpr: of the loss of one example; leaves, then the example.
-        consts: its constants.
         sizes: how many numbers each leaf has.
 
     Returns:
-        The same function with its constants; None if there is nothing to take out.
+        The same function of the same constants; None if there is nothing to take out.
     """
     walk = _Walk(sizes)
     infos = [_Info(leaves=frozenset([i])) for i in range(len(sizes))]
     infos += [_Info(True)] * (len(jaxpr.invars) - len(sizes))
     walk.infos.update(zip(jaxpr.invars, infos))
-    outs = walk.run(jaxpr, consts, jaxpr.invars)
+    outs = walk.run(jaxpr, jaxpr.invars)
     if not walk.changed:
         return None
-    own = jaxpr.replace(constvars=walk.constvars, eqns=walk.eqns, outvars=outs)
-    return partial_eval.dce_jaxpr(own, [True] * len(outs), instantiate=True)[0], walk.consts
+    own = jaxpr.replace(eqns=walk.eqns, outvars=outs)
+    return partial_eval.dce_jaxpr(own, [True] * len(outs), instantiate=True)[0]
 
 
 class _Walk:
@@ -97,22 +94,22 @@ class _Walk:
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = sizes
         self.eqns: list[core.JaxprEqn] = []
-        self.constvars: list[core.Var] = []
-        self.consts: list[Any] = []
         self.infos: dict[Any, _Info] = {}
         self.changed = False
 
-    def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    def run(
+        self, jaxpr: core.Jaxpr, args: Sequence[Any], constants: Sequence[Any] | None = None
+    ) -> list[Any]:
         """Adds the equations of `jaxpr` with these arguments, and returns its results."""
-        own = [core.Var(v.aval) for v in jaxpr.constvars]
-        self.constvars += own
-        self.consts += consts
-        env: dict[Any, Any] = {**dict(zip(jaxpr.constvars, own)), **dict(zip(jaxpr.invars, args))}
+        known = zip(jaxpr.constvars, jaxpr.constvars if constants is None else constants)
+        env: dict[Any, Any] = dict(known) | dict(zip(jaxpr.invars, args))
         read = lambda atom: atom if isinstance(atom, core.Literal) else env[atom]  # noqa: E731
         for eqn in jaxpr.eqns:
             invars, inner = [read(atom) for atom in eqn.invars], inlined(eqn)
             if inner is not None and eqn.primitive is not P.remat_p:
-                outs = self.run(*inner, invars)
+                body, consts = inner
+                constants = [core.Literal(c, v.aval) for c, v in zip(consts, body.constvars)]
+                outs = self.run(body, invars, constants)
             else:
                 outs = self.scaled(eqn.replace(invars=invars))
             env.update(zip(eqn.outvars, outs))
@@ -136,7 +133,7 @@ class _Walk:
         avals = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in atoms]
         closed = jax.make_jaxpr(function)(*avals)
         own = [e.replace(source_info=eqn.source_info) for e in closed.jaxpr.eqns]
-        (out,) = self.run(closed.jaxpr.replace(eqns=own), closed.consts, atoms)
+        (out,) = self.run(closed.jaxpr.replace(eqns=own), atoms)
         return out
 
     def scaled(self, eqn: core.JaxprEqn) -> list[Any]:
@@ -147,7 +144,7 @@ class _Walk:
             return self.checkpointed(eqn, args)
         if len(eqn.outvars) != 1 or not all(map(_is_float32, (*eqn.invars, *eqn.outvars))):
             # Indices of a lookup are no floats.
-            if eqn.primitive is not P.gather_p or places != [0]:
+            if eqn.primitive not in (P.gather_p, P.dynamic_slice_p) or places != [0]:
                 return self.add(eqn)
         if any(a.example for a in args):
             return [self.without(eqn, places[0])] if len(places) == 1 else self.add(eqn)
@@ -170,7 +167,7 @@ class _Walk:
                 value: Any = args[1 - i].narrow or other
                 if not args[i].leaves or _size(weight) != _size(out):
                     continue
-                if isinstance(other, core.Literal):
+                if isinstance(other, core.Literal) and _size(other) == 1:
                     return self.moved(eqn, i, args[i], info)
                 if _size(value) < _size(weight) and self.is_scale(value, args[i]):
                     if _size(value) == 1 and value.aval.ndim:
@@ -237,8 +234,8 @@ class _Walk:
         inner, inside = eqn.params["jaxpr"], _Walk(self.sizes)
         known = [_Info(a.example, a.leaves) for a in args]
         inside.infos.update(zip(inner.invars, known))
-        outs = inside.run(inner, (), inner.invars)
-        if inside.changed and not inside.constvars:
+        outs = inside.run(inner, inner.invars)
+        if inside.changed:
             self.changed = True
             own = inner.replace(eqns=inside.eqns, outvars=outs)
             eqn = eqn.replace(params={**eqn.params, "jaxpr": own})

@@ -202,24 +202,24 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     ]
     infos += [_Info(True)] * (len(jaxpr.invars) - len(leaves))
 
-    def walked(jaxpr: core.Jaxpr, consts: Sequence[Any], early: bool = False) -> Traced:
+    def walked(jaxpr: core.Jaxpr, early: bool = False) -> Traced:
         walk = _empty(early)
         (loss,) = _walk(jaxpr, infos, (), (), walk)
         # A leaf that reaches the loss without meeting the example has no equation to tap.
         walk.give_up(loss.leaves, "the loss depends on it without the example")
-        return _resolve(jaxpr, consts, walk)
+        return _resolve(jaxpr, closed.consts, walk)
 
     def formed(traced: Traced) -> int:
         """Numbers of the gradients that are formed for each example."""
         mixed = (site.leaves for weight in itertools.chain(*traced.mixed) for site in weight)
         return sum(math.prod(leaves[i].shape) for i in frozenset(traced.direct).union(*mixed))
 
-    found = walked(jaxpr, closed.consts)
+    found = walked(jaxpr)
     if not formed(found):
         return found
-    others = [walked(jaxpr, closed.consts, early=True)]
-    if bare := scales.taken_out(jaxpr, closed.consts, [math.prod(leaf.shape) for leaf in leaves]):
-        others += [walked(*bare), walked(*bare, early=True)]
+    others = [walked(jaxpr, early=True)]
+    if bare := scales.taken_out(jaxpr, [math.prod(leaf.shape) for leaf in leaves]):
+        others += [walked(bare), walked(bare, early=True)]
     return dataclasses.replace(min(found, *others, key=formed), written=jaxpr)
 
 
