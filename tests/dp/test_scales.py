@@ -177,7 +177,8 @@ def test_inside_of_calls(function):
 def test_rows_of_a_scaled_table(one):
     def loss_fn(params, x):
         table = params["w"] / jnp.max(jnp.abs(params["w"]))
-        return jnp.sum(jnp.sin(table[x["rows"][0] if one else x["rows"]] * x["g"]))
+        rows, g = (x["rows"][0], x["g"][0]) if one else (x["rows"], x["g"])
+        return jnp.sum(jnp.sin(table[rows] * g))
 
     batch = {"rows": NUMBERS.integers(0, D, (5, 7)), "g": BATCH[:, :, :P]}
     params = {"w": PARAMS["w"]}
