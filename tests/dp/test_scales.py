@@ -129,7 +129,7 @@ def jitted(x, w):
 
 @pytest.mark.parametrize("use", [right, left, convolved, twice, jitted])
 @pytest.mark.parametrize("weight", [*TAKEN, rows, own_norms])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_scaled_weights(weight, use):
     params = used(PARAMS, weight)
 

@@ -169,6 +169,7 @@ def test_one_host_speaks_and_writes(recipe):
     assert json.loads((path / "environment.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_each_host_reads_only_its_share_of_every_chunk(two, run):
     """Hosts read ahead of the steps: what they have read begins with what was executed."""
     mechanism = run.phases[-1].mechanism
@@ -192,6 +193,7 @@ def stopped_at(path):
     return json.loads((path / "resumed" / "privacy.json").read_text())["steps_done"]
 
 
+@pytest.mark.slow
 def test_hosts_that_disagree_are_told_before_any_step(two):
     for report in two[1]:
         assert "config: host 1 has" in report["disagreement"]
@@ -200,6 +202,7 @@ def test_hosts_that_disagree_are_told_before_any_step(two):
     assert not (two[0] / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_host_ends_all(two):
     for report in two[1]:
         assert report["mistake"]["code"] == 2
@@ -207,6 +210,7 @@ def test_a_mistake_of_one_host_ends_all(two):
     assert not (two[0] / "typo").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_host_saves_all_before_the_same_step(two):
     path, reports = two
     assert reports[0]["preempted"] == reports[1]["preempted"]
@@ -215,6 +219,7 @@ def test_sigterm_to_one_host_saves_all_before_the_same_step(two):
     assert (path / "resumed" / "checkpoints" / str(stopped_at(path))).is_dir()
 
 
+@pytest.mark.slow
 def test_the_secret_of_a_release_is_drawn_once_for_all_hosts(two):
     path, reports = two
     file = path / "release" / "private_seed.json"
@@ -224,6 +229,7 @@ def test_the_secret_of_a_release_is_drawn_once_for_all_hosts(two):
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_resume_on_eight_devices_then_one_then_two_processes_then_eight(two, run, eight):
     path = two[0] / "resumed"
     loop.train(run, Workdir(path))
