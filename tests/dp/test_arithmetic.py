@@ -153,7 +153,7 @@ def test_the_backend_decides(backend, monkeypatch):
             products.gram_measure(products.gram(t)),
             products.outer_measure(products.outer(t)[0]),
         )
-        found += (products.with_constant(found[0], t, jnp.ones(4), jnp.ones((2, 64, 70))),)
+        found += (products.inner_product(t, jnp.ones((2, 64, 70))),)
         return found, summation.weighted_sum(t, jnp.ones(4), jnp.ones(4, bool))
 
     text = lowered(norms_and_sums, x, g)

@@ -32,11 +32,6 @@ def standardized(p):
     return centered * (jax.lax.rsqrt(jnp.maximum(D * variance, 1e-4)) * p["gain"])[None] + 0.1
 
 
-def of_all_columns(p):
-    """Columns that know each other: the norm is that of the whole kernel."""
-    return p["w"] * (p["scale"] / jnp.sqrt(1e-6 + jnp.sum(jnp.square(p["w"]))))
-
-
 def of_the_other_side(p):
     """A weight of outputs times inputs, turned."""
     norm = jnp.linalg.norm(p["v"].reshape(P, -1), axis=1, keepdims=True)
@@ -46,6 +41,11 @@ def of_the_other_side(p):
 def along_rows(p):
     """Norms over outputs: the product that is of this form is the transposed one."""
     return p["w"] / jnp.sqrt(jnp.sum(p["w"] ** 2, 1, keepdims=True)) * p["rows"][:, None]
+
+
+def triangular(p):
+    """Behind a mask that the function itself makes."""
+    return jnp.tril(p["w"]) * p["gain"] / jnp.linalg.norm(p["w"], axis=0)
 
 
 def shifted(p):
@@ -60,7 +60,7 @@ def in_a_function(p):
 
 
 KERNELS = [
-    weight_norm, of_linalg, standardized, of_all_columns, of_the_other_side, along_rows,
+    weight_norm, of_linalg, standardized, of_the_other_side, along_rows,
     shifted, in_a_function,
 ]  # fmt: skip
 SHAPES = {"w": (D, P), "v": (P, D), "gain": (P,), "rows": (D,), "scale": ()}
@@ -142,7 +142,7 @@ def of_a_part_of_a_column(p):
 
 @pytest.mark.parametrize(
     "kernel",
-    [clipped_columns, masked, nonlinear, of_rows_and_columns, of_cubes, of_two_leaves,
+    [clipped_columns, masked, triangular, nonlinear, of_rows_and_columns, of_cubes, of_two_leaves,
      of_a_part_of_a_column],
 )  # fmt: skip
 def test_other_functions(kernel):
@@ -208,6 +208,37 @@ def odd_examples():
     for i, scale in enumerate((1e15, 1e-15, 1e30, 1e-30)):
         x[4 + i] *= np.float32(scale)
     return {"x": x, "g": 100 * g}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.one_in(5)
+def test_penalties_of_their_leaves(kernel, way):
+    """One for all examples, and one that each takes by a number of its own."""
+    params, batch = parameters(kernel), normal(5, TOKENS, D, seed=9)
+
+    def loss_fn(params, x):
+        squares, sines = (
+            sum(jnp.sum(f(p)) for p in params.values()) for f in (jnp.square, jnp.sin)
+        )
+        return through(kernel)(params, x) + 0.1 * squares + x[0, 0] * sines
+
+    assert by_columns(loss_fn, params, batch)
+    agree(loss_fn, params, batch, mask=np.arange(5) != 1, tolerance=1e-3)
+
+
+def test_a_penalty_that_cancels_the_gradient(way):
+    x, g = normal(TOKENS, D), normal(TOKENS, P, seed=5)
+    params = {"w": normal(D, P), "gain": normal(P, seed=2)}
+    gradient = jax.grad(linear)(params, {"x": x, "g": g})["w"]
+
+    def loss_fn(params, e):
+        return linear(params, e) + e["c"] * jnp.sum(params["w"] * gradient)
+
+    share = np.repeat(np.float32([0, 1e-6, 1e-3, -1e-3]), 3)
+    scale = np.tile(np.float32([1, 1e4, 1e-6]), 4)
+    odd = {"x": np.tile(x, (12, 1, 1)), "g": g * scale[:, None, None], "c": -scale * (1 + share)}
+    ordinary = {"x": x, "g": normal(TOKENS, P, seed=6), "c": np.float32(0.5)}
+    check(loss_fn, params, ordinary, odd, route="derived", rtol=0.05)
 
 
 def test_the_bound(way):

@@ -182,6 +182,40 @@ def odd_examples(tokens):
     return {"x": x, "g": 100 * g}
 
 
+@pytest.mark.parametrize("tokens", [None, 4, 12])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.one_in(7)
+def test_penalties_of_their_leaves(kernel, tokens, without_margins):
+    """One for all examples, and one that each takes by a number of its own."""
+    params = parameters(kernel)
+    batch = normal(4, D, seed=9) if tokens is None else normal(4, tokens, D, seed=9)
+
+    def loss_fn(params, x):
+        squares, sines = (
+            sum(jnp.sum(f(p)) for p in params.values()) for f in (jnp.square, jnp.sin)
+        )
+        return through(kernel)(params, x) + 0.1 * squares + x.reshape(-1)[0] * sines
+
+    assert by_entries(loss_fn, params, batch)
+    agree(loss_fn, params, batch, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 12])
+def test_a_penalty_that_cancels_the_gradient(tokens):
+    x, g = normal(tokens, D), normal(tokens, P, seed=5)
+    params = {"w": normal(D, P)}
+    gradient = jax.grad(linear)(params, {"x": x, "g": g})["w"]
+
+    def loss_fn(params, e):
+        return linear(params, e) + e["c"] * jnp.sum(params["w"] * gradient)
+
+    share = np.repeat(np.float32([0, 1e-6, 1e-3, -1e-3]), 3)
+    scale = np.tile(np.float32([1, 1e4, 1e-6]), 4)
+    odd = {"x": np.tile(x, (12, 1, 1)), "g": g * scale[:, None, None], "c": -scale * (1 + share)}
+    ordinary = {"x": x, "g": normal(tokens, P, seed=6), "c": np.float32(0.5)}
+    check(loss_fn, params, ordinary, odd, route="derived", rtol=0.05)
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 12])
 def test_the_bound(tokens):
     params = {"w": normal(D, P)}

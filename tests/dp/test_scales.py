@@ -186,6 +186,67 @@ def test_rows_of_a_scaled_table(one):
     assert routes(loss_fn, params, batch) == {"w": "embed"}
 
 
+@pytest.mark.parametrize("fill", [None, 0.0, 2.0, -np.inf])
+def test_rows_that_are_filled_have_no_scale(fill):
+    def loss_fn(params, rows):
+        table = params["w"] * params["gain"]
+        x = jnp.take(table, rows, axis=0, mode="fill", fill_value=fill)
+        return jnp.sum(jnp.exp(-jnp.square(x)) @ U)
+
+    params = {"w": PARAMS["w"], "gain": np.float32(-2)}
+    agree(loss_fn, params, np.array([[0, 3], [D, 1], [2, 2], [5, D + 1], [7, 8]]), mask=MASK,
+          tolerance=1e-4)  # fmt: skip
+
+
+def test_a_loss_that_reads_an_array_in_place():
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(jax.new_ref(x)[...] @ gate(params)))
+
+    agree(loss_fn, used(PARAMS, gate), BATCH, mask=MASK, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("times", [2, 6])
+def test_one_scale_of_a_weight_that_is_used_often(times):
+    """It meets the example several times, and is one scalar."""
+
+    def loss_fn(params, x):
+        w, c = spectral(params), params["c"] / jnp.linalg.norm(params["c"])
+        for _ in range(times):
+            x = jnp.tanh(x @ w @ c.T)
+        return jnp.sum(jnp.sin(x))
+
+    params = {"w": PARAMS["w"], "c": FROZEN}
+    agree(loss_fn, params, BATCH, mask=MASK, tolerance=1e-4)
+    assert not {"derived", "direct"} & set(routes(loss_fn, params).values())
+
+
+def test_a_recurrent_layer_that_starts_with_zeros():
+    """Its first product is one of parameters alone."""
+
+    def loss_fn(params, x):
+        h, w = jnp.zeros(P), params["h"] / jnp.linalg.norm(params["h"])
+        for row in x:
+            h = jnp.tanh(h @ w + row @ params["w"])
+        return jnp.sum(jnp.sin(h))
+
+    params = {"w": PARAMS["w"], "h": FROZEN[:P]}
+    agree(loss_fn, params, BATCH, mask=MASK, tolerance=1e-4)
+    assert not {"derived", "direct"} & set(routes(loss_fn, params).values())
+
+
+def test_parts_of_a_scaled_weight_that_has_a_penalty():
+    """Each part has its share of the gradients of both scalars."""
+
+    def loss_fn(params, x):
+        q, k, v = jnp.split(params["w"] / jnp.linalg.norm(params["w"]), [3, 6], axis=1)
+        y = jnp.tanh(x @ q) @ jnp.sin(x @ k).T @ (x @ v)
+        return jnp.sum(y) + 0.1 * jnp.sum(params["w"] ** 2) + x[0, 0] * jnp.sum(params["w"])
+
+    params = {"w": PARAMS["w"]}
+    agree(loss_fn, params, BATCH, mask=MASK, tolerance=1e-4)
+    assert routes(loss_fn, params) == {"w": "gram"}
+
+
 def test_a_scale_for_each_of_a_batch_of_kernels():
     params = {"w": np.stack([PARAMS["w"]] * 3), "gains": PARAMS["gains"][:3]}
 

@@ -42,7 +42,15 @@ from dpjax.dp.engines.taps import weight_of_leaves
 from dpjax.dp.engines.tracing import Traced
 from dpjax.dp.engines.views import View
 
-__all__ = ["Columns", "Scaled", "columns_of", "products_of", "pulled", "with_columns"]
+__all__ = [
+    "Columns",
+    "Scaled",
+    "columns_of",
+    "inner_products",
+    "products_of",
+    "pulled",
+    "with_columns",
+]
 
 
 class Scaled(NamedTuple):
@@ -125,21 +133,24 @@ class Products(NamedTuple):
         mass: that of x^T g.
         by_scale: dL/ds, `[n, B, p]`.
         by_shift: dL/dt, `[n, B, p]`.
+        inner: inner products of s * x^T g and of other arrays, `[n]` each.
     """
 
     scaled: products.Measure
     mass: jax.Array
     by_scale: jax.Array
     by_shift: jax.Array
+    inner: tuple[jax.Array, ...]
 
 
-def products_of(t: Tokens, norm: str, at: Scaled) -> Products:
+def products_of(t: Tokens, norm: str, at: Scaled, others: Sequence[jax.Array] = ()) -> Products:
     """Measures s * x_i^T g_i, and adds up x_i^T g_i and its products with u column by column.
 
     Args:
         t: inputs and cotangents of the weight.
         norm: "gram", or else the product is formed.
         at: the weight.
+        others: arrays `[B, d, p]` that inner products are wanted of.
     """
     zero = jnp.zeros(t.x.shape[0], jnp.float32)
     cotangents = t.g.astype(jnp.float32)
@@ -152,14 +163,19 @@ def products_of(t: Tokens, norm: str, at: Scaled) -> Products:
         by_scale = _over_tokens("nbtp,nbtp->nbp", summation.applied(t.x, at.u), cotangents)
         inputs = jnp.sum(t.x.astype(jnp.float32), 3)
         by_shift = _over_tokens("nbt,nbtp->nbp", inputs, cotangents)
+        inner = tuple(products.inner_product(own, other) for other in others)
     else:
         formed, gradients, by_scale, by_shift = _over_rows(t, at)
         scale = jnp.broadcast_to(at.scale[:, :, None], gradients.shape[1:]).reshape(1, -1)
         square = products.kept_square(summation.flat(gradients) * scale)
+        inner = tuple(
+            jnp.sum(summation.flat(gradients) * scale * jnp.swapaxes(other, 1, 2).reshape(1, -1), 1)
+            for other in others
+        )
         outer = products.Outer(square, *products.token_squares(own), t.d, t.p, formed.rounding)
         measure = products.outer_measure(outer)
     measure = measure._replace(peak=jnp.maximum(measure.peak, raw.peak))
-    return Products(measure, raw.mass, by_scale, by_shift)
+    return Products(measure, raw.mass, by_scale, by_shift, inner)
 
 
 def pulled(t: Tokens, at: Scaled, limit: float) -> tuple[Any, jax.Array, dict[int, jax.Array]]:
@@ -228,6 +244,28 @@ def with_columns(
     )
     # The moments are sums over a column one by one.
     return measure._replace(error=measure.error + sizes.d * 2.0**-23 * own * own)
+
+
+def inner_products(
+    product: Products, at: Scaled, a: jax.Array, b: jax.Array, constants: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Of s * x_i^T g_i + a_i * 1 + b_i * u and other arrays, `[n]` each.
+
+    Sums over a column are trees, whose rounding `products.with_added` allows for.
+
+    Args:
+        product: of s * x_i^T g_i, with its own inner products.
+        at: the weight.
+        a: `[n, B, p]`.
+        b: likewise.
+        constants: the other arrays, `[B, d, p]`.
+    """
+    inners, u = [], jnp.swapaxes(at.u, 1, 2)
+    for constant, inner in zip(constants, product.inner, strict=True):
+        columns = jnp.swapaxes(constant, 1, 2)
+        by_a, by_b = jnp.sum(columns, 2)[None], jnp.sum(columns * u, 2)[None]
+        inners.append(inner + jnp.sum(a * by_a + b * by_b, (1, 2)))
+    return inners
 
 
 def columns_of(traced: Traced, sites: Weight, shapes: Sequence[Any]) -> Columns | None:

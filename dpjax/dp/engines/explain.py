@@ -25,6 +25,8 @@ _ADVICE = (
     ("weight that has", "compute it in float32, without loops or solvers, of no stopped leaf"),
     ("in float64", "compute it in float32, as the norms and the sum are"),
     ("without the example", "leave a term without the example, such as decay, to the optimizer"),
+    ("in a scalar", "a number of its own costs little; keep large arrays out of it"),
+    ("scalars depend", "compute it once and use that, or from fewer numbers"),
     ("gather", "look up whole rows with an integer array: table[rows]"),
     ("carry of scan", "scan over a stack of parameters, or close over them, instead of carrying"),
     ("output of scan", "let the body of the scan use it, and return what depends on the example"),

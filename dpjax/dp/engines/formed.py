@@ -10,16 +10,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpjax.dp.engines import entries, forms, products, reference, summation
 from dpjax.dp.engines.arithmetic import root
-from dpjax.dp.engines.columns import Columns, Products, Scaled, products_of, pulled, with_columns
+from dpjax.dp.engines.columns import (
+    Columns,
+    Products,
+    Scaled,
+    inner_products,
+    products_of,
+    pulled,
+    with_columns,
+)
 from dpjax.dp.engines.entries import Entries
 from dpjax.dp.engines.held import Held
 from dpjax.dp.engines.parts import (
+    Constants,
     Factors,
     Part,
     Totals,
@@ -46,7 +56,7 @@ def formed_part(
     traced: Traced,
     mixed: Mixed,
     record: Record,
-    constants: dict[Key, dict[int, jax.Array]],
+    constants: Constants,
     held: Held,
     turns: jax.Array,
 ) -> Part:
@@ -57,10 +67,14 @@ def formed_part(
     hold errors of any size beside the bound. The leaves' gradients are therefore formed per
     example, and what is formed is measured and summed.
     """
+    terms = {
+        place: {i: g for i, g in own.items() if i in mixed.leaves}
+        for place, own in constants.items()
+        if own.keys() & set(mixed.leaves)
+    }
     if mixed.columns:
-        return _columns_part(mixed, record, held, turns)
+        return _columns_part(mixed, record, terms, held, turns)
     pulls = [_pull(traced, sites[0], held) for sites in mixed.weights]
-    terms = {place: own for place, own in constants.items() if own.keys() & set(mixed.leaves)}
     limits = [min(site.limit for site in sites) for sites in mixed.weights]
 
     def gradients(record: Record, cap: bool = False) -> tuple[Vectors, jax.Array]:
@@ -78,7 +92,7 @@ def formed_part(
             for leaf, value in jax.vmap(pull)(gradient).items():
                 total[leaf] = total[leaf] + value if leaf in total else value
         for place, constant in terms.items():
-            for leaf in total.keys() & constant.keys():
+            for leaf in constant:
                 total[leaf] += summation.scaled(constant[leaf][None], record.scalars[place])
         return tuple(summation.flat(total[leaf]) for leaf in mixed.leaves), within
 
@@ -104,7 +118,7 @@ def formed_part(
         return tuple(map(products.kept_measure, reference.once(vectors, turns))), within
 
     if mixed.entries:
-        return _entries_part(mixed, record, held, exact, place, turns)
+        return _entries_part(mixed, record, terms, held, exact, place, turns)
     measures, within = chunked(measure, own, size)
 
     def add(
@@ -142,6 +156,7 @@ def formed_part(
 def _entries_part(
     mixed: Mixed,
     record: Record,
+    terms: Constants,
     held: Held,
     exact: Callable[[Record], Vectors],
     place: Callable[[Totals, Record, Vectors], Totals],
@@ -152,6 +167,7 @@ def _entries_part(
     Args:
         mixed: the weights.
         record: what was recorded.
+        terms: gradients of scalars, of the weights' leaves.
         held: the parameters.
         exact: see `Part`.
         place: likewise.
@@ -164,12 +180,25 @@ def _entries_part(
     slopes = {e.leaf: e.at({i: held.leaf(i) for i in e.leaves}) for e in mixed.entries}
     slopes = reference.once(slopes, turns)
     for own in mixed.entries:
+        form = forms.form_of(own.sites)
+        across = _transposed(own.of_leaf, (form.B, form.d, form.p))
+        constants = {k: all[own.leaf] for k, all in terms.items() if own.leaf in all}
+        grams = products.grams_of(list(constants.values()))
+        constants = {place: across(constant) for place, constant in constants.items()}
 
-        def measure(record: Record, own: Entries = own) -> tuple[products.Measure, jax.Array]:
-            return entries.measure(record.tokens(own.sites), slopes[own.leaf])
+        def measure(record: Record, own: Entries, constants: Any, grams: Any) -> Any:
+            t, by = record.tokens(own.sites), slopes[own.leaf]
+            found, mass = entries.measure(t, by)
+            if not constants:
+                return found, mass
+            slope, scalars = by.size * by.own, [record.scalars[place] for place in constants]
+            inners = [products.inner_product(t, other, slope) for other in constants.values()]
+            form = forms.form_of(own.sites)
+            return products.with_constants(found, form, scalars, inners, grams), mass
 
-        part = record.of((own.sites,), [])
-        measures[own.leaf], mass = chunked(measure, part, entries.temporary(own))
+        function = functools.partial(measure, own=own, constants=constants, grams=grams)
+        part = record.of((own.sites,), list(constants))
+        measures[own.leaf], mass = chunked(function, part, entries.temporary(own))
         within &= slopes[own.leaf].sound & (mass < limit / 4)
 
     def add(
@@ -181,15 +210,25 @@ def _entries_part(
             value = _weighted(own.sites, record, factor, usable)
             value = own.of_leaf(by.size * (by.own * value))
             totals[own.leaf] += jnp.where(by.sound, value, 0.0)  # 0 * NaN is NaN
-        return totals
+        return _with_terms(totals, record, terms, factors, usable)
 
     clears = frozenset().union(*(cleared(own.sites, record) for own in mixed.entries))
     in_order = tuple(measures[leaf] for leaf in mixed.leaves)
     return Part(mixed.leaves, (), in_order, within, add, limit, exact, place, clears)
 
 
-def _columns_part(mixed: Mixed, record: Record, held: Held, turns: jax.Array) -> Part:
+def _columns_part(
+    mixed: Mixed, record: Record, terms: Constants, held: Held, turns: jax.Array
+) -> Part:
     """The part of weights that scale and shift the columns of a leaf each; see `columns`."""
+    places = list(terms)
+    constants: dict[int, dict[Key, jax.Array]] = {}
+    for own, _ in mixed.columns:
+        form = forms.form_of(own.sites)
+        across = _transposed(functools.partial(_of_leaf, own), (form.B, form.d, form.p))
+        constants[own.leaf] = {k: across(g[own.leaf]) for k, g in terms.items() if own.leaf in g}
+    of_gains = {k: {i: g for i, g in all.items() if i not in constants} for k, all in terms.items()}
+    of_columns = {k: {i: g for i, g in all.items() if i in constants} for k, all in terms.items()}
     limit = min(site.limit for own, _ in mixed.columns for site in own.sites)
     weights = [
         (own, norm, own.at({i: held.leaf(i) for i in own.leaves})) for own, norm in mixed.columns
@@ -202,8 +241,11 @@ def _columns_part(mixed: Mixed, record: Record, held: Held, turns: jax.Array) ->
             formed, gradient, others = pulled(record.tokens(own.sites), at, limit)
             if limit < summation.LARGEST:
                 within &= products.outer_measure(formed).mass < limit / 4
+            for k, constant in constants[own.leaf].items():
+                gradient += summation.scaled(jnp.swapaxes(constant, 1, 2)[None], record.scalars[k])
             by_leaf[own.leaf] = summation.flat(gradient)
             _add_flat(by_leaf, others)
+        _add_scaled(by_leaf, of_gains, record)
         return tuple(by_leaf[leaf] for leaf in mixed.leaves), within
 
     def exact(record: Record) -> Vectors:
@@ -221,7 +263,7 @@ def _columns_part(mixed: Mixed, record: Record, held: Held, turns: jax.Array) ->
         return totals
 
     if mixed.kept:
-        kept, within = chunked(gradients, record.of(mixed.weights, []), _temporary_of(mixed))
+        kept, within = chunked(gradients, record.of(mixed.weights, places), _temporary_of(mixed))
         return of_kept(mixed.leaves, kept, within, place)
 
     measures: dict[int, products.Measure] = {}
@@ -229,21 +271,29 @@ def _columns_part(mixed: Mixed, record: Record, held: Held, turns: jax.Array) ->
     within = jnp.ones(record.size, bool)
     added, sound = {}, jnp.ones((), bool)
     for own, norm, at in weights:
+        form, more = forms.form_of(own.sites), constants[own.leaf]
 
-        def measure(record: Record, own: Columns, norm: str, at: Scaled) -> Products:
-            return products_of(record.tokens(own.sites), norm, at)
+        def measure(record: Record, own: Columns, norm: str, at: Scaled, more: Any) -> Products:
+            return products_of(record.tokens(own.sites), norm, at, list(more.values()))
 
-        function = functools.partial(measure, own=own, norm=norm, at=at)
+        function = functools.partial(measure, own=own, norm=norm, at=at, more=more)
         product = chunked(function, record.of((own.sites,), []), _temporary_of_columns(own, norm))
         # Once: they are measured as they are summed.
         a, b, gains = reference.once(jax.vmap(at.back)(product.by_scale, product.by_shift), turns)
-        measures[own.leaf] = with_columns(product, forms.form_of(own.sites), at, a, b)
+        found = with_columns(product, form, at, a, b)
+        if more:
+            scalars = [record.scalars[place] for place in more]
+            others_of, grams = list(more.values()), products.grams_of(list(more.values()))
+            inners = inner_products(product, at, a, b, others_of)
+            found = products.with_constants(found, form, scalars, inners, grams)
+        measures[own.leaf] = found
         _add_flat(others, gains)
         # The square of no number in a column exceeds their sum.
         columns = (jnp.abs(at.scale) < _MODERATE) & (at.moments[1] < _MODERATE**2)
         sound &= jnp.all(columns)
         within &= product.mass < limit / 4
         added[own.leaf] = a, b
+    _add_scaled(others, of_gains, record)
     others = reference.once(others, turns)
     measures |= {leaf: products.kept_measure(gradient) for leaf, gradient in others.items()}
 
@@ -259,11 +309,37 @@ def _columns_part(mixed: Mixed, record: Record, held: Held, turns: jax.Array) ->
             a, b = (jnp.sum(summation.scaled(x, factor, usable), 0) for x in added[own.leaf])
             value = _of_leaf(own, value + a[:, None] + b[:, None] * at.u)
             totals[own.leaf] += jnp.where(sound, value, 0.0)  # 0 * NaN is NaN
-        return totals
+        return _with_terms(totals, record, of_columns, factors, usable)
 
     clears = frozenset().union(*(cleared(own.sites, record) for own, _, _ in weights))
     in_order = tuple(measures[leaf] for leaf in mixed.leaves)
     return Part(mixed.leaves, (), in_order, within & sound, add, limit, exact, place, clears)
+
+
+def _transposed(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> Any:
+    """Takes gradients of a leaf, in its shape, to the canonical form of a weight."""
+    transposed = jax.linear_transpose(function, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return lambda gradient: transposed(gradient.reshape(-1))[0]
+
+
+def _add_scaled(total: dict[int, jax.Array], terms: Constants, record: Record) -> None:
+    """Adds gradients of scalars to flat gradients of examples."""
+    for place, own in terms.items():
+        for leaf, constant in own.items():
+            total[leaf] += summation.scaled(constant.reshape(1, -1), record.scalars[place])
+
+
+def _with_terms(
+    totals: Totals, record: Record, terms: Constants, factors: Factors, usable: jax.Array
+) -> Totals:
+    """The totals with the weighted sums of gradients of scalars."""
+    totals = dict(totals)
+    for place, own in terms.items():
+        for leaf, constant in own.items():
+            weight = jnp.sum(summation.scaled(record.scalars[place], factors[leaf][0], usable))
+            # One that is not finite has no example that is summed, and 0 * NaN is NaN.
+            totals[leaf] += jnp.where(weight != 0, weight * constant.reshape(-1), 0.0)
+    return totals
 
 
 def _add_flat(total: dict[int, jax.Array], gradients: dict[int, jax.Array]) -> None:

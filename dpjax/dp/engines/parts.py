@@ -24,6 +24,7 @@ from dpjax.dp.engines.record import Record, in_order
 from dpjax.dp.engines.sites import Key, Weight
 
 __all__ = [
+    "Constants",
     "Factors",
     "Part",
     "Totals",
@@ -40,6 +41,7 @@ __all__ = [
 
 Vectors = tuple[jax.Array, ...]  # flat float32 gradients `[n, entries]`
 Totals = dict[int, jax.Array]  # by leaf, sums over examples, flat
+Constants = dict[Key, dict[int, jax.Array]]  # by place of a scalar and by leaf, its gradient
 Factors = list[tuple[jax.Array, jax.Array]]  # by leaf, `[n]` factors and which are above 0
 
 # Numbers in a temporary of one chunk of examples. On a CPU, few enough for its caches, and enough
@@ -110,7 +112,7 @@ def of_kept(
 def closed_part(
     group: Group,
     record: Record,
-    constants: dict[Key, dict[int, jax.Array]],
+    constants: Constants,
     mass: Callable[[], jax.Array] | None = None,
 ) -> Part:
     """The part of one view of a leaf, from the recorded inputs and cotangents of its sites.
@@ -140,6 +142,7 @@ def closed_part(
     if terms:
         across = jax.linear_transpose(back, jax.ShapeDtypeStruct(shape, jnp.float32))
         terms = {place: across(constant)[0] for place, constant in terms.items()}
+    grams = products.grams_of(list(terms.values()))
     # What a recorded number may be before a constant factor of the weight, and behind it.
     limit = min(site.limit for site in sites)
     reach = max(1.0, *(1 / abs(site.view.scale) for site in sites if site.view))
@@ -149,17 +152,20 @@ def closed_part(
     plain, scale = unscaled(sites)
 
     def materialized(record: Record) -> jax.Array:
-        gradients = summation.materialize(record.tokens(plain))
-        gradients = gradients if scale == 1.0 else scale * gradients
-        for place, constant in terms.items():
-            gradients += summation.scaled(constant[None], record.scalars[place])
-        return gradients
+        t = record.tokens(plain)
+        own = [summation.scaled(c[None], record.scalars[place]) for place, c in terms.items()]
+        start = sum(own[1:], own[0]) if own else None
+        if scale == 1.0:
+            return summation.materialize(t, start)
+        gradients = scale * summation.materialize(t)
+        return gradients if start is None else start + gradients
 
     def finish(found: products.Measure, record: Record) -> products.Measure:
-        for place, constant in terms.items():
-            scalar = record.scalars[place]
-            found = products.with_constant(found, record.tokens(sites), scalar, constant)
-        return found
+        if not terms:
+            return found
+        t, scalars = record.tokens(sites), [record.scalars[place] for place in terms]
+        inners = [products.inner_product(t, constant) for constant in terms.values()]
+        return products.with_constants(found, form, scalars, inners, grams)
 
     def measure(record: Record) -> tuple[tuple[products.Measure, ...], jax.Array | None]:
         t = record.tokens(sites)
@@ -221,11 +227,10 @@ def closed_part(
             value = flat_back(summation.weighted_sum(record.tokens(sites), factor, usable))
             totals = totals | {leaf: totals[leaf] + value}
         for at, constant in terms.items():
-            weights = summation.scaled(record.scalars[at], factor, usable)
-            # A number that is not finite has no example that is summed, and 0 * NaN is NaN.
-            constant = jnp.where(jnp.isfinite(constant), constant, 0.0)
-            value = flat_back(jnp.sum(weights) * constant)
-            totals = totals | {leaf: totals[leaf] + value}
+            weight = jnp.sum(summation.scaled(record.scalars[at], factor, usable))
+            # One that is not finite has no example that is summed, and 0 * NaN is NaN.
+            value = jnp.where(weight != 0, weight * constant, 0.0)
+            totals = totals | {leaf: totals[leaf] + flat_back(value)}
         return totals
 
     own = record.of((sites,), list(terms))
@@ -255,7 +260,7 @@ def cleared(sites: Weight, record: Record) -> frozenset[int]:
 
 
 def measured_together(
-    groups: Sequence[Group], record: Record, constants: dict[Key, dict[int, jax.Array]]
+    groups: Sequence[Group], record: Record, constants: Constants
 ) -> list[tuple[list[int], products.Measure]]:
     """Measures weights with equal numbers of tokens by one program, which is compiled once for all.
 

@@ -219,10 +219,10 @@ def make_plan(loss_fn: LossFn, params: PyTree, example: PyTree) -> Plan:
         group = Mixed(weights, tuple(own), False, numbers)
         # The derivative of the function is taken again, too; beside patches that is little.
         times = 1 if group.route == "conv" else 2
-        columns = () if traced.scalars else _columns(traced, weights, leaves)
+        columns = _columns(traced, weights, leaves)
         kept = products.can_keep(total, 1 if columns else times)
         group = group._replace(columns=columns)
-        if not (kept or columns or traced.scalars):
+        if not (kept or columns):
             group = group._replace(entries=_entries(traced, weights, leaves))
         mixed.append(group._replace(kept=kept))
     return Plan(traced, tuple(groups), tuple(mixed), small)

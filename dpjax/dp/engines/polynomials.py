@@ -102,9 +102,13 @@ def run(closed: core.ClosedJaxpr, operands: Sequence[Polynomial]) -> Polynomial:
 
 def _results(eqn: core.JaxprEqn, args: list[Polynomial]) -> list[Polynomial]:
     """The results of an equation."""
-    name, first = eqn.primitive.name, args[0]
+    name = eqn.primitive.name
+    if not args:  # such as an iota
+        out = eqn.primitive.bind(**eqn.primitive.get_bind_params(eqn.params))
+        return [plain(own) for own in (out if eqn.primitive.multiple_results else [out])]
     if name in _SAME:
         return args
+    first = args[0]
     if name in _MOVES:
         return [_moved(eqn, first)]
     if name == "reduce_sum":

@@ -25,7 +25,8 @@ both may be off by:
 - `peak` bounds the numbers that are multiplied, which must stay in range when the factor scales
   them.
 
-A penalty on the parameters adds c_i R to G_i, with one array R for all examples. The square is then
+A penalty on the parameters adds c_i R to G_i, with one array R for all examples. (Several add
+several such terms. The same holds for their sum, with the sum of their norms.) The square is then
 |G_i|^2 + 2 c_i <G_i, R> + |c_i R|^2. The inner product is sum_t (x_t R) g_t: x_t R is off by
 r(d) u |x_t||R|, the sum over tokens and columns by another `REDUCTION` u |x_t||R||g_t|, together
 (r(d) + ...) u mass |R|; `error` grows by 2 |c_i| times that. It grows by 2 |c_i R| spread as well:
@@ -44,6 +45,8 @@ are added to every count.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +65,8 @@ __all__ = [
     "cheapest",
     "gram",
     "gram_measure",
+    "grams_of",
+    "inner_product",
     "kept_measure",
     "kept_square",
     "length",
@@ -72,7 +77,7 @@ __all__ = [
     "rounding_of",
     "token_squares",
     "with_added",
-    "with_constant",
+    "with_constants",
 ]
 
 # Costs in multiplications, measured on a CPU: a number of a gradient that is materialized and kept
@@ -127,6 +132,9 @@ def _gram(array: jax.Array) -> tuple[jax.Array, int]:
     blocks = summation.blocks_of(array.shape[3])
     gram = summation.in_blocks(array, array, (3, 3), blocks, ((3,), (3,)), 2)
     return gram, summation.chain_of(array.shape[3], blocks, array, array)
+
+
+Grams = list[list[jax.Array]]
 
 
 class Measure(NamedTuple):
@@ -290,24 +298,48 @@ def _unkept(square: jax.Array, error: jax.Array, found: Outer) -> Measure:
     return Measure(square, error, rounding * mass, mass, peak(x_total, g_total))
 
 
-def with_constant(measure: Measure, t: Tokens, scalar: jax.Array, constant: jax.Array) -> Measure:
-    """Of x_i^T g_i + c_i R, from the measure of the first; summed by `weighted_sum` and by weights.
+def grams_of(constants: Sequence[jax.Array]) -> Grams:
+    """Inner products of each two of some arrays that are the same for all examples."""
+    return [[jnp.sum(a * b) for a in constants] for b in constants]
 
-    Args:
-        measure: of x_i^T g_i; see the module for the bounds.
-        t: the canonical arrays.
-        scalar: c, `[n]`.
-        constant: R, `[B, d, p]`, the same for all examples.
-    """
-    size = root(jnp.sum(jnp.square(constant)))
-    inner, rounded = jnp.zeros_like(scalar), 0
+
+def inner_product(t: Tokens, constant: jax.Array, slopes: jax.Array | None = None) -> jax.Array:
+    """Of x_i^T g_i, or of J * x_i^T g_i with the slopes J, and an array `[B, d, p]`; `[n]`."""
+    inner = jnp.zeros((), jnp.float32)
     if t.x is not None:
-        inner += _total(summation.applied(t.x, constant) * t.g.astype(jnp.float32))
-        rounded = summation.chain(t.d)
+        own = constant if slopes is None else slopes * constant
+        inner += _total(summation.applied(t.x, own) * t.g.astype(jnp.float32))
     if t.rows is not None:
         inner += _total(constant[0][t.rows[:, 0, :, 0]] * t.h[:, 0].astype(jnp.float32))
-    own = jnp.abs(scalar) * size
-    return with_added(measure, scalar * inner, own, own * own, rounded, t.d * t.p)
+    return inner
+
+
+def with_constants(
+    measure: Measure,
+    form: Form,
+    scalars: Sequence[jax.Array],
+    inners: Sequence[jax.Array],
+    grams: Grams,
+) -> Measure:
+    """Of x_i^T g_i + sum_k c_ik R_k, from the measure of the first; see the module.
+
+    The last term is summed as R_k times one weight for each k.
+
+    Args:
+        measure: of x_i^T g_i, whose columns or numbers may be scaled.
+        form: sizes.
+        scalars: c_k, `[n]` each.
+        inners: inner products of x_i^T g_i and R_k, likewise; see `inner_product`.
+        grams: of R; see `grams_of`.
+    """
+    own = square = inner = jnp.zeros_like(scalars[0])
+    for c, product, row, k in zip(scalars, inners, grams, itertools.count()):
+        own += jnp.abs(c) * root(row[k])
+        square += sum(c * b * gram for b, gram in zip(scalars, row))
+        inner += c * product
+    # Numbers of R are multiplied with others at most twice before they are added up.
+    rounded = summation.chain(form.d) + 4
+    return with_added(measure, inner, own, square, rounded, form.B * form.d * form.p)
 
 
 def with_added(

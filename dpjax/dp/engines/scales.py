@@ -8,9 +8,10 @@ has closed forms for. A number for each column of a weight may be taken out as w
 computed from the weight: the magnitudes of DoRA, whose norms have no gradient. (Miyato et al. 2018,
 arXiv 1802.05957; Liu et al. 2024, arXiv 2402.09353.)
 
-All of it is done on the jaxpr of the loss, in float32 alone, outside of loops and branches. The
-value is the same up to rounding, unless x w leaves float32's range where x (s w) does not: such an
-example is not finite, and is left out.
+All of it is done on the jaxpr of the loss, in float32 alone, outside of loops and branches and not
+across the border of a checkpointed call. The value is the same up to rounding where the numbers are
+ordinary. It differs where x w leaves float32's range and x (s w) does not, at either end, and where
+s is 0 or infinite: what is clipped and summed is then the gradient of s (x w), within the bound.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jax.interpreters import partial_eval
 
-from dpjax.dp.engines.jaxprs import inlined
+from dpjax.dp.engines.jaxprs import equations, inlined
 from dpjax.dp.engines.sites import axes_of, sites_of
 
 __all__ = ["taken_out"]
 
-_MOVES = (
-    "copy", "name", "neg", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim",
-    "slice", "rev",
-)  # fmt: skip
+_MOVES = {
+    "copy", "name", "neg", "transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "split",
+    "rev",
+}  # fmt: skip
+_KEEP_PLACES = {"copy", "name", "neg", "mul", "div"}
 
 
 class _Scale(NamedTuple):
@@ -78,6 +80,8 @@ def taken_out(jaxpr: core.Jaxpr, sizes: Sequence[int]) -> core.Jaxpr | None:
         The same function of the same constants; None if there is nothing to take out.
     """
     walk = _Walk(sizes)
+    if any(eqn.effects for eqn in equations(jaxpr)):
+        return None  # which may name a variable
     infos = [_Info(leaves=frozenset([i])) for i in range(len(sizes))]
     infos += [_Info(True)] * (len(jaxpr.invars) - len(sizes))
     walk.infos.update(zip(jaxpr.invars, infos))
@@ -111,7 +115,7 @@ class _Walk:
                 constants = [core.Literal(c, v.aval) for c, v in zip(consts, body.constvars)]
                 outs = self.run(body, invars, constants)
             else:
-                outs = self.scaled(eqn.replace(invars=invars))
+                outs = self.equation(eqn.replace(invars=invars))
             env.update(zip(eqn.outvars, outs))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -136,59 +140,60 @@ class _Walk:
         (out,) = self.run(closed.jaxpr.replace(eqns=own), atoms)
         return out
 
-    def scaled(self, eqn: core.JaxprEqn) -> list[Any]:
+    def equation(self, eqn: core.JaxprEqn) -> list[Any]:
         """Adds an equation; notes the factors of a weight, or takes them out of a product."""
         args = [self.info(atom) for atom in eqn.invars]
         places = [i for i, a in enumerate(args) if a.scales]
         if eqn.primitive is P.remat_p:
             return self.checkpointed(eqn, args)
-        if len(eqn.outvars) != 1 or not all(map(_is_float32, (*eqn.invars, *eqn.outvars))):
-            # Indices of a lookup are no floats.
-            if eqn.primitive not in (P.gather_p, P.dynamic_slice_p) or places != [0]:
-                return self.add(eqn)
-        if any(a.example for a in args):
-            return [self.without(eqn, places[0])] if len(places) == 1 else self.add(eqn)
-        (out,) = self.add(eqn)
-        info = self.infos[out]
-        self.infos[out] = self.factors(eqn, args, places, info)
-        return [out]
+        looks_up = eqn.primitive in (P.gather_p, P.dynamic_slice_p) and places == [0]
+        if not looks_up and not all(map(_is_float32, (*eqn.invars, *eqn.outvars))):
+            return self.add(eqn)
+        meets = any(a.example for a in args)
+        if eqn.primitive is P.dot_general_p and len(places) == 1:
+            # A small product with a constant counts as one, such as with a recurrent layer's start.
+            meets |= _size(eqn.outvars[0]) < _size(eqn.invars[places[0]])
+        if meets:
+            return self.take_out(eqn, places[0]) if len(places) == 1 else self.add(eqn)
+        outs = self.add(eqn)
+        if len(places) == 1 and eqn.primitive.name in _MOVES:
+            self.move(eqn, places[0], outs)
+        elif len(outs) == 1:
+            self.note(eqn, args, outs)
+        return outs
 
-    def factors(
-        self, eqn: core.JaxprEqn, args: Sequence[_Info], places: Sequence[int], info: _Info
-    ) -> _Info:
-        """What is known of a function of parameters alone, its factors included."""
-        name, operands = eqn.primitive.name, eqn.invars
+    def note(self, eqn: core.JaxprEqn, args: Sequence[_Info], outs: list[Any]) -> None:
+        """Notes of a function of parameters alone what it repeats, or what it is a multiple of."""
+        name, operands, info = eqn.primitive.name, eqn.invars, self.infos[outs[0]]
         out: Any = eqn.outvars[0].aval
         if name == "broadcast_in_dim" and args[0].leaves and _size(operands[0]) < _size(out):
-            return info._replace(narrow=self.broadcast(eqn, operands[0]))
-        if name in ("mul", "div"):
-            for i in (0, 1) if name == "mul" else (0,):
-                weight, other = operands[i], operands[1 - i]
-                value: Any = args[1 - i].narrow or other
-                if not args[i].leaves or _size(weight) != _size(out):
-                    continue
-                if isinstance(other, core.Literal) and _size(other) == 1:
-                    return self.moved(eqn, i, args[i], info)
-                if _size(value) < _size(weight) and self.is_scale(value, args[i]):
-                    if _size(value) == 1 and value.aval.ndim:
-                        value = self.apply(lambda s: s.reshape(()), eqn, value)
-                    scales = (*args[i].scales, _Scale(name == "div", value))
-                    return info._replace(bare=args[i].bare or weight, scales=scales)
-        elif len(places) == 1 and name in _MOVES:
-            return self.moved(eqn, places[0], args[places[0]], info)
-        return info
+            self.infos[outs[0]] = info._replace(narrow=self.broadcast(eqn, operands[0]))
+        for i in {"mul": (0, 1), "div": (0,)}.get(name, ()):
+            weight, other = operands[i], operands[1 - i]
+            # Axes of length 1 are repeated by the product itself, or by a broadcast before it.
+            value: Any = args[1 - i].narrow or other
+            if not args[i].leaves or _size(weight) != _size(out):
+                continue
+            if isinstance(other, core.Literal) and _size(other) == 1:
+                return self.move(eqn, i, outs) if args[i].scales else None
+            if _size(value) < _size(weight) and self.is_scale(value, args[i]):
+                if _size(value) == 1 and value.aval.ndim:
+                    value = self.apply(lambda s: s.reshape(()), eqn, value)
+                scales = (*args[i].scales, _Scale(name == "div", value))
+                bare = args[i].bare or weight
+                self.infos[outs[0]] = info._replace(bare=bare, scales=scales)
+                return None
+        return None
 
     def is_scale(self, value: Any, weight: _Info) -> bool:
-        """Whether a value may be a factor: a scalar, or numbers with a gradient of their own."""
+        """Whether a value may be a factor: a scalar, or numbers of small leaves, or of none."""
         leaves = self.info(value).leaves
-        own = sum(self.sizes[i] for i in leaves) <= _size(value)
+        own = sum(self.sizes[i] for i in leaves) <= 2 * _size(value)
         return _size(value) == 1 or (own and leaves.isdisjoint(weight.leaves))
 
-    def moved(self, eqn: core.JaxprEqn, place: int, weight: _Info, info: _Info) -> _Info:
-        """A weight whose numbers are moved, or multiplied by a constant: so is the bare one."""
-        if not weight.scales:
-            return info
-        scales = []
+    def move(self, eqn: core.JaxprEqn, place: int, outs: list[Any]) -> None:
+        """Moves the numbers of a bare weight as well, or multiplies them by a constant."""
+        weight, scales = self.info(eqn.invars[place]), []
         for scale in weight.scales:
             value, name = scale.value, eqn.primitive.name
             if value.aval.ndim and name == "transpose":
@@ -196,11 +201,11 @@ class _Walk:
                 value = self.apply(lambda s, perm=perm: s.transpose(perm), eqn, value)
             elif value.aval.ndim and name == "broadcast_in_dim":
                 value = self.broadcast(eqn, value)
-            elif value.aval.ndim and name not in ("copy", "neg", "mul", "div"):
-                return info
+            elif value.aval.ndim and name not in _KEEP_PLACES:
+                return
             scales.append(scale._replace(value=value))
-        (bare,) = self.add(_with(eqn, place, weight.bare))
-        return info._replace(bare=bare, scales=tuple(scales))
+        for out, bare in zip(outs, self.add(_with(eqn, place, weight.bare))):
+            self.infos[out] = self.infos[out]._replace(bare=bare, scales=tuple(scales))
 
     def broadcast(self, eqn: core.JaxprEqn, value: Any) -> Any:
         """A value with the axes of a broadcast's result, of length 1 where they are new."""
@@ -210,24 +215,24 @@ class _Walk:
             shape[axis] = size
         return self.apply(lambda s: s.reshape(shape), eqn, value)
 
-    def without(self, eqn: core.JaxprEqn, place: int) -> Any:
-        """The result of an equation in which a scaled weight meets the example."""
-        info, (out,) = self.info(eqn.invars[place]), eqn.outvars
+    def take_out(self, eqn: core.JaxprEqn, place: int) -> list[Any]:
+        """Adds an equation in which a scaled weight meets the example, with the bare one."""
+        info = self.info(eqn.invars[place])
         found = sites_of(eqn, place, (), info.leaves, (0,), ())
-        if not found or not _is_float32(out):
-            return self.add(eqn)[0]
+        if not found or eqn.params.get("fill_value"):  # which has no scale
+            return self.add(eqn)
         axes = []
         for scale in info.scales:
             long = [i for i, size in enumerate(scale.value.aval.shape) if size > 1]
             axes.append({i: axes_of(found[0], i)[1] for i in long})
         if any(None in own.values() for own in axes):
-            return self.add(eqn)[0]
+            return self.add(eqn)
         self.changed = True
         (result,) = self.add(_with(eqn, place, info.bare))
         for (divides, value), own in zip(info.scales, axes):
-            function = functools.partial(_scaled, divides=divides, axes=own)
+            function = functools.partial(_times, divides=divides, axes=own)
             result = self.apply(function, eqn, result, value)
-        return result
+        return [result]
 
     def checkpointed(self, eqn: core.JaxprEqn, args: Sequence[_Info]) -> list[Any]:
         """A checkpointed call, which stays one, with scales taken out inside of it."""
@@ -242,7 +247,7 @@ class _Walk:
         return self.add(eqn)
 
 
-def _scaled(y: jax.Array, scale: jax.Array, divides: bool, axes: dict[int, Any]) -> jax.Array:
+def _times(y: jax.Array, scale: jax.Array, divides: bool, axes: dict[int, Any]) -> jax.Array:
     """Scales the result of a product; `axes` says which of its axes are the scale's long ones."""
     if scale.ndim:
         order = sorted(axes, key=axes.__getitem__)

@@ -93,11 +93,12 @@ def capped(array: jax.Array, limit: float) -> jax.Array:
     return array if limit >= LARGEST else jnp.where(abs(array) <= limit, array, jnp.inf)
 
 
-def materialize(t: Tokens) -> jax.Array:
-    """The gradients x_i^T g_i `[n, B, d, p]`."""
-    product = None
+def materialize(t: Tokens, start: jax.Array | None = None) -> jax.Array:
+    """The gradients x_i^T g_i `[n, B, d, p]`, added to `start`; a table's are added in place."""
+    product = start
     if t.x is not None:
         product = in_blocks(t.x, t.g, (2, 2), token_blocks(t.x.shape[2]), ((2,), (2,)), 2)
+        product = product if start is None else start + product
     if t.rows is None and product is not None:
         return product
     rows, h = t.rows[:, 0, :, 0], t.h[:, 0].astype(jnp.float32)

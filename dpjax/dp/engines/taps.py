@@ -42,6 +42,7 @@ def evaluate(
     Returns:
         The loss and the input of each site's equation, enclosing scans leading.
     """
+    taps = taps | {place: taps[first] for place, first in traced.same.items()}
     wanted = {site.equation: _input(site, traced.factored) for site in traced.sites}
     (loss,), inputs = _evaluate(traced.jaxpr, traced.consts, args, (), taps, wanted)
     return loss, inputs

@@ -79,6 +79,7 @@ class Traced:
         spreads: whether a batched gradient may spread one example's NaN over the others.
         taps: shape and dtype of the cotangent of each site's equation and of each scalar.
         factored: equations that are two sites each, see `factored`.
+        same: by place, an earlier one where the same scalar meets the example.
         writes: whether the loss writes to arrays in place (`jax.new_ref`), which nothing here
             follows; all leaves are direct then.
     """
@@ -95,6 +96,7 @@ class Traced:
 
     taps: dict[Key, jax.ShapeDtypeStruct]
     factored: dict[Key, Factored]
+    same: dict[Key, Key]
     writes: bool = False
 
     @property
@@ -140,6 +142,8 @@ class _Walk(NamedTuple):
         shapes: shape and dtype of the output of each site's equation, scans first, and of scalars.
         early: whether products of parameters alone count as sites, if the result is small.
         factored: see `Traced`.
+        seen: by variable and call, the place where a scalar met the example first.
+        same: see `Traced`.
     """
 
     sites: list[Site]
@@ -149,6 +153,8 @@ class _Walk(NamedTuple):
     shapes: dict[Key, jax.ShapeDtypeStruct]
     early: bool
     factored: dict[Key, Factored]
+    seen: dict[Any, Key]
+    same: dict[Key, Key]
 
     def add(self, sites: list[Site], lengths: tuple[int, ...], output: Any) -> None:
         self.sites.extend(sites)
@@ -162,7 +168,7 @@ class _Walk(NamedTuple):
 
 
 def _empty(early: bool) -> _Walk:
-    return _Walk([], {}, {}, {}, {}, early, {})
+    return _Walk([], {}, {}, {}, {}, early, {}, {}, {})
 
 
 def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
@@ -218,8 +224,9 @@ def trace(loss_fn: Any, params: PyTree, example: PyTree) -> Traced:
     if not formed(found):
         return found
     others = [walked(jaxpr, early=True)]
-    if bare := scales.taken_out(jaxpr, [math.prod(leaf.shape) for leaf in leaves]):
-        others += [walked(bare), walked(bare, early=True)]
+    if found.mixed or any(len(leaves[i].shape) > 1 for i in found.direct):
+        bare = scales.taken_out(jaxpr, [math.prod(leaf.shape) for leaf in leaves])
+        others += [walked(bare), walked(bare, early=True)] if bare else []
     return dataclasses.replace(min(found, *others, key=formed), written=jaxpr)
 
 
@@ -245,8 +252,10 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
         weights = joined(sites) if all(site.view for site in sites) else []
         if not are_disjoint(weights):
             weights = nested(weights)
-        whole = len(weights) == 1 and math.prod(weights[0][0].shape) == _leaf_size(weights[0][0])
-        if weights and are_disjoint(weights) and counts.get(leaf, 0) <= whole:
+        # A scalar's gradient is one of all numbers of the leaf.
+        numbers = sum(math.prod(weight[0].shape) for weight in weights)
+        whole = leaf not in counts or (weights and numbers == _leaf_size(weights[0][0]))
+        if weights and are_disjoint(weights) and whole:
             groups += [] if leaf in direct else weights
             continue
         for other in {leaf}.union(*(site.leaves for site in sites)):
@@ -276,6 +285,7 @@ def _resolve(jaxpr: core.Jaxpr, consts: Sequence[Any], walk: _Walk) -> Traced:
     return Traced(
         taps=taps,
         factored=walk.factored,
+        same={place: first for place, first in walk.same.items() if first in covering},
         jaxpr=jaxpr,
         written=jaxpr,
         consts=consts,
@@ -410,9 +420,14 @@ def _meet(
     for i in positions if not found else ():
         scalar = _size(eqn.invars[i]) == 1 and can_multiply(eqn.invars[i].aval)
         if scalar and not inside and args[i].reads <= args[i].leaves:
-            walk.scalars[(*key, -1 - i)] = args[i].leaves
+            place = (*key, -1 - i)
+            first = walk.seen.setdefault((key[:-1], eqn.invars[i]), place)
+            if first != place:
+                walk.same[place] = first
+                continue
+            walk.scalars[place] = args[i].leaves
             aval: Any = eqn.invars[i].aval
-            walk.shapes[(*key, -1 - i)] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+            walk.shapes[place] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         else:
             reason, source = _reason(eqn)
             if not args[i].views and eqn.primitive in (P.dot_general_p, P.conv_general_dilated_p):
