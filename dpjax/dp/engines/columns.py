@@ -12,7 +12,8 @@ gradient of the weight, that of the leaf is, column by column,
 
 and all of dL/dm1, dL/dm2 and the gradients of other leaves follow from dL/ds = u^T G and
 dL/dt = 1^T G, two numbers for each column. So norms and sums need no gradient of an example in
-memory: s * G is a product with scaled cotangents, and what is added to it has rank two.
+memory: s * G is a product with scaled cotangents, and what is added to it has rank two. A penalty
+on the leaf adds one more array, which is the same for all examples; see `products`.
 
 `columns_of` finds such functions. It runs their jaxpr on polynomials in u of which each coefficient
 is one number for a column (`polynomials`): where that is possible, and the result has degree one,

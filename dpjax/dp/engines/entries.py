@@ -2,8 +2,9 @@
 
 Where G is the gradient of such a weight, that of the leaf is J * G, number by number, in the
 leaf's order; J, the slopes, is one array for all examples. Of several leaves, each has its own.
-So the sum over examples is J times one product, and no gradient is formed for it. For the norm of
-x^T g,
+So the sum over examples is J times one product, and no gradient is formed for it. (A penalty on the
+leaf adds one array for all examples; the inner product of J * x^T g and R is that of x^T g and
+J * R, see `products`.) For the norm of x^T g,
 
     |J * x^T g|^2 = sum_st (x_s * x_t)^T J^2 (g_s * g_t),
 
