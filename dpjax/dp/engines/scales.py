@@ -77,7 +77,8 @@ def taken_out(jaxpr: core.Jaxpr, sizes: Sequence[int]) -> core.Jaxpr | None:
         sizes: how many numbers each leaf has.
 
     Returns:
-        The same function of the same constants; None if there is nothing to take out.
+        The same function of the same constants; None if there is nothing to take out, or if the
+        loss has effects, such as `jax.debug.print`.
     """
     walk = _Walk(sizes)
     if any(eqn.effects for eqn in equations(jaxpr)):
