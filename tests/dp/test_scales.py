@@ -307,6 +307,25 @@ def test_products_that_leave_the_range_without_their_scale_are_left_out():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(total.value))
 
 
+def test_scalars_that_cancel_one_another():
+    """Two terms of up to 1e4 times the product's gradient, whose sum is smaller than that."""
+
+    def loss_fn(params, e):
+        penalty = jnp.sum(params["w"] * FROZEN)
+        one, other = e["c"] * penalty, e["k"] * jnp.sum(params["w"] * FROZEN * 2)
+        return jnp.sum((e["x"] @ params["w"]) * e["g"]) + one + other
+
+    share = np.repeat(np.float32([0, 1e-7, 1e-4, 1e-2]), 3)
+    size = np.tile(np.float32([1, 1e2, 1e4]), 4)
+    x, g = np.tile(BATCH[:1], (12, 1, 1)), np.tile(BATCH[1:2, :, :P], (12, 1, 1))
+    odd = {"x": x, "g": g, "c": size, "k": -size * (1 + share) / 2}
+    ordinary = {"x": BATCH[2], "g": g[0], "c": np.float32(0.5), "k": np.float32(0.1)}
+    check(loss_fn, {"w": PARAMS["w"]}, ordinary, odd, rtol=0.02, crowd=20)
+    example = jax.tree.map(lambda leaf: leaf[0], odd)
+    (leaf,) = bookkeeping.plan(loss_fn, {"w": PARAMS["w"]}, example)
+    assert leaf.route in ("gram", "outer")
+
+
 def test_the_bound():
     """Gradients whose part along the norm cancels the rest, tokens that cancel, other scales."""
 
