@@ -24,7 +24,7 @@ if metadata.version("jaxlib").startswith("0.10."):
         + os.environ["XLA_FLAGS"]
     )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs do not say which line of the model each operation is from: 3 % less to write.
+# Programs do not say which line of the model each operation is from: 2 % less to do.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 # No test reads or writes the user's caches. Workers and the processes that tests start share one

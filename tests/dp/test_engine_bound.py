@@ -96,6 +96,27 @@ def check(loss_fn, params, ordinary, odd, *, rule=None, route=None, crowd=100, r
     return facts
 
 
+def check_cancelling_penalty(linear, params, x, g):
+    """Checks a derived weight "w" under a penalty whose gradient nearly cancels the example's.
+
+    Args:
+        linear: `(params, {"x", "g"}) -> ` the sum of products with "w" times "g".
+        params: its parameters.
+        x: inputs of one example.
+        g: cotangents.
+    """
+    gradient = jax.grad(linear)(params, {"x": x, "g": g})["w"]
+
+    def loss_fn(params, e):
+        return linear(params, e) + e["c"] * jnp.sum(params["w"] * gradient)
+
+    share = np.repeat(np.float32([0, 1e-6, 1e-3, -1e-3]), 3)
+    scale = np.tile(np.float32([1, 1e4, 1e-6]), 4)
+    odd = {"x": np.tile(x, (12, 1, 1)), "g": g * scale[:, None, None], "c": -scale * (1 + share)}
+    ordinary = {"x": x, "g": g[::-1] + 1, "c": np.float32(0.5)}
+    check(loss_fn, params, ordinary, odd, route="derived", rtol=0.05)
+
+
 def linear(params, e):
     """The gradient is x^T g."""
     return jnp.sum((e["x"] @ params["w"]) * e["g"])

@@ -61,7 +61,7 @@ def explain(loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, exam
     of a leaf, as weight norm does, it takes one more product, and where it takes numbers one by
     one, as a mask does, one for each pair of tokens if those are few. All other routes need one
     ordinary backward pass; a number that scales a whole weight, such as a spectral norm, is taken
-    out of its products. Nothing is computed.
+    out of its products in float32 outside of loops. Nothing is computed.
 
     Args:
         loss_fn: `(params, example) -> loss` of ONE example, a scalar.

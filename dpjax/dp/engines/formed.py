@@ -38,6 +38,7 @@ from dpjax.dp.engines.parts import (
     chunked,
     cleared,
     of_kept,
+    sum_of_constant,
     unscaled,
 )
 from dpjax.dp.engines.plans import Mixed
@@ -336,9 +337,8 @@ def _with_terms(
     totals = dict(totals)
     for place, own in terms.items():
         for leaf, constant in own.items():
-            weight = jnp.sum(summation.scaled(record.scalars[place], factors[leaf][0], usable))
-            # One that is not finite has no example that is summed, and 0 * NaN is NaN.
-            totals[leaf] += jnp.where(weight != 0, weight * constant.reshape(-1), 0.0)
+            scalars, factor = record.scalars[place], factors[leaf][0]
+            totals[leaf] += sum_of_constant(constant.reshape(-1), scalars, factor, usable)
     return totals
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "kept_part",
     "measured_together",
     "of_kept",
+    "sum_of_constant",
     "unscaled",
 ]
 
@@ -227,10 +228,8 @@ def closed_part(
             value = flat_back(summation.weighted_sum(record.tokens(sites), factor, usable))
             totals = totals | {leaf: totals[leaf] + value}
         for at, constant in terms.items():
-            weight = jnp.sum(summation.scaled(record.scalars[at], factor, usable))
-            # One that is not finite has no example that is summed, and 0 * NaN is NaN.
-            value = jnp.where(weight != 0, weight * constant, 0.0)
-            totals = totals | {leaf: totals[leaf] + flat_back(value)}
+            value = flat_back(sum_of_constant(constant, record.scalars[at], factor, usable))
+            totals = totals | {leaf: totals[leaf] + value}
         return totals
 
     own = record.of((sites,), list(terms))
@@ -244,6 +243,15 @@ def closed_part(
         measures, within = chunked(measure, own, size)
     clears = cleared(sites, record)
     return Part((leaf,), (), measures, within, add, limit, exact, place, clears)
+
+
+def sum_of_constant(
+    constant: jax.Array, scalars: jax.Array, factors: jax.Array, usable: jax.Array
+) -> jax.Array:
+    """The weighted sum of gradients of a scalar: one array times a number of each example."""
+    weight = jnp.sum(summation.scaled(scalars, factors, usable))
+    # Where the array is not finite, no example is summed; and 0 * NaN is NaN.
+    return jnp.where(weight != 0, weight * constant, 0.0)
 
 
 def cleared(sites: Weight, record: Record) -> frozenset[int]:

@@ -176,15 +176,16 @@ class _Walk:
             if not args[i].leaves or _size(weight) != _size(out):
                 continue
             if isinstance(other, core.Literal) and _size(other) == 1:
-                return self.move(eqn, i, outs) if args[i].scales else None
+                if args[i].scales:
+                    self.move(eqn, i, outs)
+                return
             if _size(value) < _size(weight) and self.is_scale(value, args[i]):
                 if _size(value) == 1 and value.aval.ndim:
                     value = self.apply(lambda s: s.reshape(()), eqn, value)
                 scales = (*args[i].scales, _Scale(name == "div", value))
                 bare = args[i].bare or weight
                 self.infos[outs[0]] = info._replace(bare=bare, scales=scales)
-                return None
-        return None
+                return
 
     def is_scale(self, value: Any, weight: _Info) -> bool:
         """Whether a value may be a factor: a scalar, or numbers of small leaves, or of none."""
